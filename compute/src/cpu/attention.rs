@@ -1,0 +1,226 @@
+//! Causal grouped-query attention of t window queries over frozen and own keys, and its backward.
+//!
+//! h heads · g kv_heads · d head_dim · q (t, h·d) · own k, v (t, g·d) at positions len.. ·
+//! past k, v (len, g·d) at positions 0..len · lse (h, t)
+//! S = scale·q kᵀ, P = softmax(S) over the keys a query sees, out = P v.
+//!
+//! Queries are taken in blocks, so that memory is linear in the context: a block's scores are
+//! (block, keys it can see). Own and past keys are two segments of one row of scores.
+//! Backward recomputes P from the saved log-sum-exp (Dao et al., FlashAttention, section 3.1).
+
+use super::gemm::{Shared, View};
+use super::with_scratch;
+use crate::{Attention, AttentionGrads, AttentionSaved, Past};
+use rayon::prelude::*;
+
+/// Queries whose scores are held at a time.
+const QUERIES: usize = 64;
+
+/// The keys that a block of queries may see: past rows `past..len` and own rows `own..own_end`.
+#[derive(Clone, Copy)]
+struct Span {
+    past: usize,
+    len: usize,
+    own: usize,
+    own_end: usize,
+}
+
+impl Span {
+    /// For queries first..first + n of the window, after `len` past rows.
+    fn of(first: usize, n: usize, len: usize, window: Option<usize>) -> Span {
+        let lowest = window.map_or(0, |w| (len + first + 1).saturating_sub(w));
+        Span { past: lowest.min(len), len, own: lowest.saturating_sub(len), own_end: first + n }
+    }
+    fn past_rows(&self) -> usize {
+        self.len - self.past
+    }
+    fn own_rows(&self) -> usize {
+        self.own_end - self.own
+    }
+    fn keys(&self) -> usize {
+        self.past_rows() + self.own_rows()
+    }
+    /// Columns of the scores that query `i` of the window sees.
+    fn visible(&self, i: usize, window: Option<usize>) -> std::ops::Range<usize> {
+        let position = self.len + i;
+        let lowest = window.map_or(0, |w| (position + 1).saturating_sub(w));
+        let column = |p: usize| if p < self.len { p - self.past } else { self.past_rows() + p - self.len - self.own };
+        column(lowest)..column(position) + 1
+    }
+}
+
+/// Keys or values of one kv head as the two segments of a span.
+struct Segments<'a> {
+    past: View<'a>,
+    own: View<'a>,
+}
+
+impl<'a> Segments<'a> {
+    fn of(past: &'a [f32], own: &'a [f32], span: &Span, head: usize, shape: &Attention) -> Segments<'a> {
+        let (d, stride) = (shape.head_dim, shape.kv_heads * shape.head_dim);
+        let cut = |data: &'a [f32], first: usize, rows: usize| {
+            let at = if rows == 0 { 0 } else { first * stride + head * d };
+            View::new(&data[at..], rows, d, stride)
+        };
+        Segments { past: cut(past, span.past, span.past_rows()), own: cut(own, span.own, span.own_rows()) }
+    }
+}
+
+/// One head's queries: rows first..first + n of a (t, heads·d) buffer.
+fn rows_of<'a>(data: &'a [f32], first: usize, n: usize, head: usize, shape: &Attention) -> View<'a> {
+    let stride = shape.heads * shape.head_dim;
+    View::new(&data[first * stride + head * shape.head_dim..], n, shape.head_dim, stride)
+}
+
+/// scores (n, keys) = scale · a · segmentsᵀ.
+fn score(scores: &mut [f32], a: View, b: &Segments, span: &Span, scale: f32) {
+    let keys = span.keys();
+    let out = Shared::new(scores);
+    // SAFETY: the two products write different columns, one after the other on this thread.
+    unsafe {
+        out.product(0, keys, a, b.past.t(), scale, false);
+        out.product(span.past_rows(), keys, a, b.own.t(), scale, false);
+    }
+}
+
+/// out block (n, d) at `at` = p (n, keys) · segments.
+///
+/// # Safety
+/// Nobody else uses the block.
+unsafe fn mix(out: &Shared, at: usize, stride: usize, p: &[f32], n: usize, b: &Segments, span: &Span) {
+    let keys = span.keys();
+    let past = View::new(p, n, span.past_rows(), keys);
+    let own = View::new(&p[span.past_rows()..], n, span.own_rows(), keys);
+    // SAFETY: the caller's promise.
+    unsafe {
+        out.product(at, stride, past, b.past, 1.0, false);
+        out.product(at, stride, own, b.own, 1.0, span.past_rows() > 0);
+    }
+}
+
+/// See [`crate::Device::attention`].
+#[allow(clippy::too_many_arguments)]
+pub fn attention(
+    out: &mut [f32],
+    lse: &mut [f32],
+    q: &[f32],
+    k: &[f32],
+    v: &[f32],
+    past: Past<super::Buffer>,
+    t: usize,
+    shape: &Attention,
+) {
+    let group = shape.heads / shape.kv_heads;
+    let stride = shape.heads * shape.head_dim;
+    let out = Shared::new(&mut out[..t * stride]);
+    let lse = Shared::new(&mut lse[..shape.heads * t]);
+    let blocks = t.div_ceil(QUERIES);
+    (0..shape.heads * blocks).into_par_iter().for_each(|task| {
+        let (head, first) = (task / blocks, task % blocks * QUERIES);
+        let n = QUERIES.min(t - first);
+        let span = Span::of(first, n, past.len, shape.window);
+        let keys = Segments::of(past.keys, k, &span, head / group, shape);
+        let values = Segments::of(past.values, v, &span, head / group, shape);
+        with_scratch(n * span.keys(), |p| {
+            score(p, rows_of(q, first, n, head, shape), &keys, &span, shape.scale);
+            // SAFETY: rows first..first + n of this head belong to this task.
+            let lse = unsafe { lse.slice(head * t + first, n) };
+            for (i, row) in p.chunks_exact_mut(span.keys()).enumerate() {
+                lse[i] = softmax(row, span.visible(first + i, shape.window));
+            }
+            // SAFETY: as above.
+            unsafe { mix(&out, first * stride + head * shape.head_dim, stride, p, n, &values, &span) };
+        });
+    });
+}
+
+/// Softmax over the visible columns, zero elsewhere; returns the log-sum-exp.
+fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
+    row[..visible.start].fill(0.0);
+    row[visible.end..].fill(0.0);
+    let seen = &mut row[visible];
+    let top = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let mut sum = 0.0;
+    for x in seen.iter_mut() {
+        *x = (*x - top).exp();
+        sum += *x;
+    }
+    let inv = 1.0 / sum;
+    seen.iter_mut().for_each(|x| *x *= inv);
+    top + sum.ln()
+}
+
+/// See [`crate::Device::attention_backward`]. dS = P·(dP - rowsum(dout·out)), dP = dout vᵀ,
+/// dq = scale·dS k, dk = scale·dSᵀ q, dv = Pᵀ dout; the past gets no gradient.
+pub fn attention_backward(
+    grads: AttentionGrads<super::Buffer>,
+    saved: AttentionSaved<super::Buffer>,
+    t: usize,
+    shape: &Attention,
+) {
+    let kv_stride = shape.kv_heads * shape.head_dim;
+    grads.dk[..t * kv_stride].fill(0.0);
+    grads.dv[..t * kv_stride].fill(0.0);
+    let dq = Shared::new(&mut grads.dq[..t * shape.heads * shape.head_dim]);
+    let dk = Shared::new(&mut grads.dk[..t * kv_stride]);
+    let dv = Shared::new(&mut grads.dv[..t * kv_stride]);
+    let group = shape.heads / shape.kv_heads;
+    // One task per kv head: its query heads add to the same dk and dv, in order.
+    (0..shape.kv_heads).into_par_iter().for_each(|kv_head| {
+        for head in kv_head * group..(kv_head + 1) * group {
+            for first in (0..t).step_by(QUERIES) {
+                // SAFETY: columns of this kv head and of its query heads belong to this task.
+                unsafe { backward_block(&dq, &dk, &dv, &saved, t, shape, head, first) };
+            }
+        }
+    });
+}
+
+/// One head's queries first..first + QUERIES.
+///
+/// # Safety
+/// Nobody else uses this head's columns of dq, dk and dv.
+#[allow(clippy::too_many_arguments)]
+unsafe fn backward_block(
+    dq: &Shared,
+    dk: &Shared,
+    dv: &Shared,
+    saved: &AttentionSaved<super::Buffer>,
+    t: usize,
+    shape: &Attention,
+    head: usize,
+    first: usize,
+) {
+    let (d, stride, kv_stride) = (shape.head_dim, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
+    let kv_head = head / (shape.heads / shape.kv_heads);
+    let n = QUERIES.min(t - first);
+    let span = Span::of(first, n, saved.past.len, shape.window);
+    let keys = Segments::of(saved.past.keys, saved.k, &span, kv_head, shape);
+    let values = Segments::of(saved.past.values, saved.v, &span, kv_head, shape);
+    let q = rows_of(saved.q, first, n, head, shape);
+    let dout = rows_of(saved.dout, first, n, head, shape);
+    with_scratch(2 * n * span.keys(), |scratch| {
+        let (p, ds) = scratch.split_at_mut(n * span.keys());
+        score(p, q, &keys, &span, shape.scale);
+        score(ds, dout, &values, &span, 1.0);
+        for i in 0..n {
+            let row = (first + i) * stride + head * d;
+            let delta = super::simd::dot(&saved.dout[row..row + d], &saved.out[row..row + d]);
+            let lse = saved.lse[head * t + first + i];
+            let visible = span.visible(first + i, shape.window);
+            let columns = i * span.keys()..(i + 1) * span.keys();
+            for (j, (p, ds)) in p[columns.clone()].iter_mut().zip(&mut ds[columns]).enumerate() {
+                *p = if visible.contains(&j) { (*p - lse).exp() } else { 0.0 };
+                *ds = *p * (*ds - delta) * shape.scale;
+            }
+        }
+        let own = span.own * kv_stride + kv_head * d;
+        let own_columns = |data| View::new(data, n, span.own_rows(), span.keys()).t();
+        // SAFETY: the caller's promise; the three products run one after the other on this thread.
+        unsafe {
+            mix(dq, first * stride + head * d, stride, ds, n, &keys, &span);
+            dk.product(own, kv_stride, own_columns(&ds[span.past_rows()..]), q, 1.0, true);
+            dv.product(own, kv_stride, own_columns(&p[span.past_rows()..]), dout, 1.0, true);
+        }
+    });
+}

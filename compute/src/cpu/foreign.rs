@@ -1,0 +1,343 @@
+//! Weights in memory that an inference server owns: read where they lie, written in place.
+//!
+//! Another process reads these bytes while we write them (HOGWILD). Rust has no data race there as
+//! long as we touch them by atomics, vector intrinsics or raw copies that the compiler cannot assume
+//! anything about; that is what [`load`] and [`store`] are for, and nothing else in this crate
+//! dereferences a foreign pointer. An element is written whole: a reader sees its old or its new
+//! value, never half of each (naturally aligned stores of 2 and 4 bytes, and vector stores, which
+//! x86 and Arm split at element boundaries at worst).
+
+use super::simd::multiversion;
+use crate::{Dtype, Stream};
+use half::slice::HalfFloatSliceExt;
+use std::cell::UnsafeCell;
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
+
+/// Elements converted at a time, so that the 16-bit copy stays in the first-level cache.
+const CHUNK: usize = 512;
+
+/// A row-major matrix (rows, cols) in foreign memory.
+pub struct Weight {
+    data: NonNull<u8>,
+    dtype: Dtype,
+    rows: usize,
+    cols: usize,
+    /// Keeps the memory mapped.
+    _owner: Arc<dyn Send + Sync>,
+}
+
+/// Memory of a weight that no server holds; zeroed, and only touched through [`load`] and [`store`].
+struct Memory(Box<[UnsafeCell<u32>]>);
+
+// SAFETY: the cells are only accessed through `load` and `store`, which are valid from any thread.
+unsafe impl Sync for Memory {}
+
+// SAFETY: the pointer is only ever dereferenced by `load` and `store`, whose accesses are valid
+// from any thread; `Weight::new` makes its caller promise that the memory outlives the value.
+unsafe impl Send for Weight {}
+// SAFETY: as above.
+unsafe impl Sync for Weight {}
+
+impl Weight {
+    /// A view of foreign memory that `owner` keeps mapped.
+    ///
+    /// # Safety
+    /// `data` must stay valid for reads and writes of rows·cols elements as long as `owner` lives,
+    /// and no Rust reference to those bytes may exist meanwhile.
+    pub unsafe fn new(
+        data: NonNull<u8>,
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        owner: Arc<dyn Send + Sync>,
+    ) -> Weight {
+        assert_eq!(data.addr().get() % dtype.size(), 0, "weight is not aligned to its element");
+        Weight { data, dtype, rows, cols, _owner: owner }
+    }
+
+    /// A weight in memory of its own, zeroed: for checks, benchmarks and models without a server.
+    pub fn zeros(dtype: Dtype, rows: usize, cols: usize) -> Weight {
+        let words = (rows * cols * dtype.size()).div_ceil(4).max(1);
+        let memory = Arc::new(Memory((0..words).map(|_| UnsafeCell::new(0)).collect()));
+        let data = NonNull::new(memory.0[0].get().cast()).expect("a box is not null");
+        // SAFETY: the box holds rows·cols elements, is aligned to 4, lives in the Arc, and nobody
+        // else can reach it.
+        unsafe { Weight::new(data, dtype, rows, cols, memory) }
+    }
+
+    /// A weight in memory of its own with these values; 16-bit elements are rounded stochastically
+    /// unless the values lie on their grid.
+    pub fn from_values(dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Weight {
+        assert_eq!(values.len(), rows * cols);
+        let w = Weight::zeros(dtype, rows, cols);
+        for (row, line) in values.chunks_exact(cols.max(1)).enumerate() {
+            w.write(row, 0, line, &Stream::rounding(0, 0, 0));
+        }
+        w
+    }
+
+    /// All values as f32, row-major.
+    pub fn values(&self) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows * self.cols];
+        for (row, line) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.read(row, 0, line);
+        }
+        out
+    }
+
+    /// The server's dtype.
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+    /// Rows, the outputs of a matrix; 1 for a vector.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+    /// Columns, the inputs of a matrix.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    fn at(&self, row: usize, col: usize, len: usize) -> NonNull<u8> {
+        assert!(row < self.rows && col + len <= self.cols, "({row},{col}+{len}) outside ({},{})", self.rows, self.cols);
+        // SAFETY: inside the rows·cols elements promised to `new`, as asserted above.
+        unsafe { self.data.add((row * self.cols + col) * self.dtype.size()) }
+    }
+
+    /// Row `row` from column `col` on as f32.
+    pub fn read(&self, row: usize, col: usize, out: &mut [f32]) {
+        let base = self.at(row, col, out.len());
+        if self.dtype == Dtype::F32 {
+            // SAFETY: `at` checked the range; f32 is 4 bytes without padding.
+            unsafe { load::<u32>(base, bits_mut(out)) };
+            return;
+        }
+        let mut raw = [0u16; CHUNK];
+        for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
+            let raw = &mut raw[..chunk.len()];
+            // SAFETY: `at` checked the whole range, of which this is a part.
+            unsafe { load::<u16>(base.add(i * CHUNK * 2), raw) };
+            match self.dtype {
+                Dtype::BF16 => widen_bf16(raw, chunk),
+                _ => half::slice::HalfBitsSliceExt::reinterpret_cast::<half::f16>(&*raw).convert_to_f32_slice(chunk),
+            }
+        }
+    }
+
+    /// Writes `values` into row `row` from column `col` on. 16-bit elements are rounded
+    /// stochastically: up with the probability of the share that is cut off, so that the expected
+    /// value is the f32 value. The random number of an element depends on `stream` and its index alone.
+    pub fn write(&self, row: usize, col: usize, values: &[f32], stream: &Stream) {
+        let base = self.at(row, col, values.len());
+        if self.dtype == Dtype::F32 {
+            // SAFETY: `at` checked the range.
+            unsafe { store::<u32>(base, bits(values)) };
+            return;
+        }
+        let (mut raw, mut random) = ([0u16; CHUNK], [0u16; CHUNK]);
+        let first = (row * self.cols + col) as u64;
+        for (i, chunk) in values.chunks(CHUNK).enumerate() {
+            let (raw, random) = (&mut raw[..chunk.len()], &mut random[..chunk.len()]);
+            stream.fill_u16(first + (i * CHUNK) as u64, random);
+            match self.dtype {
+                Dtype::BF16 => round_bf16(chunk, random, raw),
+                _ => round_f16(chunk, random, raw),
+            }
+            // SAFETY: `at` checked the whole range, of which this is a part.
+            unsafe { store::<u16>(base.add(i * CHUNK * 2), raw) };
+        }
+    }
+}
+
+fn bits(values: &[f32]) -> &[u32] {
+    // SAFETY: f32 and u32 have the same size and alignment and every bit pattern is valid.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}
+fn bits_mut(values: &mut [f32]) -> &mut [u32] {
+    // SAFETY: as in `bits`.
+    unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
+}
+
+multiversion! {
+    fn widen_bf16(raw: &[u16], out: &mut [f32]) {
+        for (o, &b) in out.iter_mut().zip(raw) {
+            *o = f32::from_bits((b as u32) << 16);
+        }
+    }
+}
+
+multiversion! {
+    /// bf16 is the upper half of an f32: add 16 random bits below the cut, then cut. A finite value
+    /// never becomes infinite: the largest finite bf16 takes its place.
+    fn round_bf16(values: &[f32], random: &[u16], out: &mut [u16]) {
+        for ((o, &v), &r) in out.iter_mut().zip(values).zip(random) {
+            let bits = v.to_bits();
+            let sign = (bits >> 16) & 0x8000;
+            let magnitude = ((bits & 0x7FFF_FFFF) + r as u32) >> 16;
+            *o = (magnitude.min(0x7F7F) | sign) as u16;
+        }
+    }
+}
+
+/// f16 has 13 fewer bits of mantissa than f32 and denser subnormals: round between the two
+/// neighbours of the value on the f16 grid.
+fn round_f16(values: &[f32], random: &[u16], out: &mut [u16]) {
+    for ((o, &v), &r) in out.iter_mut().zip(values).zip(random) {
+        let magnitude = v.abs().min(65504.0);
+        let exponent = ((magnitude.to_bits() >> 23) as i32 - 127).max(-14);
+        // 2^(exponent - 10), the distance of neighbours at this magnitude; exact in f32.
+        let ulp = f32::from_bits(((exponent - 10 + 127) as u32) << 23);
+        let below = (magnitude / ulp).floor();
+        let share = magnitude / ulp - below;
+        let up = share * 65536.0 > r as f32;
+        let rounded = ((below + up as u32 as f32) * ulp).min(65504.0);
+        *o = half::f16::from_f32(rounded.copysign(v)).to_bits();
+    }
+}
+
+/// An element of foreign memory.
+trait Element: Copy {
+    /// # Safety
+    /// `at` is valid and aligned.
+    unsafe fn load(at: NonNull<Self>) -> Self;
+    /// # Safety
+    /// `at` is valid and aligned.
+    unsafe fn store(at: NonNull<Self>, value: Self);
+}
+impl Element for u16 {
+    unsafe fn load(at: NonNull<u16>) -> u16 {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU16::from_ptr(at.as_ptr()) }.load(Relaxed)
+    }
+    unsafe fn store(at: NonNull<u16>, value: u16) {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU16::from_ptr(at.as_ptr()) }.store(value, Relaxed)
+    }
+}
+impl Element for u32 {
+    unsafe fn load(at: NonNull<u32>) -> u32 {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU32::from_ptr(at.as_ptr()) }.load(Relaxed)
+    }
+    unsafe fn store(at: NonNull<u32>, value: u32) {
+        // SAFETY: the caller's promise.
+        unsafe { AtomicU32::from_ptr(at.as_ptr()) }.store(value, Relaxed)
+    }
+}
+
+/// Copies foreign elements into `out`.
+///
+/// # Safety
+/// `src` is valid for reads of `out.len()` elements and aligned to them.
+unsafe fn load<T: Element>(src: NonNull<u8>, out: &mut [T]) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: avx2 was detected; both ranges hold out.len() elements.
+        done = unsafe { copy_avx2(src.as_ptr(), out.as_mut_ptr().cast(), size_of_val(out)) } / size_of::<T>();
+    }
+    for (i, o) in out.iter_mut().enumerate().skip(done) {
+        // SAFETY: i < out.len().
+        *o = unsafe { T::load(src.cast::<T>().add(i)) };
+    }
+}
+
+/// Copies `values` into foreign memory.
+///
+/// # Safety
+/// `dst` is valid for writes of `values.len()` elements and aligned to them.
+unsafe fn store<T: Element>(dst: NonNull<u8>, values: &[T]) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: avx2 was detected; both ranges hold values.len() elements.
+        done = unsafe { copy_avx2(values.as_ptr().cast(), dst.as_ptr(), size_of_val(values)) } / size_of::<T>();
+    }
+    for (i, &v) in values.iter().enumerate().skip(done) {
+        // SAFETY: i < values.len().
+        unsafe { T::store(dst.cast::<T>().add(i), v) };
+    }
+}
+
+/// Copies the whole 32-byte pieces of `len` bytes and returns how many bytes that were.
+///
+/// # Safety
+/// Both ranges are valid for `len` bytes; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn copy_avx2(src: *const u8, dst: *mut u8, len: usize) -> usize {
+    use std::arch::x86_64::{__m256i, _mm256_loadu_si256, _mm256_storeu_si256};
+    let whole = len / 32 * 32;
+    let mut at = 0;
+    while at < whole {
+        // SAFETY: at + 32 <= whole <= len.
+        unsafe {
+            let v = _mm256_loadu_si256(src.add(at).cast::<__m256i>());
+            _mm256_storeu_si256(dst.add(at).cast::<__m256i>(), v);
+        }
+        at += 32;
+    }
+    whole
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_on_the_grid_survives_a_write_and_a_read() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let w = Weight::zeros(dtype, 3, 1037);
+            let values: Vec<f32> = (0..1037).map(|i| (i as f32 % 64.0 - 32.0) / 8.0).collect();
+            w.write(1, 0, &values, &Stream::rounding(1, 2, 3));
+            let mut back = vec![0.0; 1037];
+            w.read(1, 0, &mut back);
+            assert_eq!(back, values, "{dtype}");
+            w.read(2, 0, &mut back);
+            assert!(back.iter().all(|&v| v == 0.0), "{dtype}: a neighbouring row was written");
+        }
+    }
+
+    #[test]
+    fn stochastic_rounding_is_unbiased() {
+        // n draws of one value: the mean's standard error is at most ulp / (2 sqrt n).
+        let n = 1 << 16;
+        let subnormal_f16 = 3.3e-6;
+        for (dtype, mantissa) in [(Dtype::BF16, 7), (Dtype::F16, 10)] {
+            for value in [1.001_f32, -3.3337, 0.1, 1e-3, -1.0 - 1e-4, subnormal_f16] {
+                let w = Weight::zeros(dtype, 1, n);
+                w.write(0, 0, &vec![value; n], &Stream::rounding(99, 5, 1));
+                let mut back = vec![0.0; n];
+                w.read(0, 0, &mut back);
+                let mean = back.iter().map(|&v| v as f64).sum::<f64>() / n as f64;
+                let floor = if dtype == Dtype::F16 { -14.0 } else { -126.0 };
+                let ulp = 2f64.powf((value.abs() as f64).log2().floor().max(floor) - mantissa as f64);
+                let error = (mean - value as f64).abs() / ulp;
+                assert!(error < 5.0 * 0.5 / (n as f64).sqrt(), "{dtype} {value}: off by {error} ulp");
+                let mut kinds = back.clone();
+                kinds.sort_by(f32::total_cmp);
+                kinds.dedup();
+                assert_eq!(kinds.len(), 2, "{dtype} {value} became {kinds:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_finite_value_never_rounds_to_infinity() {
+        for (dtype, largest) in [(Dtype::BF16, 3.3895314e38_f32), (Dtype::F16, 65504.0)] {
+            let w = Weight::zeros(dtype, 1, 128);
+            w.write(0, 0, &[f32::MAX; 128], &Stream::rounding(1, 1, 1));
+            let mut back = [0.0; 128];
+            w.read(0, 0, &mut back);
+            assert!(back.iter().all(|&v| v == largest), "{dtype}: {back:?}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "outside (2,8)")]
+    fn a_write_outside_the_tensor_is_refused() {
+        Weight::zeros(Dtype::F32, 2, 8).write(1, 4, &[0.0; 5], &Stream::rounding(1, 1, 1));
+    }
+}

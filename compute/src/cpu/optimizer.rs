@@ -1,0 +1,335 @@
+//! APOLLO (arXiv:2412.05270, Algorithm 1) and AdamW on gradients that stay in factors.
+//!
+//! G (m,n) = dyᵀ x over t rows, never formed as a whole. The projected side is the smaller one:
+//! big (t, C) with one column per channel, C = max(m,n); small (t, d), d = min(m,n).
+//! P (r,d) · R (C,r) = bigᵀ (small Pᵀ), channel-major · exp_avg, exp_avg_sq (C,r) ·
+//! N = exp_avg/(sqrt(exp_avg_sq) + eps) · s\[c\] = ‖N_c‖/(‖R_c‖ + 1e-8) · U = G·diag(s) or diag(s)·G.
+//!
+//! Why low rank is enough: only the norms of the channels are used, never their directions.
+//! Two passes: `prepare` writes nothing but s and ‖U‖, so that a step can still be refused;
+//! `commit` recomputes R, which is cheap, and writes moments and W, each once.
+
+use super::gemm::{Shared, View, product};
+use super::simd::{self, LANES, multiversion};
+use super::{Weight, with_scratch};
+use crate::{
+    AdamRow, Channels, Compressed, Factors, Moments, NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType,
+    Write,
+};
+use rayon::prelude::*;
+
+type Buffer = super::Buffer;
+
+/// Channels handled by one task of the compressed step.
+const CHANNELS: usize = 256;
+/// Elements of G formed at a time.
+const BLOCK: usize = 1 << 16;
+
+fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
+    (f.m.max(f.n), f.m.min(f.n))
+}
+
+/// small Pᵀ (t,r), one block of ranks per task.
+fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> Vec<f32> {
+    let (_, d) = channels_of(f);
+    let mut out = vec![0.0; f.t * c.rank];
+    let shared = Shared::new(&mut out);
+    let small = View::dense(f.small(), f.t, d);
+    (0..c.rank.div_ceil(64)).into_par_iter().for_each(|block| {
+        let first = block * 64;
+        let ranks = 64.min(c.rank - first);
+        let p = View::dense(&c.projection[first * d..], ranks, d).t();
+        // SAFETY: columns first..first + ranks belong to this task.
+        unsafe { shared.product(first, c.rank, small, p, 1.0, false) };
+    });
+    out
+}
+
+/// R of channels first..first + n into `out` (n,r).
+fn compress(out: &mut [f32], f: &Factors<Buffer>, q: &[f32], rank: usize, first: usize, n: usize) {
+    let (channels, _) = channels_of(f);
+    let big = View::new(&f.big()[first..], f.t, n, channels).t();
+    product(&mut out[..n * rank], big, View::dense(q, f.t, rank), 1.0, false);
+}
+
+/// See [`crate::Device::apollo_prepare`].
+#[allow(clippy::too_many_arguments)]
+pub fn prepare(
+    s: &mut [f32],
+    norms: &mut [f32],
+    at: usize,
+    exp_avg: &[f32],
+    exp_avg_sq: &[f32],
+    f: &Factors<Buffer>,
+    c: &Compressed<Buffer>,
+) {
+    let (channels, _) = channels_of(f);
+    let q = project(f, c);
+    let mut squares = vec![[0.0f32; 2]; channels];
+    squares.par_chunks_mut(CHANNELS).enumerate().for_each(|(block, squares)| {
+        let first = block * CHANNELS;
+        with_scratch(CHANNELS * c.rank, |r| {
+            compress(r, f, &q, c.rank, first, squares.len());
+            for (i, (square, r)) in squares.iter_mut().zip(r.chunks_exact(c.rank)).enumerate() {
+                let state = (first + i) * c.rank..(first + i + 1) * c.rank;
+                *square = channel_squares(r, &exp_avg[state.clone()], &exp_avg_sq[state], c.moments);
+            }
+        });
+    });
+    let scale = |n: f64, r: f64| (n.sqrt() / (r.sqrt() + 1e-8)) as f32;
+    match c.scale_type {
+        ScaleType::Channel => {
+            s.iter_mut().zip(&squares).for_each(|(s, [n, r])| *s = scale(*n as f64, *r as f64));
+            norms[at + NORM_UPDATE] = update_norm(f, Some(&s[..channels]));
+        }
+        ScaleType::Tensor => {
+            let sum = |i: usize| squares.iter().map(|v| v[i] as f64).sum::<f64>();
+            s[0] = scale(sum(0), sum(1));
+            norms[at + NORM_UPDATE] = s[0] * update_norm(f, None);
+        }
+    }
+}
+
+multiversion! {
+    /// (‖N_c‖², ‖R_c‖²) with the moments as this step would leave them.
+    fn channel_squares(r: &[f32], exp_avg: &[f32], exp_avg_sq: &[f32], k: Moments) -> [f32; 2] {
+        let mut sums = [[0.0f32; LANES]; 2];
+        for i in 0..r.len() {
+            let m = k.beta1 * exp_avg[i] + (1.0 - k.beta1) * r[i];
+            let v = k.beta2 * exp_avg_sq[i] + (1.0 - k.beta2) * (r[i] * r[i]);
+            let n = m / (v.sqrt() + k.eps);
+            sums[0][i % LANES] += n * n;
+            sums[1][i % LANES] += r[i] * r[i];
+        }
+        [simd::fold(sums[0]), simd::fold(sums[1])]
+    }
+}
+
+multiversion! {
+    fn update_moments(r: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], k: Moments) {
+        for i in 0..r.len() {
+            exp_avg[i] = k.beta1 * exp_avg[i] + (1.0 - k.beta1) * r[i];
+            exp_avg_sq[i] = k.beta2 * exp_avg_sq[i] + (1.0 - k.beta2) * (r[i] * r[i]);
+        }
+    }
+}
+
+/// ‖U‖ for channel scaling s, or ‖G‖ without: ‖U‖² = <A Aᵀ, B Bᵀ> over two (t,t) Gram matrices in
+/// f64, clamped at 0, or by forming G block by block where t is so large that this is cheaper.
+fn update_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
+    // f64 products run at half the rate of f32.
+    if 2 * f.t * (f.m + f.n) > f.m * f.n {
+        return formed_norm(f, s);
+    }
+    let (channels, d) = channels_of(f);
+    let a = gram(f.big(), f.t, channels, s);
+    let b = gram(f.small(), f.t, d, None);
+    a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>().max(0.0).sqrt() as f32
+}
+
+/// (t,t) Gram matrix of the columns of x (t,c), each scaled by s, in f64.
+fn gram(x: &[f32], t: usize, c: usize, s: Option<&[f32]>) -> Vec<f64> {
+    const COLUMNS: usize = 4096;
+    let parts: Vec<Vec<f64>> = (0..c.div_ceil(COLUMNS))
+        .into_par_iter()
+        .map(|block| {
+            let first = block * COLUMNS;
+            let n = COLUMNS.min(c - first);
+            let mut wide = vec![0f64; t * n];
+            for (i, row) in wide.chunks_exact_mut(n).enumerate() {
+                for (j, v) in row.iter_mut().enumerate() {
+                    *v = x[i * c + first + j] as f64 * s.map_or(1.0, |s| s[first + j] as f64);
+                }
+            }
+            gram_f64(&wide, t, n)
+        })
+        .collect();
+    let mut sum = vec![0f64; t * t];
+    for part in parts {
+        sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
+    }
+    sum
+}
+
+fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
+    assert_eq!(x.len(), t * n);
+    let mut out = vec![0f64; t * t];
+    let (rs, none) = (n as isize, gemm::Parallelism::None);
+    let x = x.as_ptr();
+    // SAFETY: out is (t,t), x is (t,n) and used as itself and as its transpose.
+    unsafe {
+        gemm::gemm(
+            t,
+            t,
+            n,
+            out.as_mut_ptr(),
+            1,
+            t as isize,
+            false,
+            x,
+            1,
+            rs,
+            x,
+            rs,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            none,
+        )
+    };
+    out
+}
+
+/// Rows of G that one task forms.
+fn block_rows(n: usize) -> usize {
+    (BLOCK / n).clamp(1, 256)
+}
+
+/// Rows first..first + rows of G into `out` (rows, n).
+fn form(out: &mut [f32], f: &Factors<Buffer>, first: usize, rows: usize) {
+    let dy = View::new(&f.dy[first..], f.t, rows, f.m).t();
+    product(&mut out[..rows * f.n], dy, View::dense(f.x, f.t, f.n), 1.0, false);
+}
+
+fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
+    let rows = block_rows(f.n);
+    let channels = f.channels();
+    let parts: Vec<f64> = (0..f.m.div_ceil(rows))
+        .into_par_iter()
+        .map(|block| {
+            let first = block * rows;
+            let n = rows.min(f.m - first);
+            with_scratch(n * f.n, |g| {
+                form(g, f, first, n);
+                let factor = |i: usize, j: usize| match (s, channels) {
+                    (None, _) => 1.0,
+                    (Some(s), Channels::Rows) => s[first + i] as f64,
+                    (Some(s), Channels::Columns) => s[j] as f64,
+                };
+                let square = |(k, v): (usize, &f32)| (*v as f64 * factor(k / f.n, k % f.n)).powi(2);
+                g.iter().enumerate().map(square).sum()
+            })
+        })
+        .collect();
+    parts.iter().sum::<f64>().sqrt() as f32
+}
+
+/// See [`crate::Device::apollo_commit`].
+#[allow(clippy::too_many_arguments)]
+pub fn commit(
+    w: &Weight,
+    norms: &mut [f32],
+    at: usize,
+    s: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+    f: &Factors<Buffer>,
+    c: &Compressed<Buffer>,
+    write: Write,
+) {
+    let q = project(f, c);
+    exp_avg.par_chunks_mut(CHANNELS * c.rank).zip(exp_avg_sq.par_chunks_mut(CHANNELS * c.rank)).enumerate().for_each(
+        |(block, (exp_avg, exp_avg_sq))| {
+            with_scratch(exp_avg.len(), |r| {
+                compress(r, f, &q, c.rank, block * CHANNELS, exp_avg.len() / c.rank);
+                update_moments(r, exp_avg, exp_avg_sq, c.moments);
+            });
+        },
+    );
+    let step = write.step * norms[at + NORM_FACTOR];
+    norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
+    let keep = 1.0 - write.decay;
+    update_rows(w, f, &write, |row, w, g| match (c.scale_type, f.channels()) {
+        (ScaleType::Tensor, _) => scale_subtract(w, g, step * s[0], keep),
+        (ScaleType::Channel, Channels::Rows) => scale_subtract(w, g, step * s[row], keep),
+        (ScaleType::Channel, Channels::Columns) => scale_subtract_columns(w, g, s, step, keep),
+    });
+}
+
+/// Forms G block by block and hands (row number, row of W, row of G) to `update`, which
+/// changes the row of W; writes it back. Every row of W is read and written once.
+fn update_rows(w: &Weight, f: &Factors<Buffer>, write: &Write, update: impl Fn(usize, &mut [f32], &[f32]) + Sync) {
+    assert_eq!((w.rows(), w.cols()), (f.m, f.n));
+    let rows = block_rows(f.n);
+    (0..f.m.div_ceil(rows)).into_par_iter().for_each(|block| {
+        let first = block * rows;
+        let n = rows.min(f.m - first);
+        with_scratch((n + 1) * f.n, |scratch| {
+            let (line, g) = scratch.split_at_mut(f.n);
+            form(g, f, first, n);
+            for (i, g) in g.chunks_exact(f.n).take(n).enumerate() {
+                w.read(first + i, 0, line);
+                update(first + i, line, g);
+                w.write(first + i, 0, line, &write.stream);
+            }
+        });
+    });
+}
+
+multiversion! {
+    fn scale_subtract(w: &mut [f32], g: &[f32], step: f32, keep: f32) {
+        for (w, &g) in w.iter_mut().zip(g) {
+            *w = (*w - step * g) * keep;
+        }
+    }
+}
+
+multiversion! {
+    fn scale_subtract_columns(w: &mut [f32], g: &[f32], s: &[f32], step: f32, keep: f32) {
+        for ((w, &g), &s) in w.iter_mut().zip(g).zip(s) {
+            *w = (*w - step * (g * s)) * keep;
+        }
+    }
+}
+
+multiversion! {
+    /// AdamW (Loshchilov & Hutter, arXiv:1711.05101) with bias correction in the step.
+    fn adamw(w: &mut [f32], g: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], k: Moments, step: f32, keep: f32) {
+        for i in 0..g.len() {
+            exp_avg[i] = k.beta1 * exp_avg[i] + (1.0 - k.beta1) * g[i];
+            exp_avg_sq[i] = k.beta2 * exp_avg_sq[i] + (1.0 - k.beta2) * (g[i] * g[i]);
+            w[i] = (w[i] - step * exp_avg[i] / (exp_avg_sq[i].sqrt() + k.eps)) * keep;
+        }
+    }
+}
+
+/// See [`crate::Device::adamw_factors`].
+pub fn adamw_factors(
+    w: &Weight,
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+    f: &Factors<Buffer>,
+    moments: Moments,
+    write: Write,
+) {
+    assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
+    let (exp_avg, exp_avg_sq) = (Shared::new(exp_avg), Shared::new(exp_avg_sq));
+    update_rows(w, f, &write, |row, w, g| {
+        // SAFETY: row `row` of the moments belongs to the task that writes row `row` of W.
+        let (m, v) = unsafe { (exp_avg.slice(row * f.n, f.n), exp_avg_sq.slice(row * f.n, f.n)) };
+        adamw(w, g, m, v, moments, write.step, 1.0 - write.decay);
+    });
+}
+
+/// See [`crate::Device::adamw_rows`].
+pub fn adamw_rows(
+    w: &Weight,
+    rows: &[AdamRow],
+    g: &[f32],
+    exp_avg: &mut [f32],
+    exp_avg_sq: &mut [f32],
+    moments: Moments,
+    write: Write,
+) {
+    let n = w.cols();
+    let mut line = vec![0.0; n];
+    for (r, g) in rows.iter().zip(g.chunks_exact(n)) {
+        let state = r.slot as usize * n..(r.slot as usize + 1) * n;
+        w.read(r.row as usize, 0, &mut line);
+        adamw(&mut line, g, &mut exp_avg[state.clone()], &mut exp_avg_sq[state], moments, r.step, 1.0 - write.decay);
+        w.write(r.row as usize, 0, &line, &write.stream);
+    }
+}

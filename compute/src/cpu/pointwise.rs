@@ -1,0 +1,165 @@
+//! Operations that work row by row or element by element, each with its backward.
+//!
+//! Reductions use [`simd::LANES`] partial sums in a fixed order.
+
+use super::Weight;
+use super::gemm::Shared;
+use super::simd::{self, LANES, multiversion};
+use rayon::prelude::*;
+
+/// Rows or elements handled by one task where a single one is too little work.
+const ROWS_PER_TASK: usize = 8;
+const ELEMENTS_PER_TASK: usize = 1 << 14;
+
+fn vector(w: &Weight) -> Vec<f32> {
+    let mut values = vec![0.0; w.cols()];
+    w.read(0, 0, &mut values);
+    values
+}
+
+/// y = x / rms(x) · w over `rows` rows; Zhang & Sennrich, "Root mean square layer normalization".
+pub fn rms_norm(y: &mut [f32], x: &[f32], w: &Weight, eps: f32, rows: usize) {
+    let n = w.cols();
+    let w = vector(w);
+    y[..rows * n].par_chunks_mut(n * ROWS_PER_TASK).zip(x[..rows * n].par_chunks(n * ROWS_PER_TASK)).for_each(
+        |(y, x)| {
+            for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
+                norm_row(y, x, &w, eps);
+            }
+        },
+    );
+}
+
+multiversion! {
+    fn norm_row(y: &mut [f32], x: &[f32], w: &[f32], eps: f32) {
+        let inv = 1.0 / (simd::dot(x, x) / x.len() as f32 + eps).sqrt();
+        for ((y, &x), &w) in y.iter_mut().zip(x).zip(w) {
+            *y = x * inv * w;
+        }
+    }
+}
+
+/// With r = 1/rms: dx += r·(dy·w) - x·r³/n·Σ(dy·w·x); dw = Σ_rows dy·x·r.
+pub fn rms_norm_backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &Weight, eps: f32, rows: usize) {
+    let n = w.cols();
+    let w = vector(w);
+    let dw = &mut dw[..n];
+    dw.fill(0.0);
+    for ((dx, dy), x) in dx[..rows * n].chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n)) {
+        norm_row_backward(dx, dw, dy, x, &w, eps);
+    }
+}
+
+multiversion! {
+    fn norm_row_backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
+        let n = x.len();
+        let inv = 1.0 / (simd::dot(x, x) / n as f32 + eps).sqrt();
+        let mut lanes = [0.0; LANES];
+        for i in 0..n {
+            lanes[i % LANES] += dy[i] * w[i] * x[i];
+        }
+        let pull = simd::fold(lanes) * inv * inv * inv / n as f32;
+        for i in 0..n {
+            dx[i] += dy[i] * w[i] * inv - x[i] * pull;
+            dw[i] += dy[i] * x[i] * inv;
+        }
+    }
+}
+
+/// Rotary embedding in the rotate-half layout (Su et al., RoFormer, as Hugging Face stores it).
+pub fn rope(x: &mut [f32], table: &[f32], position: usize, t: usize, heads: usize, head_dim: usize, inverse: bool) {
+    let half = head_dim / 2;
+    x[..t * heads * head_dim].par_chunks_mut(heads * head_dim).enumerate().for_each(|(i, row)| {
+        let angles = &table[(position + i) * head_dim..][..head_dim];
+        let (cos, sin) = angles.split_at(half);
+        for head in row.chunks_exact_mut(head_dim) {
+            let (a, b) = head.split_at_mut(half);
+            for j in 0..half {
+                let s = if inverse { -sin[j] } else { sin[j] };
+                (a[j], b[j]) = (a[j] * cos[j] - b[j] * s, b[j] * cos[j] + a[j] * s);
+            }
+        }
+    });
+}
+
+/// h = silu(gate) · up.
+pub fn swiglu(h: &mut [f32], gate: &[f32], up: &[f32]) {
+    h.par_chunks_mut(ELEMENTS_PER_TASK)
+        .zip(gate.par_chunks(ELEMENTS_PER_TASK))
+        .zip(up.par_chunks(ELEMENTS_PER_TASK))
+        .for_each(|((h, gate), up)| {
+            for i in 0..h.len() {
+                h[i] = gate[i] * sigmoid(gate[i]) * up[i];
+            }
+        });
+}
+
+/// dup = dh·silu(g); dgate = dh·up·σ(g)·(1 + g·(1 - σ(g))).
+pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
+    dgate
+        .par_chunks_mut(ELEMENTS_PER_TASK)
+        .zip(dup.par_chunks_mut(ELEMENTS_PER_TASK))
+        .zip(dh.par_chunks(ELEMENTS_PER_TASK))
+        .zip(gate.par_chunks(ELEMENTS_PER_TASK).zip(up.par_chunks(ELEMENTS_PER_TASK)))
+        .for_each(|(((dgate, dup), dh), (gate, up))| {
+            for i in 0..dh.len() {
+                let s = sigmoid(gate[i]);
+                dup[i] = dh[i] * gate[i] * s;
+                dgate[i] = dh[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
+            }
+        });
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// Rows of logits become scale·(softmax - onehot(target)); losses\[i\] = log Σ exp - logit\[target\].
+pub fn cross_entropy(losses: &mut [f32], logits: &mut [f32], targets: &[u32], v: usize, scale: f32) {
+    let t = targets.len();
+    losses[..t].par_iter_mut().zip(logits[..t * v].par_chunks_mut(v)).zip(targets).for_each(
+        |((loss, row), &target)| {
+            let target = target as usize;
+            let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let chosen = row[target];
+            let mut sum = 0f64;
+            for chunk in row.chunks_mut(1024) {
+                let mut part = 0f32;
+                for x in chunk {
+                    *x = (*x - top).exp();
+                    part += *x;
+                }
+                sum += part as f64;
+            }
+            *loss = (sum.ln() + (top - chosen) as f64) as f32;
+            let inv = (scale as f64 / sum) as f32;
+            row.iter_mut().for_each(|x| *x *= inv);
+            row[target] -= scale;
+        },
+    );
+}
+
+/// db = Σ_rows dy.
+pub fn sum_rows(db: &mut [f32], dy: &[f32], t: usize, m: usize) {
+    db[..m].fill(0.0);
+    for row in dy[..t * m].chunks_exact(m) {
+        for (b, d) in db.iter_mut().zip(row) {
+            *b += d;
+        }
+    }
+}
+
+/// Number of values that are infinite or NaN.
+pub fn count_nonfinite(x: &[f32]) -> f32 {
+    x.par_chunks(ELEMENTS_PER_TASK).map(|c| c.iter().filter(|v| !v.is_finite()).count()).sum::<usize>() as f32
+}
+
+/// x\[i\] = row ids\[i\] of w.
+pub fn embed(x: &mut [f32], w: &Weight, ids: &[u32]) {
+    let n = w.cols();
+    let x = Shared::new(&mut x[..ids.len() * n]);
+    ids.par_iter().enumerate().for_each(|(i, &id)| {
+        // SAFETY: row i of x belongs to this task.
+        w.read(id as usize, 0, unsafe { x.slice(i * n, n) });
+    });
+}

@@ -1,0 +1,380 @@
+//! Device memory and the operations of one training step on it.
+//!
+//! One trait, [`Device`], and a twin for each kind of machine behind it (`cpu`). The trait is shaped
+//! for a GPU: no operation returns a host value, so a step can be queued without waiting; every
+//! scalar that steers a step (loss, norms, the verdict of the gates) lives in a device buffer, and
+//! the host reads it once, at the end, through [`Device::read`].
+//!
+//! Activations, gradients, moments and norms are f32. Weights are *foreign*: they belong to an
+//! inference server, keep its dtype (f32, f16 or bf16), are read where they lie and are written in
+//! place by exactly three operations, [`Device::apollo_commit`], [`Device::adamw_factors`] and
+//! [`Device::adamw_rows`].
+//!
+//! Shapes: matrices are row-major. `t` is the number of token rows; a weight W is (m,n) = (outputs,
+//! inputs) as Hugging Face stores `nn.Linear`; a vector is (1,n).
+
+pub mod cpu;
+mod random;
+mod sink;
+
+pub use cpu::Cpu;
+pub use random::{Philox, Stream};
+pub use sink::{Collector, Sink, TensorId};
+pub use weight_map::Dtype;
+
+/// Shape of one attention operation, the same for forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; `heads` is a multiple of it (grouped-query attention).
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Sliding window: a query at position p sees keys at positions > p - window. `None`: all.
+    pub window: Option<usize>,
+    /// Factor on q·k, 1/sqrt(head_dim) in every supported family.
+    pub scale: f32,
+}
+
+/// Keys and values of the frozen context: `len` rows of (kv_heads · head_dim), at positions 0..len.
+pub struct Past<'a, B> {
+    /// Keys after rope, at least `len` rows.
+    pub keys: &'a B,
+    /// Values, at least `len` rows.
+    pub values: &'a B,
+    /// Number of rows that count.
+    pub len: usize,
+}
+
+impl<B> Clone for Past<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Past<'_, B> {}
+
+/// Which factor of G = dyᵀx carries the channels (APOLLO, arXiv:2412.05270, Algorithm 1).
+///
+/// The projection compresses the smaller dimension; channels run along the larger one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Channels {
+    /// m >= n: one channel per row of W.
+    Rows,
+    /// m < n: one channel per column of W.
+    Columns,
+}
+
+/// How the scaling s is formed from the compressed step (APOLLO `scale_type`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleType {
+    /// One factor per channel.
+    Channel,
+    /// One factor per tensor (APOLLO-Mini).
+    Tensor,
+}
+
+/// Adam's constants as the compressed moments use them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Moments {
+    /// Decay of the first moment.
+    pub beta1: f32,
+    /// Decay of the second moment.
+    pub beta2: f32,
+    /// Added to sqrt(exp_avg_sq).
+    pub eps: f32,
+}
+
+/// Gradient G (m,n) = dyᵀ x as its factors over t rows, with the compressed state of its tensor.
+pub struct Factors<'a, B> {
+    /// Inputs of the layer, (t,n).
+    pub x: &'a B,
+    /// Gradient of its outputs, (t,m).
+    pub dy: &'a B,
+    /// Rows.
+    pub t: usize,
+    /// Outputs.
+    pub m: usize,
+    /// Inputs.
+    pub n: usize,
+}
+
+impl<B> Factors<'_, B> {
+    /// Rows if m >= n, else columns.
+    pub fn channels(&self) -> Channels {
+        if self.m >= self.n { Channels::Rows } else { Channels::Columns }
+    }
+    /// The factor with one column per channel, (t, max(m,n)).
+    pub fn big(&self) -> &B {
+        match self.channels() {
+            Channels::Rows => self.dy,
+            Channels::Columns => self.x,
+        }
+    }
+    /// The factor that the projection compresses, (t, min(m,n)).
+    pub fn small(&self) -> &B {
+        match self.channels() {
+            Channels::Rows => self.x,
+            Channels::Columns => self.dy,
+        }
+    }
+}
+
+/// What of a compressed step the two passes of APOLLO share.
+pub struct Compressed<'a, B> {
+    /// Projection P (r, min(m,n)), entries N(0, 1/r).
+    pub projection: &'a B,
+    /// Rank r of the projection.
+    pub rank: usize,
+    /// Channel or tensor scaling.
+    pub scale_type: ScaleType,
+    /// Decay constants.
+    pub moments: Moments,
+}
+
+/// Number of f32 slots that [`Device::apollo_prepare`] and [`Device::limit`] use for one tensor.
+pub const NORM_SLOTS: usize = 4;
+/// Slot: ‖U‖ stored by the last step that was applied; 0 before the first. Part of the saved state.
+pub const NORM_PREVIOUS: usize = 0;
+/// Slot: ‖U‖ of this step before the limiter.
+pub const NORM_UPDATE: usize = 1;
+/// Slot: 1/L, what the limiter multiplies U with.
+pub const NORM_FACTOR: usize = 2;
+/// Slot: ‖U‖ after the limiter and its floor, which becomes `NORM_PREVIOUS` if the step is applied.
+pub const NORM_NEXT: usize = 3;
+
+/// The norm-growth limiter (APOLLO section 4, after Fira): L = max(‖U‖/(prev+1e-8), γ)/γ, U /= L.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limiter {
+    /// γ, 1.01 in the paper; `None` switches the limiter off.
+    pub growth: Option<f32>,
+    /// Floor of the stored norm as a share of `expected`; 0 disables. Without it a run of quiet
+    /// examples freezes learning: the norm drops at once and climbs one per cent a step.
+    pub floor: f32,
+    /// sqrt(r·max(m,n)), near which ‖U‖ settles.
+    pub expected: f32,
+}
+
+/// A write of W: W' = (W - step·U)·(1 - decay), rounded to the dtype of W.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Write {
+    /// lr · bias correction · alpha.
+    pub step: f32,
+    /// lr · weight_decay.
+    pub decay: f32,
+    /// Random numbers of the stochastic rounding; ignored for f32.
+    pub stream: Stream,
+}
+
+/// The operations of one training step. See the crate's text for what they have in common.
+///
+/// Panics: buffers too small for the shapes given are a mistake of the caller and assert.
+pub trait Device: Send + Sync + 'static {
+    /// f32 elements in device memory, owned.
+    type Buffer: Send + Sync;
+    /// Token ids in device memory, owned.
+    type Ids: Send + Sync;
+    /// A weight in foreign memory.
+    type Weight: Send + Sync;
+
+    /// `len` zeros.
+    fn zeros(&self, len: usize) -> Self::Buffer;
+    /// Number of elements of a buffer.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Token ids on the device.
+    fn ids(&self, ids: &[u32]) -> Self::Ids;
+    /// Copies host values into `dst` from element `at` on.
+    fn write(&self, dst: &mut Self::Buffer, at: usize, src: &[f32]);
+    /// Waits for all that was queued and copies `dst.len()` values to the host.
+    fn read(&self, src: &Self::Buffer, at: usize, dst: &mut [f32]);
+    /// (rows, cols) of a weight.
+    fn shape(&self, w: &Self::Weight) -> (usize, usize);
+    /// dst[dst_at..][..len] = src[src_at..][..len].
+    fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
+
+    /// x (t,n): row i is row ids\[i\] of W (vocab,n). Ids beyond W are the caller's mistake.
+    fn embed(&self, x: &mut Self::Buffer, w: &Self::Weight, ids: &Self::Ids);
+    /// y (t,m) = x (t,n) Wᵀ + bias (m).
+    fn linear(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, bias: Option<&Self::Weight>, t: usize);
+    /// dx (t,n) = dy (t,m) W, or dx += if `accumulate`.
+    fn linear_dx(&self, dx: &mut Self::Buffer, dy: &Self::Buffer, w: &Self::Weight, t: usize, accumulate: bool);
+    /// db (m) = sum over the t rows of dy (t,m).
+    fn sum_rows(&self, db: &mut Self::Buffer, dy: &Self::Buffer, t: usize, m: usize);
+    /// g (rows·cols) of G = dyᵀ x, added: the stored gradient, for collectors and checks only.
+    fn outer_accumulate(&self, g: &mut Self::Buffer, f: &Factors<Self::Buffer>);
+    /// x[i] += y[i] for i < len.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
+
+    /// y = x / rms(x) · w over rows of w's length; rms = sqrt(mean(x²) + eps).
+    fn rms_norm(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, eps: f32, rows: usize);
+    /// dx += gradient of the norm's input; dw (n) = gradient of w summed over the rows.
+    #[allow(clippy::too_many_arguments)]
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Self::Buffer,
+        dw: &mut Self::Buffer,
+        dy: &Self::Buffer,
+        x: &Self::Buffer,
+        w: &Self::Weight,
+        eps: f32,
+        rows: usize,
+    );
+    /// Rotates x (t, heads, head_dim) in place: pairs (i, i + head_dim/2) by the angle of position
+    /// p = `position` + row. `table` is (positions, head_dim): cos then sin halves, already scaled.
+    /// `inverse` multiplies by the transposed rotation (backward).
+    #[allow(clippy::too_many_arguments)]
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        table: &Self::Buffer,
+        position: usize,
+        t: usize,
+        heads: usize,
+        head_dim: usize,
+        inverse: bool,
+    );
+    /// out (t, heads·head_dim) and lse (heads, t): causal attention of queries at positions
+    /// past.len.. over the frozen past and over k, v (t, kv_heads·head_dim) of the same rows.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        out: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        past: Past<Self::Buffer>,
+        t: usize,
+        shape: &Attention,
+    );
+    /// Gradients of q, k and v of the window (set, not added); the past gets none.
+    fn attention_backward(
+        &self,
+        grads: AttentionGrads<Self::Buffer>,
+        saved: AttentionSaved<Self::Buffer>,
+        t: usize,
+        shape: &Attention,
+    );
+    /// h = silu(gate) · up, element by element.
+    fn swiglu(&self, h: &mut Self::Buffer, gate: &Self::Buffer, up: &Self::Buffer, len: usize);
+    /// Gradients of gate and up from dh; dh may not alias them.
+    fn swiglu_backward(
+        &self,
+        dgate: &mut Self::Buffer,
+        dup: &mut Self::Buffer,
+        dh: &Self::Buffer,
+        gate: &Self::Buffer,
+        up: &Self::Buffer,
+        len: usize,
+    );
+    /// losses\[i\] = -log softmax(logits row i)\[targets\[i\]\]; logits (t,v) become scale·(softmax - onehot).
+    fn cross_entropy(
+        &self,
+        losses: &mut Self::Buffer,
+        logits: &mut Self::Buffer,
+        targets: &Self::Ids,
+        v: usize,
+        scale: f32,
+    );
+
+    /// counter\[at\] += number of elements of x\[..len\] that are not finite.
+    fn count_nonfinite(&self, counter: &mut Self::Buffer, at: usize, x: &Self::Buffer, len: usize);
+    /// p (r,d) ~ N(0, 1/r) from the stream; the same numbers on every device
+    /// up to the last bit of its sine and logarithm.
+    fn normal_projection(&self, p: &mut Self::Buffer, rank: usize, dim: usize, stream: Stream);
+    /// First pass of a step, writes neither state nor W: the scaling s (max(m,n), or 1 for tensor
+    /// scaling) from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`.
+    #[allow(clippy::too_many_arguments)]
+    fn apollo_prepare(
+        &self,
+        s: &mut Self::Buffer,
+        norms: &mut Self::Buffer,
+        at: usize,
+        exp_avg: &Self::Buffer,
+        exp_avg_sq: &Self::Buffer,
+        f: &Factors<Self::Buffer>,
+        c: &Compressed<Self::Buffer>,
+    );
+    /// Slots `NORM_FACTOR` and `NORM_NEXT` at `at` from `NORM_PREVIOUS` and `NORM_UPDATE`.
+    fn limit(&self, norms: &mut Self::Buffer, at: usize, limiter: Limiter);
+    /// Second pass: moments and W are written, each once; `NORM_PREVIOUS` becomes `NORM_NEXT`.
+    /// Cannot fail. The step is `write.step` times slot `NORM_FACTOR`.
+    #[allow(clippy::too_many_arguments)]
+    fn apollo_commit(
+        &self,
+        w: &Self::Weight,
+        norms: &mut Self::Buffer,
+        at: usize,
+        s: &Self::Buffer,
+        exp_avg: &mut Self::Buffer,
+        exp_avg_sq: &mut Self::Buffer,
+        f: &Factors<Self::Buffer>,
+        c: &Compressed<Self::Buffer>,
+        write: Write,
+    );
+    /// AdamW with the gradient in factors, formed block by block: `exp_avg`, `exp_avg_sq` (m,n).
+    /// `write.step` is lr·sqrt(1-b2^t)/(1-b1^t).
+    fn adamw_factors(
+        &self,
+        w: &Self::Weight,
+        exp_avg: &mut Self::Buffer,
+        exp_avg_sq: &mut Self::Buffer,
+        f: &Factors<Self::Buffer>,
+        moments: Moments,
+        write: Write,
+    );
+    /// dst row index\[i\] += src row i, rows of n.
+    fn scatter_add_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &Self::Ids, n: usize);
+    /// AdamW on rows of W (·,n): row i of g (rows.len(), n) belongs to row rows\[i\].row of W, its
+    /// moments to row rows\[i\].slot of (·,n) buffers. A vector is row 0 of (1,n). `write.step` is ignored.
+    #[allow(clippy::too_many_arguments)]
+    fn adamw_rows(
+        &self,
+        w: &Self::Weight,
+        rows: &[AdamRow],
+        g: &Self::Buffer,
+        exp_avg: &mut Self::Buffer,
+        exp_avg_sq: &mut Self::Buffer,
+        moments: Moments,
+        write: Write,
+    );
+}
+
+/// One row of [`Device::adamw_rows`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamRow {
+    /// Row of W.
+    pub row: u32,
+    /// Row of the moments.
+    pub slot: u32,
+    /// lr·sqrt(1-b2^t)/(1-b1^t) with t the number of gradients that this row has had.
+    pub step: f32,
+}
+
+/// Outputs of [`Device::attention_backward`].
+pub struct AttentionGrads<'a, B> {
+    /// (t, heads·head_dim)
+    pub dq: &'a mut B,
+    /// (t, kv_heads·head_dim)
+    pub dk: &'a mut B,
+    /// (t, kv_heads·head_dim)
+    pub dv: &'a mut B,
+}
+
+/// Inputs of [`Device::attention_backward`]: what forward saw and left, and the gradient of out.
+pub struct AttentionSaved<'a, B> {
+    /// Gradient of out, (t, heads·head_dim).
+    pub dout: &'a B,
+    /// Forward's output.
+    pub out: &'a B,
+    /// Forward's log-sum-exp, (heads, t).
+    pub lse: &'a B,
+    /// Queries after rope.
+    pub q: &'a B,
+    /// Keys after rope.
+    pub k: &'a B,
+    /// Values.
+    pub v: &'a B,
+    /// The frozen context.
+    pub past: Past<'a, B>,
+}
