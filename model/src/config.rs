@@ -1,0 +1,324 @@
+//! `config.json` as Hugging Face writes it, in the spelling of transformers 4 and 5.
+//!
+//! What this crate does not compute is refused by name: a model that is trained by other formulas
+//! than it is served with learns nonsense.
+
+use crate::rope::Rope;
+use serde_json::{Map, Value};
+use std::path::Path;
+use weight_map::{Decoder, Family};
+
+/// Everything that decides what the layers compute.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Names and shapes of the tensors.
+    pub decoder: Decoder,
+    /// Added to the mean square in every norm.
+    pub rms_norm_eps: f32,
+    /// Rotary embedding.
+    pub rope: Rope,
+    /// Sliding window of each layer; `None` sees the whole context.
+    pub windows: Vec<Option<usize>>,
+    /// Longest sequence that the model was made for.
+    pub max_position_embeddings: usize,
+    /// Tokens that end an answer, from `eos_token_id`; may be empty.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// A `config.json` that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read {path}: {reason}; a model directory holds config.json beside its safetensors")]
+    Read {
+        /// The file.
+        path: String,
+        /// The system's words.
+        reason: String,
+    },
+    /// Not JSON, or not an object.
+    #[error("config.json is not valid: {0}")]
+    Json(String),
+    /// A key is missing or of the wrong type.
+    #[error("config.json: {key} must be {expected}, found {found}")]
+    Value {
+        /// The key.
+        key: String,
+        /// What would do.
+        expected: &'static str,
+        /// What stands there.
+        found: String,
+    },
+    /// A model that this crate does not compute.
+    #[error("config.json: {key} = {found} is not supported; supported: {supported}")]
+    Unsupported {
+        /// The key.
+        key: String,
+        /// Its value.
+        found: String,
+        /// What would do.
+        supported: &'static str,
+    },
+}
+
+/// Keys that change what is computed, with the only value that is supported.
+const NEUTRAL: [(&str, f64); 12] = [
+    ("partial_rotary_factor", 1.0),
+    ("pretraining_tp", 1.0),
+    ("attn_logit_softcapping", 0.0),
+    ("final_logit_softcapping", 0.0),
+    ("logit_scale", 1.0),
+    ("embedding_multiplier", 1.0),
+    ("residual_multiplier", 1.0),
+    ("logits_scaling", 1.0),
+    ("num_experts", 0.0),
+    ("num_local_experts", 0.0),
+    ("n_routed_experts", 0.0),
+    ("attention_dropout", 0.0),
+];
+
+impl Config {
+    /// Reads `config.json` of a model directory.
+    pub fn read(model_dir: &Path) -> Result<Config, ConfigError> {
+        let path = model_dir.join("config.json");
+        let text = std::fs::read_to_string(&path)
+            .map_err(|e| ConfigError::Read { path: path.display().to_string(), reason: e.to_string() })?;
+        Config::parse(&text)
+    }
+
+    /// Parses the text of a `config.json`.
+    pub fn parse(text: &str) -> Result<Config, ConfigError> {
+        let json: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
+        let Value::Object(map) = json else { return Err(ConfigError::Json("not an object".into())) };
+        let keys = Keys { map: &map, prefix: "" };
+        let family = family(&keys)?;
+        refuse_unsupported(&keys)?;
+        let decoder = decoder(&keys, family)?;
+        let max_position_embeddings = keys.size_or("max_position_embeddings", 2048)?;
+        let config = Config {
+            rms_norm_eps: keys.float_or("rms_norm_eps", 1e-6)? as f32,
+            rope: Rope::parse(&keys, decoder.head_dim, max_position_embeddings)?,
+            windows: windows(&keys, family, decoder.layers)?,
+            eos_token_ids: eos(&keys)?,
+            max_position_embeddings,
+            decoder,
+        };
+        Ok(config)
+    }
+}
+
+fn family(keys: &Keys) -> Result<Family, ConfigError> {
+    const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+    let found = keys.get("architectures").cloned().unwrap_or(Value::Null);
+    let name = found.as_array().and_then(|a| a.first()).and_then(Value::as_str);
+    match name {
+        Some("LlamaForCausalLM") => Ok(Family::Llama),
+        Some("MistralForCausalLM") => Ok(Family::Mistral),
+        Some("Qwen2ForCausalLM") => Ok(Family::Qwen2),
+        Some("Qwen3ForCausalLM") => Ok(Family::Qwen3),
+        _ => Err(ConfigError::Unsupported {
+            key: "architectures".into(),
+            found: found.to_string(),
+            supported: SUPPORTED,
+        }),
+    }
+}
+
+fn refuse_unsupported(keys: &Keys) -> Result<(), ConfigError> {
+    let unsupported = |key: &str, found: &Value, supported| {
+        Err(ConfigError::Unsupported { key: key.into(), found: found.to_string(), supported })
+    };
+    if let Some(found) = keys.get("quantization_config") {
+        return unsupported("quantization_config", found, "weights in F32, F16 or BF16, not quantized");
+    }
+    for (key, neutral) in NEUTRAL {
+        match keys.get(key) {
+            Some(found) if found.as_f64() != Some(neutral) => {
+                return unsupported(key, found, "a dense model without this option");
+            }
+            _ => {}
+        }
+    }
+    match keys.get("hidden_act") {
+        Some(act) if act != "silu" => unsupported("hidden_act", act, "silu"),
+        _ => Ok(()),
+    }
+}
+
+fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
+    let (hidden, heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
+    let attention_bias = match family {
+        Family::Qwen2 => true,
+        Family::Mistral => false,
+        Family::Llama | Family::Qwen3 => keys.flag("attention_bias")?,
+    };
+    let decoder = Decoder {
+        family,
+        layers: keys.size("num_hidden_layers")?,
+        hidden,
+        intermediate: keys.size("intermediate_size")?,
+        heads,
+        kv_heads: keys.size_or("num_key_value_heads", heads)?,
+        head_dim: keys.size_or("head_dim", hidden / heads)?,
+        vocab: keys.size("vocab_size")?,
+        attention_bias,
+        output_bias: attention_bias && family != Family::Qwen2,
+        mlp_bias: family == Family::Llama && keys.flag("mlp_bias")?,
+        qk_norm: family == Family::Qwen3,
+        tied: keys.flag("tie_word_embeddings")?,
+    };
+    if !decoder.heads.is_multiple_of(decoder.kv_heads) {
+        return keys.wrong("num_key_value_heads", "a divisor of num_attention_heads");
+    }
+    if !decoder.head_dim.is_multiple_of(2) {
+        return keys.wrong("head_dim", "even, for rotary embeddings");
+    }
+    Ok(decoder)
+}
+
+/// Mistral slides everywhere; the others where `layer_types` says so, or from `max_window_layers` on.
+fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+    let slides = match family {
+        Family::Mistral => true,
+        Family::Llama => false,
+        Family::Qwen2 | Family::Qwen3 => keys.flag("use_sliding_window")?,
+    };
+    let window = if slides && keys.get("sliding_window").is_some() { Some(keys.size("sliding_window")?) } else { None };
+    let Some(types) = keys.get("layer_types") else {
+        let first = if family == Family::Mistral { 0 } else { keys.size_or("max_window_layers", 28)? };
+        return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
+    };
+    let names = types.as_array().filter(|a| a.len() == layers);
+    let Some(names) = names else { return keys.wrong("layer_types", "a list with one entry per layer") };
+    let kind = |name: &Value| match name.as_str() {
+        Some("full_attention") => Ok(None),
+        Some("sliding_attention") => Ok(window),
+        _ => Err(ConfigError::Unsupported {
+            key: "layer_types".into(),
+            found: name.to_string(),
+            supported: "full_attention, sliding_attention",
+        }),
+    };
+    names.iter().map(kind).collect()
+}
+
+fn eos(keys: &Keys) -> Result<Vec<u32>, ConfigError> {
+    let id = |v: &Value| v.as_u64().and_then(|v| u32::try_from(v).ok());
+    let ids = match keys.get("eos_token_id") {
+        None => Some(Vec::new()),
+        Some(Value::Array(list)) => list.iter().map(id).collect(),
+        Some(one) => id(one).map(|one| vec![one]),
+    };
+    ids.map_or_else(|| keys.wrong("eos_token_id", "a token id or a list of them"), Ok)
+}
+
+/// Typed access to the keys of a JSON object; null counts as absent.
+pub(crate) struct Keys<'a> {
+    pub map: &'a Map<String, Value>,
+    /// Path of the object, for messages: `rope_parameters.`.
+    pub prefix: &'static str,
+}
+
+impl<'a> Keys<'a> {
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.map.get(key).filter(|v| !v.is_null())
+    }
+
+    pub fn wrong<T>(&self, key: &str, expected: &'static str) -> Result<T, ConfigError> {
+        let found = self.map.get(key).map_or("nothing".into(), Value::to_string);
+        Err(ConfigError::Value { key: format!("{}{key}", self.prefix), expected, found })
+    }
+
+    /// A positive whole number below 2^32.
+    pub fn size(&self, key: &str) -> Result<usize, ConfigError> {
+        let value = self.get(key).and_then(Value::as_u64).filter(|v| (1..1 << 32).contains(v));
+        value.map_or_else(|| self.wrong(key, "a positive whole number"), |v| Ok(v as usize))
+    }
+
+    pub fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.get(key).is_none() { Ok(default) } else { self.size(key) }
+    }
+
+    pub fn float(&self, key: &str) -> Result<f64, ConfigError> {
+        let value = self.get(key).and_then(Value::as_f64).filter(|v| v.is_finite() && *v > 0.0);
+        value.map_or_else(|| self.wrong(key, "a positive number"), Ok)
+    }
+
+    pub fn float_or(&self, key: &str, default: f64) -> Result<f64, ConfigError> {
+        if self.get(key).is_none() { Ok(default) } else { self.float(key) }
+    }
+
+    pub fn flag(&self, key: &str) -> Result<bool, ConfigError> {
+        match self.get(key) {
+            None => Ok(false),
+            Some(Value::Bool(flag)) => Ok(*flag),
+            Some(_) => self.wrong(key, "true or false"),
+        }
+    }
+
+    /// The object under `key`, if there is one.
+    pub fn object(&self, key: &'static str, prefix: &'static str) -> Result<Option<Keys<'a>>, ConfigError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Object(map)) => Ok(Some(Keys { map, prefix })),
+            Some(_) => self.wrong(key, "an object"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const QWEN3: &str = r#"{"architectures":["Qwen3ForCausalLM"],"hidden_size":1024,"num_attention_heads":16,
+        "num_key_value_heads":8,"head_dim":128,"intermediate_size":3072,"num_hidden_layers":28,"vocab_size":151936,
+        "tie_word_embeddings":true,"rope_theta":1000000,"sliding_window":null,"eos_token_id":151645}"#;
+
+    fn with(key: &str, value: &str) -> Result<Config, ConfigError> {
+        let mut json: Value = serde_json::from_str(QWEN3).unwrap();
+        json[key] = serde_json::from_str(value).unwrap();
+        Config::parse(&json.to_string())
+    }
+
+    #[test]
+    fn a_config_of_transformers_4_is_read() {
+        let config = Config::parse(QWEN3).unwrap();
+        assert_eq!(config.decoder.head_dim, 128);
+        assert!(config.decoder.qk_norm && config.decoder.tied && !config.decoder.attention_bias);
+        assert_eq!(config.windows, vec![None; 28]);
+        assert_eq!(config.eos_token_ids, [151645]);
+    }
+
+    #[test]
+    fn what_is_not_computed_is_refused_by_name() {
+        for (key, value, named) in [
+            ("architectures", r#"["GPT2LMHeadModel"]"#, "GPT2LMHeadModel"),
+            ("quantization_config", r#"{"quant_method":"fp8"}"#, "quantization_config"),
+            ("hidden_act", r#""gelu""#, "gelu"),
+            ("partial_rotary_factor", "0.5", "partial_rotary_factor"),
+            ("num_experts", "8", "num_experts"),
+            ("rope_scaling", r#"{"rope_type":"dynamic","factor":2}"#, "dynamic"),
+            ("layer_types", r#"["linear_attention"]"#, "layer_types"),
+            ("head_dim", "127", "head_dim"),
+            ("num_key_value_heads", "3", "num_key_value_heads"),
+            ("hidden_size", "-1", "hidden_size"),
+            ("hidden_size", "\"big\"", "hidden_size"),
+        ] {
+            let error = with(key, value).expect_err(key).to_string();
+            assert!(error.contains(named), "{key}: {error}");
+        }
+    }
+
+    #[test]
+    fn sliding_windows_follow_the_family() {
+        let qwen = with("use_sliding_window", "true").unwrap();
+        assert_eq!(qwen.windows[27], None, "sliding_window is null");
+        let mut json: Value = serde_json::from_str(QWEN3).unwrap();
+        (json["use_sliding_window"], json["sliding_window"], json["max_window_layers"]) =
+            (true.into(), 64.into(), 20.into());
+        let windows = Config::parse(&json.to_string()).unwrap().windows;
+        assert_eq!((windows[19], windows[20]), (None, Some(64)));
+        json["architectures"] = serde_json::json!(["MistralForCausalLM"]);
+        assert_eq!(Config::parse(&json.to_string()).unwrap().windows, vec![Some(64); 28]);
+    }
+}

@@ -1,0 +1,325 @@
+//! Layers and their forward pass, the cache of the frozen context, and next-token logits.
+//!
+//! t rows of tokens · H hidden · I intermediate · h heads, g kv_heads, d head_dim · V vocab
+//! x (t,H) residual stream · q (t,h·d) · k, v (t,g·d) · attention out (t,h·d) · gate, up, act (t,I)
+
+use crate::config::Config;
+use compute::{Attention, Device, Past, TensorId};
+use std::collections::HashMap;
+use std::sync::Arc;
+use weight_map::HfTensor;
+
+/// Tokens that prefill runs at a time, so that its memory does not grow with the context.
+const PREFILL_CHUNK: usize = 512;
+
+/// A linear layer: y = x Wᵀ + b.
+#[derive(Clone, Copy)]
+pub(crate) struct Linear {
+    pub weight: TensorId,
+    pub bias: Option<TensorId>,
+}
+
+/// Tensors of one layer.
+pub(crate) struct Layer {
+    pub input_norm: TensorId,
+    pub q: Linear,
+    pub k: Linear,
+    pub v: Linear,
+    pub o: Linear,
+    pub q_norm: Option<TensorId>,
+    pub k_norm: Option<TensorId>,
+    pub post_norm: TensorId,
+    pub gate: Linear,
+    pub up: Linear,
+    pub down: Linear,
+    pub attention: Attention,
+}
+
+/// A model whose weights lie in foreign memory.
+pub struct Model<D: Device> {
+    pub(crate) device: Arc<D>,
+    config: Config,
+    tensors: Vec<HfTensor>,
+    weights: Vec<D::Weight>,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) embed: TensorId,
+    pub(crate) norm: TensorId,
+    pub(crate) head: TensorId,
+    /// (positions, head_dim)
+    pub(crate) rope: D::Buffer,
+    positions: usize,
+}
+
+/// Keys and values of a context, per layer, for up to `capacity` tokens.
+pub struct Cache<D: Device> {
+    layers: Vec<(D::Buffer, D::Buffer)>,
+    len: usize,
+    capacity: usize,
+}
+
+/// What backward needs of one layer's forward pass.
+pub(crate) struct Saved<D: Device> {
+    pub x: Arc<D::Buffer>,
+    pub normed: Arc<D::Buffer>,
+    /// Queries and keys before their norm; absent without one.
+    pub raw: Option<(D::Buffer, D::Buffer)>,
+    pub q: D::Buffer,
+    pub k: D::Buffer,
+    pub v: D::Buffer,
+    pub out: Arc<D::Buffer>,
+    pub lse: D::Buffer,
+    pub mid: D::Buffer,
+    pub normed_mid: Arc<D::Buffer>,
+    pub gate: D::Buffer,
+    pub up: D::Buffer,
+    pub act: Arc<D::Buffer>,
+}
+
+impl<D: Device> Cache<D> {
+    /// Number of tokens in the cache.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+    /// Whether nothing is cached.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+    /// Tokens that fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+    /// Forgets all but the first `len` tokens.
+    pub fn truncate(&mut self, len: usize) {
+        self.len = self.len.min(len);
+    }
+    pub(crate) fn past(&self, layer: usize) -> Past<'_, D::Buffer> {
+        let (keys, values) = &self.layers[layer];
+        Past { keys, values, len: self.len }
+    }
+}
+
+impl<D: Device> Model<D> {
+    /// `weights` in the order of `config.decoder.tensors()`, a vector being (1,n). Sequences of up to
+    /// `positions` tokens can be run.
+    ///
+    /// Panics if number or shapes of the weights are not those of the config; a weight map has
+    /// checked them before.
+    pub fn new(device: Arc<D>, config: Config, weights: Vec<D::Weight>, positions: usize) -> Model<D> {
+        let tensors = config.decoder.tensors();
+        assert_eq!(tensors.len(), weights.len(), "number of weights");
+        for (tensor, weight) in tensors.iter().zip(&weights) {
+            assert_eq!(matrix_shape(tensor), device.shape(weight), "{}", tensor.name);
+        }
+        let ids: HashMap<&str, TensorId> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
+        let layers = (0..config.decoder.layers).map(|i| Layer::new(&config, &ids, i)).collect();
+        let embed = ids["model.embed_tokens.weight"];
+        let (norm, head) = (ids["model.norm.weight"], ids.get("lm_head.weight").copied().unwrap_or(embed));
+        let table = config.rope.table(0, positions);
+        let mut rope = device.zeros(table.len());
+        device.write(&mut rope, 0, &table);
+        Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights }
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+    /// Tensors in the model's order; a [`TensorId`] is an index into it.
+    pub fn tensors(&self) -> &[HfTensor] {
+        &self.tensors
+    }
+    /// Weights in the same order.
+    pub fn weights(&self) -> &[D::Weight] {
+        &self.weights
+    }
+    /// (rows, cols) of every tensor, a vector being (1,n).
+    pub fn shapes(&self) -> Vec<(usize, usize)> {
+        self.tensors.iter().map(matrix_shape).collect()
+    }
+    /// Longest sequence that can be run.
+    pub fn positions(&self) -> usize {
+        self.positions
+    }
+
+    /// An empty cache for `capacity` tokens.
+    pub fn cache(&self, capacity: usize) -> Cache<D> {
+        let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
+        let buffer = || self.device.zeros(capacity * row);
+        let layers = self.layers.iter().map(|_| (buffer(), buffer())).collect();
+        Cache { layers, len: 0, capacity }
+    }
+
+    /// Runs tokens after those in the cache without gradients and adds their keys and values.
+    pub fn prefill(&self, cache: &mut Cache<D>, ids: &[u32]) {
+        for chunk in ids.chunks(PREFILL_CHUNK) {
+            self.prefill_chunk(cache, chunk, false);
+        }
+    }
+
+    /// Like [`Model::prefill`], and the logits (V) that follow the last token.
+    pub fn next_logits(&self, cache: &mut Cache<D>, ids: &[u32]) -> Vec<f32> {
+        let (&last, before) = ids.split_last().expect("at least one token");
+        self.prefill(cache, before);
+        let x = self.prefill_chunk(cache, &[last], true).expect("asked for");
+        let (normed, logits) = self.logits(&x, 1);
+        drop(normed);
+        let mut host = vec![0.0; self.config.decoder.vocab];
+        self.device.read(&logits, 0, &mut host);
+        host
+    }
+
+    /// One chunk through all layers; the last layer stops at its keys unless the output is wanted.
+    fn prefill_chunk(&self, cache: &mut Cache<D>, ids: &[u32], want_output: bool) -> Option<Arc<D::Buffer>> {
+        let t = ids.len();
+        assert!(cache.len + t <= cache.capacity, "{} + {t} tokens in a cache of {}", cache.len, cache.capacity);
+        let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
+        let mut x = Arc::new(self.embed(ids));
+        let last = self.layers.len() - 1;
+        for layer in 0..self.layers.len() {
+            let (k, v) = if layer == last && !want_output {
+                let projected = self.project(layer, &x, cache.len, t, false);
+                (projected.k, projected.v)
+            } else {
+                let (next, saved) = self.layer(layer, x, cache.past(layer), t);
+                x = next;
+                (saved.k, saved.v)
+            };
+            let (keys, values) = &mut cache.layers[layer];
+            self.device.copy(keys, cache.len * row, &k, 0, t * row);
+            self.device.copy(values, cache.len * row, &v, 0, t * row);
+        }
+        cache.len += t;
+        want_output.then_some(x)
+    }
+
+    /// Embedding rows, (t,H).
+    pub(crate) fn embed(&self, ids: &[u32]) -> D::Buffer {
+        let mut x = self.device.zeros(ids.len() * self.config.decoder.hidden);
+        self.device.embed(&mut x, &self.weights[self.embed], &self.device.ids(ids));
+        x
+    }
+
+    /// Final norm and head: normed (t,H) and logits (t,V).
+    pub(crate) fn logits(&self, x: &D::Buffer, t: usize) -> (D::Buffer, D::Buffer) {
+        let normed = self.norm(x, self.norm, t);
+        let mut logits = self.device.zeros(t * self.config.decoder.vocab);
+        self.device.linear(&mut logits, &normed, &self.weights[self.head], None, t);
+        (normed, logits)
+    }
+
+    fn norm(&self, x: &D::Buffer, weight: TensorId, rows: usize) -> D::Buffer {
+        let w = &self.weights[weight];
+        let mut y = self.device.zeros(rows * self.device.shape(w).1);
+        self.device.rms_norm(&mut y, x, w, self.config.rms_norm_eps, rows);
+        y
+    }
+
+    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize) -> D::Buffer {
+        let w = &self.weights[layer.weight];
+        let mut y = self.device.zeros(t * self.device.shape(w).0);
+        self.device.linear(&mut y, x, w, layer.bias.map(|b| &self.weights[b]), t);
+        y
+    }
+
+    /// Norm, projections, head norms and rope of one layer at positions position..position + t.
+    fn project(&self, layer: usize, x: &D::Buffer, position: usize, t: usize, queries: bool) -> Projected<D> {
+        let l = &self.layers[layer];
+        let shape = &l.attention;
+        let normed = Arc::new(self.norm(x, l.input_norm, t));
+        let rotate = |raw: &D::Buffer, norm: Option<TensorId>, heads: usize| {
+            let mut y = match norm {
+                Some(norm) => self.norm(raw, norm, t * heads),
+                None => {
+                    let mut y = self.device.zeros(t * heads * shape.head_dim);
+                    self.device.copy(&mut y, 0, raw, 0, t * heads * shape.head_dim);
+                    y
+                }
+            };
+            self.device.rope(&mut y, &self.rope, position, t, heads, shape.head_dim, false);
+            y
+        };
+        let raw_q = if queries { self.linear(&normed, l.q, t) } else { self.device.zeros(0) };
+        let raw_k = self.linear(&normed, l.k, t);
+        let v = self.linear(&normed, l.v, t);
+        let q = if queries { rotate(&raw_q, l.q_norm, shape.heads) } else { self.device.zeros(0) };
+        let k = rotate(&raw_k, l.k_norm, shape.kv_heads);
+        let raw = l.q_norm.is_some().then_some((raw_q, raw_k));
+        Projected { normed, raw, q, k, v }
+    }
+
+    /// One layer over t tokens that follow `past`.
+    pub(crate) fn layer(
+        &self,
+        layer: usize,
+        x: Arc<D::Buffer>,
+        past: Past<D::Buffer>,
+        t: usize,
+    ) -> (Arc<D::Buffer>, Saved<D>) {
+        let (l, hidden) = (&self.layers[layer], self.config.decoder.hidden);
+        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t, true);
+        let mut out = self.device.zeros(t * l.attention.heads * l.attention.head_dim);
+        let mut lse = self.device.zeros(t * l.attention.heads);
+        self.device.attention(&mut out, &mut lse, &q, &k, &v, past, t, &l.attention);
+        let mut mid = self.linear(&out, l.o, t);
+        self.device.add(&mut mid, &x, t * hidden);
+        let normed_mid = self.norm(&mid, l.post_norm, t);
+        let (gate, up) = (self.linear(&normed_mid, l.gate, t), self.linear(&normed_mid, l.up, t));
+        let intermediate = t * self.config.decoder.intermediate;
+        let mut act = self.device.zeros(intermediate);
+        self.device.swiglu(&mut act, &gate, &up, intermediate);
+        let mut y = self.linear(&act, l.down, t);
+        self.device.add(&mut y, &mid, t * hidden);
+        let (out, normed_mid, act) = (Arc::new(out), Arc::new(normed_mid), Arc::new(act));
+        (Arc::new(y), Saved { x, normed, raw, q, k, v, out, lse, mid, normed_mid, gate, up, act })
+    }
+}
+
+struct Projected<D: Device> {
+    normed: Arc<D::Buffer>,
+    raw: Option<(D::Buffer, D::Buffer)>,
+    q: D::Buffer,
+    k: D::Buffer,
+    v: D::Buffer,
+}
+
+impl Layer {
+    fn new(config: &Config, ids: &HashMap<&str, TensorId>, i: usize) -> Layer {
+        let d = &config.decoder;
+        let id = |name: &str| ids.get(format!("model.layers.{i}.{name}").as_str()).copied();
+        let linear = |name: &str| Linear {
+            weight: id(&format!("{name}.weight")).expect("every layer has its matrices"),
+            bias: id(&format!("{name}.bias")),
+        };
+        let norm = |name: &str| id(&format!("{name}.weight"));
+        let attention = Attention {
+            heads: d.heads,
+            kv_heads: d.kv_heads,
+            head_dim: d.head_dim,
+            window: config.windows[i],
+            scale: 1.0 / (d.head_dim as f32).sqrt(),
+        };
+        Layer {
+            input_norm: norm("input_layernorm").expect("every layer has its norms"),
+            q: linear("self_attn.q_proj"),
+            k: linear("self_attn.k_proj"),
+            v: linear("self_attn.v_proj"),
+            o: linear("self_attn.o_proj"),
+            q_norm: norm("self_attn.q_norm"),
+            k_norm: norm("self_attn.k_norm"),
+            post_norm: norm("post_attention_layernorm").expect("every layer has its norms"),
+            gate: linear("mlp.gate_proj"),
+            up: linear("mlp.up_proj"),
+            down: linear("mlp.down_proj"),
+            attention,
+        }
+    }
+}
+
+/// (rows, cols); a vector is one row.
+fn matrix_shape(tensor: &HfTensor) -> (usize, usize) {
+    match tensor.shape[..] {
+        [n] => (1, n),
+        [m, n] => (m, n),
+        _ => unreachable!("a decoder has vectors and matrices"),
+    }
+}

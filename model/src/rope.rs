@@ -1,0 +1,113 @@
+//! Rotary position embedding and its scalings, as transformers computes them.
+//!
+//! d head_dim · f_i = theta^(-2i/d), i < d/2, inverse frequencies · angle of position p: p·f_i.
+//! default: f · linear: f/factor · llama3: low frequencies divided, a smooth band between ·
+//! yarn (arXiv:2309.00071): blend of f and f/factor over a band, and a factor on cos and sin.
+
+use crate::config::{ConfigError, Keys};
+use serde_json::Value;
+use std::f64::consts::TAU;
+
+/// Rotary embedding of a model.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Rope {
+    /// Inverse frequencies, head_dim/2.
+    pub frequencies: Vec<f32>,
+    /// Factor on cos and sin, 1 except for yarn.
+    pub attention_factor: f32,
+}
+
+impl Rope {
+    /// From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).
+    pub(crate) fn parse(keys: &Keys, head_dim: usize, max_positions: usize) -> Result<Rope, ConfigError> {
+        let parameters = match keys.object("rope_parameters", "rope_parameters.")? {
+            Some(parameters) => Some(parameters),
+            None => keys.object("rope_scaling", "rope_scaling.")?,
+        };
+        let theta = match &parameters {
+            Some(p) if p.get("rope_theta").is_some() => p.float("rope_theta")?,
+            _ => keys.float_or("rope_theta", 10000.0)?,
+        };
+        let base: Vec<f64> = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect();
+        let Some(p) = parameters else { return Ok(Rope::new(base, 1.0)) };
+        if p.get("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
+            return p.wrong("partial_rotary_factor", "1 or absent");
+        }
+        let kind = p.get("rope_type").or(p.get("type")).cloned().unwrap_or(Value::from("default"));
+        match kind.as_str() {
+            Some("default") => Ok(Rope::new(base, 1.0)),
+            Some("linear") => {
+                let factor = p.float("factor")?;
+                Ok(Rope::new(base.iter().map(|f| f / factor).collect(), 1.0))
+            }
+            Some("llama3") => llama3(base, &p),
+            Some("yarn") => yarn(base, &p, theta, head_dim, max_positions),
+            _ => Err(ConfigError::Unsupported {
+                key: format!("{}rope_type", p.prefix),
+                found: kind.to_string(),
+                supported: "default, linear, llama3, yarn",
+            }),
+        }
+    }
+
+    fn new(frequencies: Vec<f64>, attention_factor: f64) -> Rope {
+        let frequencies = frequencies.iter().map(|f| *f as f32).collect();
+        Rope { frequencies, attention_factor: attention_factor as f32 }
+    }
+
+    /// Rows first..first + n of the table (position, head_dim): cos of each frequency, then sin, both
+    /// times the attention factor. The angle is an f32 product as in the reference.
+    pub fn table(&self, first: usize, n: usize) -> Vec<f32> {
+        let mut table = Vec::with_capacity(n * 2 * self.frequencies.len());
+        for position in first..first + n {
+            let angles = self.frequencies.iter().map(|f| (position as f32 * f) as f64);
+            table.extend(angles.clone().map(|a| a.cos() as f32 * self.attention_factor));
+            table.extend(angles.map(|a| a.sin() as f32 * self.attention_factor));
+        }
+        table
+    }
+}
+
+fn llama3(base: Vec<f64>, p: &Keys) -> Result<Rope, ConfigError> {
+    let (factor, low, high) = (p.float("factor")?, p.float("low_freq_factor")?, p.float("high_freq_factor")?);
+    let original = p.size("original_max_position_embeddings")? as f64;
+    let scaled = base.into_iter().map(|f| {
+        let turns = original * f / TAU;
+        if turns < low {
+            f / factor
+        } else if turns > high {
+            f
+        } else {
+            let smooth = (turns - low) / (high - low);
+            (1.0 - smooth) * f / factor + smooth * f
+        }
+    });
+    Ok(Rope::new(scaled.collect(), 1.0))
+}
+
+fn yarn(base: Vec<f64>, p: &Keys, theta: f64, head_dim: usize, max_positions: usize) -> Result<Rope, ConfigError> {
+    let original = p.size_or("original_max_position_embeddings", max_positions)? as f64;
+    let factor = p.float_or("factor", max_positions as f64 / original)?;
+    let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
+    let attention_factor = match (p.get("attention_factor"), p.get("mscale"), p.get("mscale_all_dim")) {
+        (Some(_), _, _) => p.float("attention_factor")?,
+        (None, Some(_), Some(_)) => mscale(factor, p.float("mscale")?) / mscale(factor, p.float("mscale_all_dim")?),
+        _ => mscale(factor, 1.0),
+    };
+    // The dimension whose frequency turns `rotations` times over the original context.
+    let d = head_dim as f64;
+    let dimension = |rotations: f64| d * (original / (rotations * TAU)).ln() / (2.0 * theta.ln());
+    let (mut low, mut high) = (dimension(p.float_or("beta_fast", 32.0)?), dimension(p.float_or("beta_slow", 1.0)?));
+    if p.get("truncate").and_then(Value::as_bool).unwrap_or(true) {
+        (low, high) = (low.floor(), high.ceil());
+    }
+    (low, high) = (low.max(0.0), high.min(d - 1.0));
+    if low == high {
+        high += 0.001;
+    }
+    let blended = base.into_iter().enumerate().map(|(i, f)| {
+        let interpolate = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+        interpolate * f / factor + (1.0 - interpolate) * f
+    });
+    Ok(Rope::new(blended.collect(), attention_factor))
+}

@@ -1,0 +1,228 @@
+//! Context-frozen training of one example.
+//!
+//! Context c_0..c_{k-1}, decision d_0..d_{j-1}. Prefill runs c_0..c_{k-2} without gradients and leaves
+//! keys and values; the window runs c_{k-1}, d_0..d_{j-2} with gradients and predicts d_0..d_{j-1}.
+//! Several decision spans of one conversation are several windows: each has everything before it as
+//! its frozen context, and all of them are computed before any update.
+
+use crate::forward::{Cache, Model};
+use compute::{Device, Sink};
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Token ids and which of them are decisions.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Example {
+    ids: Vec<u32>,
+    spans: Vec<Range<usize>>,
+}
+
+/// An example that cannot be trained.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ExampleError {
+    /// No decision, or an empty one.
+    #[error("the example has no decision tokens")]
+    Empty,
+    /// The first token has nothing before it to be predicted from.
+    #[error("a decision starts at token 0; it needs at least one token of context")]
+    NoContext,
+    /// A span outside the tokens, or out of order.
+    #[error("decision {start}..{end} of {tokens} tokens is out of range or overlaps the one before")]
+    Span {
+        /// First token of the span.
+        start: usize,
+        /// One past its last token.
+        end: usize,
+        /// Length of the example.
+        tokens: usize,
+    },
+    /// Longer than the model was prepared for.
+    #[error("{tokens} tokens; at most {most} can be trained (train.max_tokens)")]
+    TooLong {
+        /// Length of the example.
+        tokens: usize,
+        /// The limit.
+        most: usize,
+    },
+    /// A token outside the vocabulary.
+    #[error("token {token} at position {position} is outside the vocabulary of {vocab}")]
+    Vocabulary {
+        /// The token.
+        token: u32,
+        /// Where it stands.
+        position: usize,
+        /// Size of the vocabulary.
+        vocab: usize,
+    },
+}
+
+/// Loss of one example.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Report {
+    /// Sum of the cross entropies, in nats.
+    pub loss_sum: f64,
+    /// Decision tokens.
+    pub tokens: usize,
+}
+
+impl Report {
+    /// Mean cross entropy of the decision tokens.
+    pub fn loss(&self) -> f32 {
+        (self.loss_sum / self.tokens as f64) as f32
+    }
+}
+
+/// Where the time went, in milliseconds; adds up over examples.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Timings {
+    /// Context without gradients.
+    pub prefill_ms: f64,
+    /// Window forward, loss included.
+    pub forward_ms: f64,
+    /// Window backward.
+    pub backward_ms: f64,
+}
+
+impl Example {
+    /// Decision spans in ascending order, each with at least one token before it.
+    pub fn new(ids: Vec<u32>, spans: Vec<Range<usize>>) -> Result<Example, ExampleError> {
+        let mut end = 0;
+        for span in &spans {
+            if span.is_empty() {
+                return Err(ExampleError::Empty);
+            }
+            if span.start == 0 {
+                return Err(ExampleError::NoContext);
+            }
+            if span.start < end || span.end > ids.len() {
+                return Err(ExampleError::Span { start: span.start, end: span.end, tokens: ids.len() });
+            }
+            end = span.end;
+        }
+        if spans.is_empty() { Err(ExampleError::Empty) } else { Ok(Example { ids, spans }) }
+    }
+
+    /// All token ids.
+    pub fn ids(&self) -> &[u32] {
+        &self.ids
+    }
+    /// Decision tokens.
+    pub fn tokens(&self) -> usize {
+        self.spans.iter().map(|s| s.len()).sum()
+    }
+}
+
+impl<D: Device> Model<D> {
+    /// Whether this model can train the example.
+    pub fn check(&self, example: &Example) -> Result<(), ExampleError> {
+        let vocab = self.config().decoder.vocab;
+        if example.ids.len() > self.positions() {
+            return Err(ExampleError::TooLong { tokens: example.ids.len(), most: self.positions() });
+        }
+        match example.ids.iter().position(|&id| id as usize >= vocab) {
+            Some(position) => Err(ExampleError::Vocabulary { token: example.ids[position], position, vocab }),
+            None => Ok(()),
+        }
+    }
+
+    /// Forward and backward over every span of an example that passed [`Model::check`]. `scale` is
+    /// the weight of one token's loss in the step's loss: 1 over the step's decision tokens. The
+    /// cache is overwritten.
+    pub fn train(
+        &self,
+        cache: &mut Cache<D>,
+        example: &Example,
+        scale: f32,
+        sink: &mut impl Sink<D>,
+        timings: &mut Timings,
+    ) -> Report {
+        cache.truncate(0);
+        let mut report = Report::default();
+        for span in &example.spans {
+            let clock = Instant::now();
+            self.prefill(cache, &example.ids[cache.len()..span.start - 1]);
+            timings.prefill_ms += ms(clock);
+            let window = &example.ids[span.start - 1..span.end - 1];
+            let targets = &example.ids[span.clone()];
+            report.loss_sum += self.window(cache, window, targets, scale, Some(&mut *sink), timings);
+            report.tokens += span.len();
+        }
+        report
+    }
+
+    /// Loss without gradients.
+    pub fn loss(&self, cache: &mut Cache<D>, example: &Example) -> Report {
+        struct Nobody;
+        impl<D: Device> Sink<D> for Nobody {
+            fn linear(&mut self, _: usize, _: &Arc<D::Buffer>, _: &Arc<D::Buffer>, _: usize) {}
+            fn rows(&mut self, _: usize, _: &[u32], _: &Arc<D::Buffer>) {}
+            fn dense(&mut self, _: usize, _: &Arc<D::Buffer>) {}
+            fn wants(&self, _: usize) -> bool {
+                false
+            }
+        }
+        cache.truncate(0);
+        let mut report = Report::default();
+        for span in &example.spans {
+            self.prefill(cache, &example.ids[cache.len()..span.start - 1]);
+            let (window, targets) = (&example.ids[span.start - 1..span.end - 1], &example.ids[span.clone()]);
+            let timings = &mut Timings::default();
+            report.loss_sum += self.window::<Nobody>(cache, window, targets, 1.0, None, timings);
+            report.tokens += span.len();
+        }
+        report
+    }
+
+    /// One window: the sum of its losses, and gradient events if there is a sink.
+    fn window<S: Sink<D>>(
+        &self,
+        cache: &Cache<D>,
+        ids: &[u32],
+        targets: &[u32],
+        scale: f32,
+        sink: Option<&mut S>,
+        timings: &mut Timings,
+    ) -> f64 {
+        let (t, vocab) = (ids.len(), self.config().decoder.vocab);
+        let clock = Instant::now();
+        let mut x = Arc::new(self.embed(ids));
+        let mut saved = Vec::new();
+        for layer in 0..self.layers.len() {
+            let (next, activations) = self.layer(layer, x, cache.past(layer), t);
+            x = next;
+            if sink.is_some() {
+                saved.push(activations);
+            }
+        }
+        let (normed, mut logits) = self.logits(&x, t);
+        let mut losses = self.device.zeros(t);
+        self.device.cross_entropy(&mut losses, &mut logits, &self.device.ids(targets), vocab, scale);
+        timings.forward_ms += ms(clock);
+        if let Some(sink) = sink {
+            let clock = Instant::now();
+            let (normed, dlogits) = (Arc::new(normed), Arc::new(logits));
+            let mut dx = self.head_backward(&x, &normed, &dlogits, t, sink);
+            let mut complete = true;
+            for layer in (0..self.layers.len()).rev() {
+                if !self.wanted_below(layer + 1, sink) {
+                    complete = false;
+                    break;
+                }
+                dx = self.layer_backward(layer, &saved[layer], dx, cache.past(layer), t, sink);
+                saved.truncate(layer);
+            }
+            if complete && sink.wants(self.embed) {
+                sink.rows(self.embed, ids, &dx);
+            }
+            timings.backward_ms += ms(clock);
+        }
+        let mut host = vec![0.0; t];
+        self.device.read(&losses, 0, &mut host);
+        host.iter().map(|l| *l as f64).sum()
+    }
+}
+
+fn ms(clock: Instant) -> f64 {
+    clock.elapsed().as_secs_f64() * 1e3
+}

@@ -1,0 +1,281 @@
+#!/usr/bin/env python3
+"""Golden gradients of the context-frozen step, from transformers on the CPU in f32.
+
+usage: make.py [--out DIR]                  writes the committed cases into DIR (default: this folder)
+       make.py --random SEED --out DIR      writes fresh random models, two of each family, as a live check
+
+The committed files were made with torch 2.15.0 and transformers 5.23.0 (also in each expected.safetensors'
+metadata). Needs torch, transformers and safetensors. Nothing is downloaded: weights are random, from fixed seeds.
+
+A case is a folder:
+  config.json, model.safetensors   as save_pretrained writes them, f32
+  config.legacy.json               the same configuration in the older form that most published models have: torch_dtype,
+                                   rope_theta and rope_scaling at the top level, no layer_types
+  examples.jsonl                   one {"context_ids": [c_0..c_{k-1}], "decision_ids": [d_0..d_{j-1}]} a line
+  expected.safetensors             of example i: {i}.loss () and {i}.logits (j, V), and for each parameter the gradient
+                                   {i}.{Hugging Face name}, all f32. A tied embedding has one gradient, the head's and
+                                   the input rows' together, under model.embed_tokens.weight.
+
+The gradient: c_0..c_{k-2} run without gradients and leave keys and values, which are constants from there on. The
+window c_{k-1}, d_0..d_{j-2} runs on top of them with gradients and predicts d_0..d_{j-1}; the loss is the mean cross
+entropy over the j decision tokens.
+
+Why the files can be trusted: every example is computed a second time by a path that shares neither transformers' cache
+nor its masks. One forward pass over the whole sequence, with an attention written below that builds the causal and
+sliding mask itself and detaches keys and values of the frozen positions, must give the same logits, loss and gradients.
+And the plain gradient, nothing detached, must differ: a reference that froze nothing would not pass.
+"""
+import argparse
+import json
+import os
+import pathlib
+import random
+import sys
+import zlib
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+# Relative to the largest logit, and ||a - b|| / ||b|| of each gradient: the two paths differ only in the order of f32 sums.
+LOGITS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 3e-5
+
+# What each case is there for is in the part of its name after the family.
+YARN = dict(rope_type="yarn", rope_theta=20.0, factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=32)
+LINEAR = dict(rope_type="linear", rope_theta=10000.0, factor=2.5)
+DEFAULT = dict(rope_type="default", rope_theta=10000.0)
+COMMITTED = {
+    # head_dim is neither hidden_size / num_attention_heads nor a multiple of a vector register
+    "qwen3_tied": dict(
+        model_type="qwen3", hidden_size=33, intermediate_size=45, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=24, tie_word_embeddings=True, rope_parameters=DEFAULT),
+    # the longest context is longer than original_max_position_embeddings; attention_factor is the default; rope_theta is
+    # so small that the ramp between kept and divided frequencies is several frequencies long
+    "qwen3_untied_yarn": dict(
+        model_type="qwen3", hidden_size=36, intermediate_size=50, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, tie_word_embeddings=False, max_position_embeddings=128, rope_parameters=YARN),
+    # rope_theta and the original length put frequencies below, between and above the two wavelengths of llama3
+    "llama_llama3rope": dict(
+        model_type="llama", hidden_size=40, intermediate_size=38, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False, rms_norm_eps=1e-5, rope_parameters=LLAMA3),
+    "llama_linear_bias": dict(
+        model_type="llama", hidden_size=36, intermediate_size=34, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=3, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=LINEAR),
+    "mistral_sliding": dict(
+        model_type="mistral", hidden_size=35, intermediate_size=46, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=10, sliding_window=7, rope_parameters=DEFAULT),
+    "qwen2_tied": dict(
+        model_type="qwen2", hidden_size=42, intermediate_size=33, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=dict(DEFAULT, rope_theta=1e6)),
+    # layer 0 attends to everything, layers 1 and 2 to a window
+    "qwen2_sliding": dict(
+        model_type="qwen2", hidden_size=32, intermediate_size=34, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, use_sliding_window=True, sliding_window=5, max_window_layers=1,
+        rope_parameters=DEFAULT),
+}
+# (context, decision) lengths of the examples. With a window of 7 or 5: beyond it in the context, in the decision, and a
+# context that ends inside it. The context of one token has no prefill at all.
+LENGTHS = [(19, 9), (5, 3), (1, 11)]
+LENGTHS_OF = {"qwen3_untied_yarn": [(41, 9), (5, 3), (1, 11)]}
+
+
+def random_case(rng, family):
+    """Configuration arguments of a model of `family`, its sizes and switches drawn from `rng`."""
+    kv_heads = rng.choice([1, 2, 3])
+    heads = kv_heads * rng.choice([1, 2, 3])
+    args = dict(
+        model_type=family, num_key_value_heads=kv_heads, num_attention_heads=heads, num_hidden_layers=rng.randint(1, 4),
+        hidden_size=heads * 2 * rng.randint(4, 8), intermediate_size=rng.randint(20, 90),
+        rms_norm_eps=rng.choice([1e-6, 1e-5]), tie_word_embeddings=rng.random() < 0.5,
+        rope_parameters=rng.choice([
+            dict(DEFAULT, rope_theta=rng.choice([1e4, 1e6])),
+            dict(LINEAR, factor=rng.uniform(1.5, 8)),
+            dict(LLAMA3, factor=rng.uniform(2, 16), original_max_position_embeddings=rng.choice([16, 64])),
+            dict(YARN, factor=rng.uniform(2, 8), rope_theta=rng.choice([20.0, 1e4]),
+                 original_max_position_embeddings=rng.choice([8, 16]), beta_fast=rng.choice([8.0, 32.0])),
+            dict(YARN, factor=4.0, attention_factor=rng.uniform(0.8, 1.3)),
+        ]))
+    if family != "qwen2":    # qwen2 has no head_dim of its own
+        args["head_dim"] = 2 * rng.randint(3, 12)
+    if family in ("llama", "qwen3"):
+        args["attention_bias"] = rng.random() < 0.5
+    if family == "llama":
+        args["mlp_bias"] = rng.random() < 0.5
+    if family == "mistral":
+        args["sliding_window"] = rng.choice([None, rng.randint(3, 12)])
+    if family in ("qwen2", "qwen3") and rng.random() < 0.5:
+        args |= dict(use_sliding_window=True, sliding_window=rng.randint(3, 12),
+                     max_window_layers=rng.randint(0, args["num_hidden_layers"]))
+    return args
+
+
+def random_cases(seed):
+    """Name -> (configuration arguments, lengths of the examples, shard size): of each family one model in one file and
+    one in several with an index."""
+    rng = random.Random(seed)
+    cases = {}
+    for family in ("llama", "mistral", "qwen2", "qwen3"):
+        for n in range(2):
+            lengths = [(rng.randint(12, 40), rng.randint(2, 20)), (rng.randint(2, 9), rng.randint(1, 6)), (1, rng.randint(2, 14))]
+            cases[f"{family}_{seed}_{n}"] = (random_case(rng, family), lengths, ["1GB", "20KB"][n])
+    return cases
+
+
+def build_model(args, seed):
+    """A model in f32 with every parameter drawn large enough that no gradient is trivial."""
+    args = dict(dict(vocab_size=97, max_position_embeddings=64, bos_token_id=None, eos_token_id=None), **args)
+    model_type = args.pop("model_type")
+    config = AutoConfig.for_model(model_type, **args)
+    config._attn_implementation = "eager"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():    # a tied head is not listed twice
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                p.copy_(1 + 0.3 * noise)
+            else:
+                p.copy_((0.3 if p.ndim == 1 else 0.2) * noise)
+    return model
+
+
+def collect(model, logits, decision):
+    """Loss and gradients, by Hugging Face name, of `logits` (j, V) against the j decision tokens."""
+    loss = F.cross_entropy(logits, decision)
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    return dict(loss=loss.detach(), logits=logits.detach().clone(), gradients=gradients)
+
+
+def cached_step(model, context, decision):
+    """The reference: prefill without gradients into transformers' cache, then the window on top of it."""
+    cache = None
+    if len(context) > 1:
+        with torch.no_grad():
+            cache = model(input_ids=context[None, :-1], use_cache=True).past_key_values
+    window = torch.cat([context[-1:], decision[:-1]])
+    logits = model(input_ids=window[None], past_key_values=cache, use_cache=cache is not None).logits[0]
+    return collect(model, logits, decision)
+
+
+FROZEN = 0    # leading positions whose keys and values plain_attention detaches
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, sliding_window=None, **_):
+    """Attention from its definition, (1, heads, T, head_dim), over a whole sequence; ignores the mask that it is given."""
+    positions = torch.arange(query.shape[2])
+    distance = positions[:, None] - positions[None, :]
+    visible = distance >= 0
+    if sliding_window is not None:
+        visible &= distance < sliding_window
+    groups = query.shape[1] // key.shape[1]
+    key, value = (torch.cat([t[:, :, :FROZEN].detach(), t[:, :, FROZEN:]], 2).repeat_interleave(groups, 1) for t in (key, value))
+    scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~visible, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("plain", plain_attention)
+
+
+def whole_sequence_step(model, context, decision, frozen):
+    """The same step in one pass without a cache; keys and values of the first `frozen` positions are constants."""
+    global FROZEN
+    FROZEN, model.config._attn_implementation = frozen, "plain"
+    sequence = torch.cat([context, decision[:-1]])
+    logits = model(input_ids=sequence[None], use_cache=False).logits[0, len(context) - 1:]
+    model.config._attn_implementation = "eager"
+    return collect(model, logits, decision)
+
+
+def gradient_errors(got, want):
+    """Tensor name -> ||got - want|| / ||want||. A gradient that is zero but for rounding (one key: the softmax is 1,
+    whatever q and k are) is measured against a millionth of the whole model's gradient instead."""
+    floor = 1e-6 * torch.stack([g.norm() for g in want["gradients"].values()]).norm()
+    return {name: ((got["gradients"][name] - g).norm() / max(g.norm(), floor)).item() for name, g in want["gradients"].items()}
+
+
+def make_examples(lengths, vocab_size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, vocab_size, (n,), generator=generator) for n in pair) for pair in lengths]
+
+
+def legacy_config(config):
+    """config.json as it was written before rope_parameters, dtype and layer_types; checked to be read as the same."""
+    legacy = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype", "layer_types")}
+    rope = dict(config["rope_parameters"])
+    legacy["torch_dtype"] = config["dtype"]
+    legacy["rope_theta"] = rope.pop("rope_theta")
+    legacy["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    reread = AutoConfig.for_model(**legacy).to_dict()
+    for key in ("rope_parameters", "layer_types"):
+        assert reread.get(key) == config.get(key), f"the older form's {key} reads as {reread.get(key)}"
+    return legacy
+
+
+def write_case(folder, args, lengths, shard_size, seed):
+    """Make one case in `folder` and check it. Returns its row of the table."""
+    model = build_model(args, seed)
+    examples = make_examples(lengths, model.config.vocab_size, seed + 1)
+    tensors, logits_error, gradient_error, worst, unfrozen = {}, 0.0, 0.0, "", 0.0
+    for i, (context, decision) in enumerate(examples):
+        step = cached_step(model, context, decision)
+        twin = whole_sequence_step(model, context, decision, frozen=len(context) - 1)
+        logits_error = max(logits_error, ((step["logits"] - twin["logits"]).abs().max() / step["logits"].abs().max()).item())
+        name, error = max(gradient_errors(step, twin).items(), key=lambda e: e[1])
+        if error >= gradient_error:
+            gradient_error, worst = error, f"{i}.{name}"
+        if len(context) > 1:
+            unfrozen = max(unfrozen, *gradient_errors(whole_sequence_step(model, context, decision, frozen=0), step).values())
+        tensors |= {f"{i}.loss": step["loss"], f"{i}.logits": step["logits"]}
+        tensors |= {f"{i}.{name}": gradient for name, gradient in step["gradients"].items()}
+    case = folder.name
+    assert logits_error <= LOGITS_TOLERANCE, f"{case}: logits with and without the cache differ by {logits_error:.1e}"
+    assert gradient_error <= GRADIENT_TOLERANCE, f"{case}: {worst} with and without the cache differ by {gradient_error:.1e}"
+    assert unfrozen > 0.01, f"{case}: freezing the context changed no gradient by more than {unfrozen:.1e}"
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    legacy = legacy_config(json.loads((folder / "config.json").read_text()))
+    (folder / "config.legacy.json").write_text(json.dumps(legacy, indent=2) + "\n")
+    with (folder / "examples.jsonl").open("w") as f:
+        for context, decision in examples:
+            f.write(json.dumps(dict(context_ids=context.tolist(), decision_ids=decision.tolist())) + "\n")
+    # One entry only: safetensors writes several in no fixed order, and the file should come out the same every time.
+    made_with = f"torch {torch.__version__}, transformers {transformers.__version__}, seed {seed}"
+    save_file({k: v.contiguous() for k, v in tensors.items()}, folder / "expected.safetensors", metadata={"made_with": made_with})
+    size = sum(f.stat().st_size for f in folder.iterdir())
+    losses = " ".join(f"{tensors[f'{i}.loss'].item():.4f}" for i in range(len(examples)))
+    return case, sum(p.numel() for p in model.parameters()), size, losses, logits_error, gradient_error, worst, unfrozen
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent, help="folder for the cases")
+    parser.add_argument("--random", type=int, metavar="SEED", help="fresh random models instead of the committed cases")
+    options = parser.parse_args()
+    if options.random is not None and options.out == parser.get_default("out"):
+        parser.error("--random wants --out: random models do not belong among the committed cases")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)    # the order of sums, and so the last bits, depend on the number of threads
+    if options.random is None:
+        cases = {name: (args, LENGTHS_OF.get(name, LENGTHS), "1GB") for name, args in COMMITTED.items()}
+    else:
+        cases = random_cases(options.random)
+    table = [write_case(options.out / name, *case, zlib.crc32(name.encode())) for name, case in cases.items()]
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}; errors: with the cache against without")
+    print(f"{'case':22}{'parameters':>11}{'bytes':>9}  {'logits':>8}{'gradient':>10}{'unfrozen':>10}  losses; worst gradient")
+    for case, parameters, size, losses, logits_error, gradient_error, worst, unfrozen in table:
+        print(f"{case:22}{parameters:11}{size:9}  {logits_error:8.1e}{gradient_error:10.1e}{unfrozen:10.2f}  {losses}; {worst}")
+    print(f"{sum(row[2] for row in table)} bytes in {options.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
