@@ -78,6 +78,65 @@ impl Weight {
         w
     }
 
+    /// Length in bytes.
+    pub fn bytes(&self) -> usize {
+        self.rows * self.cols * self.dtype.size()
+    }
+
+    /// Copies bytes `at..at + out.len()` as they lie; a whole number of elements.
+    pub fn read_bytes(&self, at: usize, out: &mut [u8]) {
+        let (from, size) = (self.bytes_at(at, out.len()), self.dtype.size());
+        let mut elements = [0u32; CHUNK];
+        for (i, out) in out.chunks_mut(CHUNK * 4).enumerate() {
+            // SAFETY: `bytes_at` checked the range, of which this is a part that ends at an element.
+            let from = unsafe { from.add(i * CHUNK * 4) };
+            let words = &mut elements[..out.len().div_ceil(4)];
+            if size == 4 {
+                // SAFETY: as above; out.len() is a multiple of 4.
+                unsafe { load::<u32>(from, words) };
+            } else {
+                // SAFETY: as above; the words hold at least out.len() / 2 halves.
+                unsafe {
+                    load::<u16>(from, std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), out.len() / 2));
+                }
+            }
+            // SAFETY: the words hold at least out.len() initialised bytes.
+            out.copy_from_slice(unsafe { std::slice::from_raw_parts(words.as_ptr().cast(), out.len()) });
+        }
+    }
+
+    /// Writes bytes from `at` on; a whole number of elements, each of which changes as a whole.
+    pub fn write_bytes(&self, at: usize, bytes: &[u8]) {
+        let (to, size) = (self.bytes_at(at, bytes.len()), self.dtype.size());
+        let mut elements = [0u32; CHUNK];
+        for (i, bytes) in bytes.chunks(CHUNK * 4).enumerate() {
+            // SAFETY: `bytes_at` checked the range, of which this is a part that ends at an element.
+            let to = unsafe { to.add(i * CHUNK * 4) };
+            let words = &mut elements[..bytes.len().div_ceil(4)];
+            // SAFETY: the words hold at least bytes.len() bytes, and any bytes are a valid word.
+            unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), bytes.len()) }.copy_from_slice(bytes);
+            if size == 4 {
+                // SAFETY: as above; bytes.len() is a multiple of 4.
+                unsafe { store::<u32>(to, words) };
+            } else {
+                // SAFETY: as above; the words hold at least bytes.len() / 2 halves.
+                unsafe { store::<u16>(to, std::slice::from_raw_parts(words.as_ptr().cast(), bytes.len() / 2)) };
+            }
+        }
+    }
+
+    fn bytes_at(&self, at: usize, len: usize) -> NonNull<u8> {
+        let size = self.dtype.size();
+        assert!(at.is_multiple_of(size) && len.is_multiple_of(size), "{at}+{len} bytes cut an element of {size}");
+        assert!(
+            at.checked_add(len).is_some_and(|end| end <= self.bytes()),
+            "{at}+{len} outside {} bytes",
+            self.bytes()
+        );
+        // SAFETY: inside the memory promised to `new`, as asserted above.
+        unsafe { self.data.add(at) }
+    }
+
     /// All values as f32, row-major.
     pub fn values(&self) -> Vec<f32> {
         let mut out = vec![0.0; self.rows * self.cols];

@@ -1,0 +1,13 @@
+//! Every operation of the CPU backend against plain f64 arithmetic written here, backwards also
+//! against finite differences of that arithmetic.
+//!
+//! Inputs are random; a failing test prints its seed, and `TEST_SEED=n cargo test` repeats it.
+
+mod attention;
+mod foreign;
+mod layers;
+mod loss;
+mod optimizer;
+mod random;
+mod reference;
+mod threads;
