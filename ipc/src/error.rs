@@ -1,0 +1,183 @@
+//! Why an attachment, a stage or an export was refused. Nothing was written to any weight.
+//!
+//! Each message is complete in itself: it contains the words of its cause, so causes are plain fields and
+//! not `source()`, which would print them twice.
+
+use crate::ManifestError;
+use std::path::{Path, PathBuf};
+
+/// The server whose weights were attached is gone.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the inference server{} attached through {source_name} is gone: {how}; nothing more is written to its weights", pid_text(*pid))]
+pub struct Gone {
+    /// Its process id, where one is known.
+    pub pid: Option<u32>,
+    /// What it was attached through.
+    pub source_name: String,
+    /// How that was seen.
+    pub how: String,
+}
+
+fn pid_text(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+/// What can go wrong on the way to another process's weights.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The operating system refused.
+    #[error("cannot {action} {}: {error}", path.display())]
+    Io {
+        /// What was tried, as a verb phrase.
+        action: String,
+        /// On which path.
+        path: PathBuf,
+        /// Why it failed.
+        error: std::io::Error,
+    },
+
+    /// The manifest is not one that can be trusted with writes.
+    #[error("manifest from {origin}: {reason}")]
+    Manifest {
+        /// The socket or file that it came from.
+        origin: String,
+        /// What is wrong with it.
+        reason: Box<ManifestError>,
+    },
+
+    /// The server's tensors are not the model's.
+    #[error("{origin}: {reason}")]
+    Map {
+        /// What was attached.
+        origin: String,
+        /// Which tensor, and what to do.
+        reason: Box<weight_map::Error>,
+    },
+
+    /// The exporter answered the handshake with an error.
+    #[error("the exporter at {} refused: {reason}", socket.display())]
+    Refused {
+        /// The socket.
+        socket: PathBuf,
+        /// The exporter's words.
+        reason: String,
+    },
+
+    /// The exporter does not speak the protocol.
+    #[error("the exporter at {} broke the protocol: {reason}", socket.display())]
+    Protocol {
+        /// The socket.
+        socket: PathBuf,
+        /// What it did.
+        reason: String,
+    },
+
+    /// The socket's peer is not the process in the manifest.
+    #[error(
+        "the manifest at {} names pid {manifest}, but the socket belongs to pid {peer}; the exporter must serve its own memory, in the process id namespace of the trainer",
+        socket.display()
+    )]
+    PeerPid {
+        /// The socket.
+        socket: PathBuf,
+        /// The process in the manifest.
+        manifest: u32,
+        /// The process at the other end.
+        peer: u32,
+    },
+
+    /// Memory offered by another user.
+    #[error("{} belongs to user {owner}, the trainer runs as user {own}; weights are only taken from the same user or root", path.display())]
+    User {
+        /// The socket or file.
+        path: PathBuf,
+        /// Who offers it.
+        owner: u32,
+        /// Who we are.
+        own: u32,
+    },
+
+    /// Somebody else trains these weights.
+    #[error("{} is leased{}; only one trainer at a time may write these weights", path.display(), holder(*pid))]
+    Leased {
+        /// The lease file.
+        path: PathBuf,
+        /// Who holds it, if it says.
+        pid: Option<u32>,
+    },
+
+    /// The server is not there, or not any more.
+    #[error(transparent)]
+    Gone(#[from] Gone),
+
+    /// The manifest in a file is of an earlier server.
+    #[error("pid {pid} does not hold {}: the manifest is stale; start the server again so that it writes a new one", path.display())]
+    Stale {
+        /// The process in the manifest.
+        pid: u32,
+        /// The memory that it should hold.
+        path: PathBuf,
+    },
+
+    /// Memory that may not be mapped for writing.
+    #[error("allocation {}: {reason}", path.display())]
+    Allocation {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// A model directory without weights that can be read.
+    #[error("{} holds no weights: looked for model.safetensors and model.safetensors.index.json", dir.display())]
+    NoWeights {
+        /// The directory.
+        dir: PathBuf,
+    },
+
+    /// A safetensors file, or the index of several, that is damaged.
+    #[error("{}: {reason}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and in which tensor.
+        reason: String,
+    },
+
+    /// A model that cannot be trained in place.
+    #[error("{}: {reason}", path.display())]
+    Unsuitable {
+        /// The file that says so.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+
+    /// A directory that may not become a stage, or is none.
+    #[error("{}: {reason}", live_dir.display())]
+    Stage {
+        /// The live directory.
+        live_dir: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+
+    /// A socket path that is taken.
+    #[error("cannot serve on {}: {reason}", socket.display())]
+    Socket {
+        /// The path.
+        socket: PathBuf,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(action: &str, path: &Path, error: impl Into<std::io::Error>) -> Self {
+        Error::Io { action: action.to_owned(), path: path.to_owned(), error: error.into() }
+    }
+}
+
+fn holder(pid: Option<u32>) -> String {
+    pid.map(|pid| format!(" by pid {pid}")).unwrap_or_default()
+}

@@ -1,0 +1,380 @@
+//! Weights in shared memory, exported: the server's side, for an engine of our own.
+//!
+//! [`SharedWeights`] holds every tensor of the model in one memfd, 64-byte aligned, sealed against being
+//! resized, so that no reader of it can meet SIGBUS. [`SharedWeights::serve`] hands its manifest out over a
+//! Unix socket and lends the weights to one trainer at a time.
+
+use crate::manifest::{Allocation, ManifestTensor, Writer};
+use crate::mapping::Mapping;
+use crate::protocol::{HELLO, Pong, Refusal, Request, read_line, write_line};
+use crate::{Error, LiveTensor, Manifest, SafetensorsDir, random_epoch, tied_head_copy};
+use rustix::fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, memfd_create};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io::BufReader;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+use weight_map::{HfTensor, Packing, Role, ServerTensor, WeightMap};
+
+/// Every tensor starts at a multiple of this many bytes.
+const ALIGNMENT: u64 = 64;
+/// How long a connection may take to say hello, or to take the manifest.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Longest request in bytes.
+const REQUEST_BYTES_MAX: u64 = 1 << 10;
+/// Connections at a time; more are turned away.
+const CONNECTIONS_MAX: usize = 16;
+
+/// A model's weights in shared memory.
+#[derive(Debug)]
+pub struct SharedWeights {
+    // The descriptor is what `/proc/PID/fd/N` in the manifest names, so it stays open.
+    _memory: File,
+    mapping: Mapping,
+    map: WeightMap,
+    by_name: HashMap<String, usize>,
+    manifest: Manifest,
+}
+
+impl SharedWeights {
+    /// Loads exactly the tensors in `expected` from the safetensors files of `model_dir`, in their dtype.
+    ///
+    /// # Errors
+    /// The files do not hold exactly these tensors (a head that copies the embedding of a tied model aside);
+    /// one of them is of a type that cannot be trained; there is no memory.
+    pub fn load(model_dir: &Path, expected: &[HfTensor]) -> Result<SharedWeights, Error> {
+        let model_dir = fs::canonicalize(model_dir).map_err(|source| Error::io("find", model_dir, source))?;
+        let dir = SafetensorsDir::open(&model_dir)?;
+        let (files, held) = mapped_files(&dir, expected)?;
+        let (map, bytes) = laid_out(&held);
+        let (memory, mapping, path) = shared_memory(bytes)?;
+        for (view, file_view) in map.views.iter().zip(&held.views) {
+            let tensor = mapping.tensor(view);
+            // SAFETY: the memory was made above and nobody else knows of it yet, so this is the only
+            // reference to these bytes, which the mapping holds (Mapping::tensor asserts the range).
+            let out = unsafe { std::slice::from_raw_parts_mut(tensor.ptr.as_ptr(), tensor.bytes) };
+            dir.read_into(&files[file_view.server_tensor].name, out)?;
+        }
+        let manifest = manifest_of(model_dir, &map, path, bytes)?;
+        let by_name = map.views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
+        Ok(SharedWeights { _memory: memory, mapping, map, by_name, manifest })
+    }
+
+    /// Number of tensors.
+    pub fn len(&self) -> usize {
+        self.map.views.len()
+    }
+
+    /// Whether the expected list was empty.
+    pub fn is_empty(&self) -> bool {
+        self.map.views.is_empty()
+    }
+
+    /// Where each tensor lies, in the order of the expected list.
+    pub fn map(&self) -> &WeightMap {
+        &self.map
+    }
+
+    /// Expected tensor `index`, in place.
+    ///
+    /// # Panics
+    /// If `index` is not below [`SharedWeights::len`].
+    pub fn tensor(&self, index: usize) -> LiveTensor<'_> {
+        self.mapping.tensor(&self.map.views[index])
+    }
+
+    /// The tensor of this Hugging Face name, in place.
+    pub fn find(&self, name: &str) -> Option<LiveTensor<'_>> {
+        self.by_name.get(name).map(|&index| self.tensor(index))
+    }
+
+    /// What a trainer is told. Valid while this process lives and holds the weights.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
+    }
+
+    /// The name of this load, 32 hex digits.
+    pub fn epoch(&self) -> &str {
+        &self.manifest.epoch
+    }
+
+    /// Lends the weights out over a Unix socket (mode 0600), from a thread of its own, until the handle is
+    /// dropped. A socket that a dead process left behind is replaced.
+    ///
+    /// # Errors
+    /// The path is taken by a living exporter or by something that is no socket, or it is too long.
+    pub fn serve(self: &Arc<Self>, socket: &Path) -> Result<ExportHandle, Error> {
+        let listener = listen(socket)?;
+        let lender = Arc::new(Lender { weights: Arc::clone(self), state: Mutex::default() });
+        let thread = std::thread::Builder::new()
+            .name("weight-export".into())
+            .spawn({
+                let lender = Arc::clone(&lender);
+                let listener = listener.try_clone().map_err(|source| Error::io("serve on", socket, source))?;
+                move || lender.accept(&listener)
+            })
+            .map_err(|source| Error::io("start a thread for", socket, source))?;
+        Ok(ExportHandle { socket: socket.to_owned(), listener, lender, thread: Some(thread) })
+    }
+}
+
+/// The files' tensors as the model's, in expected order; a head that copies the embedding is left out.
+fn mapped_files(dir: &SafetensorsDir, expected: &[HfTensor]) -> Result<(Vec<ServerTensor>, WeightMap), Error> {
+    let tied = !expected.iter().any(|tensor| tensor.role == Role::Head);
+    let copy = tied_head_copy(dir, tied)?;
+    let files: Vec<_> =
+        dir.server_tensors()?.into_iter().filter(|tensor| copy.as_ref() != Some(&tensor.name)).collect();
+    let map = weight_map::map(expected, &files, &[])
+        .map_err(|reason| Error::Map { origin: dir.dir().display().to_string(), reason: Box::new(reason) })?;
+    Ok((files, map))
+}
+
+/// The same tensors one after the other in one allocation, and its size in bytes.
+fn laid_out(held: &WeightMap) -> (WeightMap, u64) {
+    let mut map = held.clone();
+    let mut end = 0;
+    for (index, view) in map.views.iter_mut().enumerate() {
+        view.server_tensor = index;
+        view.allocation = 0;
+        view.offset = end;
+        end = (end + view.bytes() as u64).next_multiple_of(ALIGNMENT);
+    }
+    (map, end.max(ALIGNMENT))
+}
+
+/// Sealed shared memory of this size, mapped, and the path under which others find it.
+fn shared_memory(bytes: u64) -> Result<(File, Mapping, PathBuf), Error> {
+    let name = Path::new("memfd:apollod-weights");
+    let io = |action: &str, error: rustix::io::Errno| Error::io(action, name, error);
+    let memory = memfd_create("apollod-weights", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)
+        .map_err(|error| io("create", error))?;
+    rustix::fs::ftruncate(&memory, bytes).map_err(|error| io("size", error))?;
+    fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)
+        .map_err(|error| io("seal", error))?;
+    let memory = File::from(memory);
+    let path = PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), memory.as_raw_fd()));
+    let mapping = Mapping::of(&memory, &path, bytes)?;
+    Ok((memory, mapping, path))
+}
+
+fn manifest_of(model_dir: PathBuf, map: &WeightMap, path: PathBuf, bytes: u64) -> Result<Manifest, Error> {
+    let tensors = map
+        .views
+        .iter()
+        .map(|view| ManifestTensor {
+            name: view.name.clone(),
+            dtype: view.dtype.to_string(),
+            shape: view.shape.clone(),
+            strides: (0..view.shape.len()).map(|axis| view.shape[axis + 1..].iter().product()).collect(),
+            allocation: 0,
+            offset: view.offset,
+        })
+        .collect();
+    Ok(Manifest {
+        version: 1,
+        epoch: random_epoch()?,
+        pid: std::process::id(),
+        model_dir,
+        rank: 0,
+        world_size: 1,
+        allocations: vec![Allocation::File { path, bytes, writable_by: Writer::Trainer }],
+        tensors,
+        packing: Vec::<Packing>::new(),
+    })
+}
+
+/// A listening socket that only this user can open, from the moment it exists.
+fn listen(path: &Path) -> Result<UnixListener, Error> {
+    let refuse = |reason: String| Error::Socket { socket: path.to_owned(), reason };
+    let address = SocketAddrUnix::new(path).map_err(|error| {
+        refuse(format!("{error}; a socket path has at most 107 bytes, this one has {}", path.as_os_str().len()))
+    })?;
+    remove_stale(path)?;
+    let io = |error: rustix::io::Errno| Error::io("serve on", path, error);
+    let socket =
+        rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::CLOEXEC, None).map_err(io)?;
+    // On Linux the mode of the descriptor becomes that of the file that bind makes.
+    fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(io)?;
+    match rustix::net::bind(&socket, &address) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::ADDRINUSE) => return Err(refuse("another process has just taken it".into())),
+        Err(error) => return Err(io(error)),
+    }
+    rustix::net::listen(&socket, CONNECTIONS_MAX as i32).map_err(io)?;
+    Ok(socket.into())
+}
+
+/// Removes a socket that nobody listens on any more.
+fn remove_stale(path: &Path) -> Result<(), Error> {
+    let refuse = |reason: &str| Err(Error::Socket { socket: path.to_owned(), reason: reason.to_owned() });
+    let metadata = match fs::symlink_metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+        Err(source) => return Err(Error::io("inspect", path, source)),
+    };
+    if !metadata.file_type().is_socket() {
+        return refuse("there is something else than a socket; choose another path");
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => refuse("a living exporter serves on it; stop that one or choose another path"),
+        Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(|source| Error::io("remove the stale socket", path, source))
+        }
+        Err(source) => Err(Error::io("probe", path, source)),
+    }
+}
+
+/// A running export. Dropping it ends every connection and removes the socket.
+#[derive(Debug)]
+pub struct ExportHandle {
+    socket: PathBuf,
+    listener: UnixListener,
+    lender: Arc<Lender>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl ExportHandle {
+    /// The path of the socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The process that has the lease.
+    pub fn leased_by(&self) -> Option<u32> {
+        self.lender.lock().lease.map(|(_, pid)| pid)
+    }
+}
+
+impl Drop for ExportHandle {
+    fn drop(&mut self) {
+        let connections = {
+            let mut state = self.lender.lock();
+            state.stopping = true;
+            std::mem::take(&mut state.connections)
+        };
+        // Best effort on the way out: a connection that has ended already cannot be shut down.
+        for stream in connections.into_values() {
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
+        let _ = fs::remove_file(&self.socket);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the connections share.
+#[derive(Debug)]
+struct Lender {
+    weights: Arc<SharedWeights>,
+    state: Mutex<Lent>,
+}
+
+#[derive(Debug, Default)]
+struct Lent {
+    stopping: bool,
+    /// Number of the last connection.
+    last: u64,
+    /// Every open connection, by its number, to be shut down on the way out.
+    connections: HashMap<u64, UnixStream>,
+    /// The connection and process that have the lease.
+    lease: Option<(u64, u32)>,
+}
+
+impl Lender {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Lent> {
+        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Accepts connections until the listener is shut down.
+    fn accept(self: &Arc<Self>, listener: &UnixListener) {
+        loop {
+            let stream = listener.accept();
+            if self.lock().stopping {
+                return;
+            }
+            match stream {
+                Ok((stream, _)) => self.admit(stream),
+                // Out of descriptors or memory: wait for some to come back.
+                Err(_) => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    /// Gives a connection a thread. One that cannot be served is closed by being dropped.
+    fn admit(self: &Arc<Self>, stream: UnixStream) {
+        let Ok(copy) = stream.try_clone() else { return };
+        let number = {
+            let mut state = self.lock();
+            if state.connections.len() >= CONNECTIONS_MAX {
+                return;
+            }
+            state.last += 1;
+            let number = state.last;
+            state.connections.insert(number, copy);
+            number
+        };
+        let lender = Arc::clone(self);
+        let spawned = std::thread::Builder::new().name("weight-lease".into()).spawn(move || {
+            // An error ends this connection; the trainer sees its end and says so.
+            let _ = lender.converse(number, stream);
+            lender.end(number);
+        });
+        if spawned.is_err() {
+            self.end(number);
+        }
+    }
+
+    fn end(&self, number: u64) {
+        let mut state = self.lock();
+        if let Some(stream) = state.connections.remove(&number) {
+            // The reader has ended, so the peer has closed already or deserves to be told.
+            let _ = stream.shutdown(std::net::Shutdown::Both);
+        }
+        state.lease.take_if(|(holder, _)| *holder == number);
+    }
+
+    fn converse(&self, number: u64, stream: UnixStream) -> std::io::Result<()> {
+        stream.set_read_timeout(Some(HANDSHAKE))?;
+        stream.set_write_timeout(Some(HANDSHAKE))?;
+        let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid.as_raw_nonzero().get().unsigned_abs();
+        let mut reader = BufReader::new(stream);
+        let Some(line) = read_line(&mut reader, REQUEST_BYTES_MAX)? else { return Ok(()) };
+        let refused = match serde_json::from_slice(&line) {
+            Ok(Request::Hello(HELLO)) => self.lend(number, pid).err(),
+            Ok(Request::Hello(version)) => Some(format!("protocol version {version} is not spoken here, want {HELLO}")),
+            Ok(Request::Ping(_)) => Some("say hello before ping".into()),
+            Err(error) => Some(format!("want {{\"hello\":1}}: {error}")),
+        };
+        if let Some(error) = refused {
+            return write_line(reader.get_ref(), &Refusal { error });
+        }
+        write_line(reader.get_ref(), self.weights.manifest())?;
+        reader.get_ref().set_read_timeout(None)?;
+        while let Some(line) = read_line(&mut reader, REQUEST_BYTES_MAX)? {
+            let Ok(Request::Ping(pong)) = serde_json::from_slice(&line) else {
+                return write_line(reader.get_ref(), &Refusal { error: "want {\"ping\":n}".into() });
+            };
+            write_line(reader.get_ref(), &Pong { pong, epoch: self.weights.epoch().to_owned() })?;
+        }
+        Ok(())
+    }
+
+    fn lend(&self, number: u64, pid: u32) -> Result<(), String> {
+        let mut state = self.lock();
+        match state.lease {
+            Some((_, holder)) => Err(format!("leased by pid {holder}")),
+            None => {
+                state.lease = Some((number, pid));
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,294 @@
+//! Attaching to an exporter: what is shared, and what is refused.
+
+mod common;
+
+use common::{content, model};
+use ipc::{Allocation, Attachment, Error, Manifest, ManifestError, SharedWeights, Source};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+use weight_map::HfTensor;
+
+/// An exporter in this process, of a model in a directory of its own.
+struct Exporter {
+    dir: tempfile::TempDir,
+    model: PathBuf,
+    expected: Vec<HfTensor>,
+    weights: Arc<SharedWeights>,
+    socket: PathBuf,
+}
+
+fn exporter() -> Exporter {
+    let (dir, model, expected) = model(true);
+    let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
+    let socket = dir.path().join("weights.sock");
+    Exporter { dir, model, expected, weights, socket }
+}
+
+impl Exporter {
+    fn source(&self) -> Source {
+        Source::Socket(self.socket.clone())
+    }
+
+    fn manifest_file(&self, manifest: &Manifest) -> Source {
+        let path = self.dir.path().join("manifest.json");
+        std::fs::write(&path, serde_json::to_vec(manifest).unwrap()).unwrap();
+        Source::Manifest(path)
+    }
+
+    /// Opens a changed manifest by file and returns why it was refused.
+    fn refusal(&self, change: impl FnOnce(&mut Manifest)) -> Error {
+        let mut manifest = self.weights.manifest().clone();
+        change(&mut manifest);
+        Attachment::open(&self.manifest_file(&manifest), &self.expected).unwrap_err()
+    }
+
+    fn assert_untouched(&self) {
+        for index in 0..self.weights.len() {
+            let tensor = self.weights.tensor(index);
+            assert!(tensor.read() == content(tensor.name, tensor.bytes), "{} was written to", tensor.name);
+        }
+    }
+}
+
+/// An exporter that says `answer` and nothing else.
+fn impostor(socket: &Path, answer: Vec<u8>) -> std::thread::JoinHandle<()> {
+    let listener = UnixListener::bind(socket).unwrap();
+    std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut line = String::new();
+        BufReader::new(&stream).read_line(&mut line).unwrap();
+        assert_eq!(line, "{\"hello\":1}\n");
+        (&stream).write_all(&answer).unwrap();
+    })
+}
+
+#[test]
+fn loaded_weights_are_those_of_the_files_and_aligned() {
+    let exporter = exporter();
+    exporter.assert_untouched();
+    for view in &exporter.weights.map().views {
+        assert_eq!(view.offset % 64, 0, "{}", view.name);
+    }
+}
+
+#[test]
+fn a_write_through_the_attachment_is_seen_by_the_exporter_and_the_other_way_round() {
+    let exporter = exporter();
+    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    attachment.find(name).unwrap().write(4, &[1, 2, 3, 4]);
+    let seen = exporter.weights.find(name).unwrap();
+    assert_eq!(seen.read()[4..8], [1, 2, 3, 4]);
+    seen.write(0, &[9, 9]);
+    assert_eq!(attachment.find(name).unwrap().read()[..6], [9, 9, content(name, 4)[2], content(name, 4)[3], 1, 2]);
+    assert_eq!(attachment.epoch(), exporter.weights.epoch());
+    assert_eq!(attachment.pid(), Some(std::process::id()));
+    assert_eq!(attachment.model_dir(), exporter.model.canonicalize().unwrap());
+    attachment.ping(Duration::from_secs(5)).unwrap();
+}
+
+#[test]
+fn a_second_trainer_is_told_who_has_the_lease_and_gets_it_afterwards() {
+    let exporter = exporter();
+    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let first = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    assert_eq!(handle.leased_by(), Some(std::process::id()));
+    let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err();
+    assert!(
+        matches!(&error, Error::Refused { reason, .. } if *reason == format!("leased by pid {}", std::process::id())),
+        "{error}"
+    );
+    drop(first);
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while handle.leased_by().is_some() {
+        assert!(Instant::now() < deadline, "the lease was not given back");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+}
+
+#[test]
+fn a_wrong_shape_or_a_missing_tensor_is_named_and_nothing_is_written() {
+    let exporter = exporter();
+    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let mut wrong = exporter.expected.clone();
+    wrong[3].shape[0] += 2;
+    let error = Attachment::open(&exporter.source(), &wrong).unwrap_err().to_string();
+    assert!(error.contains(&format!("`{}`", wrong[3].name)), "{error}");
+    let mut more = exporter.expected.clone();
+    more.push(HfTensor { name: "model.layers.2.mlp.up_proj.weight".into(), ..more[4].clone() });
+    let error = loop {
+        // The lease of the connection above is given back when its end has been read.
+        match Attachment::open(&exporter.source(), &more).unwrap_err() {
+            Error::Refused { .. } => std::thread::sleep(Duration::from_millis(1)),
+            error => break error.to_string(),
+        }
+    };
+    assert!(error.contains("model.layers.2.mlp.up_proj.weight"), "{error}");
+    exporter.assert_untouched();
+}
+
+#[test]
+fn an_exporter_that_stops_is_noticed_at_once() {
+    let exporter = exporter();
+    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    attachment.check().unwrap();
+    drop(handle);
+    let gone = attachment.check().unwrap_err();
+    assert_eq!(gone.pid, Some(std::process::id()));
+    assert!(!attachment.alive());
+    assert!(attachment.ping(Duration::from_secs(1)).is_err());
+    assert!(!exporter.socket.exists(), "the socket was left behind");
+}
+
+#[test]
+fn a_manifest_in_a_file_is_leased_by_a_lock_beside_it() {
+    let exporter = exporter();
+    let source = exporter.manifest_file(exporter.weights.manifest());
+    let first = Attachment::open(&source, &exporter.expected).unwrap();
+    first.tensor(0).write(0, &[7, 7]);
+    assert_eq!(exporter.weights.tensor(0).read()[..2], [7, 7]);
+    let error = Attachment::open(&source, &exporter.expected).unwrap_err();
+    assert!(matches!(error, Error::Leased { pid: Some(pid), .. } if pid == std::process::id()), "{error}");
+    drop(first);
+    Attachment::open(&source, &exporter.expected).unwrap();
+}
+
+#[test]
+fn a_manifest_that_outlived_its_server_is_refused() {
+    let exporter = exporter();
+    let error = exporter.refusal(|manifest| manifest.pid = 4_194_305);
+    assert!(matches!(&error, Error::Gone(gone) if gone.pid == Some(4_194_305)), "{error}");
+    // A living process that holds no such memory: its id was used again.
+    let mut stranger = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let error = exporter.refusal(|manifest| manifest.pid = stranger.id());
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+    assert!(matches!(error, Error::Stale { pid, .. } if pid == stranger.id()), "{error}");
+}
+
+#[test]
+fn memory_that_is_too_short_twice_listed_or_the_model_itself_is_refused() {
+    let exporter = exporter();
+    let error = exporter.refusal(|manifest| {
+        let Allocation::File { bytes, .. } = &mut manifest.allocations[0];
+        *bytes += 1;
+    });
+    assert!(error.to_string().contains("but the server describes"), "{error}");
+    let error = exporter.refusal(|manifest| {
+        let Allocation::File { path, .. } = &mut manifest.allocations[0];
+        let path = path.to_str().unwrap().replace("/fd/", "/task/../fd/").into();
+        let copy = Allocation::File { path, bytes: 64, writable_by: Default::default() };
+        manifest.allocations.push(copy);
+    });
+    assert!(error.to_string().contains("under two paths"), "{error}");
+
+    let file = exporter.model.join("model.safetensors");
+    let opened = std::fs::File::open(&file).unwrap();
+    let bytes_of_file = opened.metadata().unwrap().len();
+    let error = exporter.refusal(|manifest| {
+        let copy = Allocation::File { path: file.clone(), bytes: bytes_of_file, writable_by: Default::default() };
+        manifest.allocations.push(copy);
+    });
+    assert!(error.to_string().contains("which only a sync may write"), "{error}");
+    exporter.assert_untouched();
+}
+
+#[test]
+fn a_peer_that_is_not_the_process_in_the_manifest_is_refused() {
+    let exporter = exporter();
+    let mut manifest = exporter.weights.manifest().clone();
+    manifest.pid = 1;
+    let mut answer = serde_json::to_vec(&manifest).unwrap();
+    answer.push(b'\n');
+    let thread = impostor(&exporter.socket, answer);
+    let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err();
+    thread.join().unwrap();
+    assert!(matches!(error, Error::PeerPid { manifest: 1, .. }), "{error}");
+}
+
+#[test]
+fn an_exporter_that_babbles_is_refused() {
+    for (answer, want) in [("", "without an answer"), ("{\"version\":1", "cannot talk to"), ("[]\n", "not a manifest")]
+    {
+        let exporter = exporter();
+        let thread = impostor(&exporter.socket, answer.into());
+        let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err().to_string();
+        thread.join().unwrap();
+        assert!(error.contains(want), "{answer:?}: {error}");
+    }
+}
+
+#[test]
+fn a_client_that_babbles_is_told_and_takes_no_lease() {
+    let exporter = exporter();
+    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    for request in ["{\"hello\":2}\n", "{\"ping\":1}\n", "nonsense\n"] {
+        let stream = std::os::unix::net::UnixStream::connect(&exporter.socket).unwrap();
+        (&stream).write_all(request.as_bytes()).unwrap();
+        let mut answer = String::new();
+        BufReader::new(&stream).read_line(&mut answer).unwrap();
+        assert!(answer.starts_with("{\"error\":"), "{request}: {answer}");
+    }
+    assert_eq!(handle.leased_by(), None);
+}
+
+#[test]
+fn the_socket_is_private_and_only_a_dead_one_is_replaced() {
+    let exporter = exporter();
+    drop(UnixListener::bind(&exporter.socket).unwrap());
+    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let mode = std::fs::metadata(&exporter.socket).unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o600);
+    let error = exporter.weights.serve(&exporter.socket).unwrap_err();
+    assert!(error.to_string().contains("living exporter"), "{error}");
+    let file = exporter.dir.path().join("notes.txt");
+    std::fs::write(&file, "mine").unwrap();
+    let error = exporter.weights.serve(&file).unwrap_err();
+    assert!(error.to_string().contains("something else than a socket"), "{error}");
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
+    let long = exporter.dir.path().join("x".repeat(120));
+    assert!(exporter.weights.serve(&long).unwrap_err().to_string().contains("107 bytes"));
+}
+
+#[test]
+fn exported_memory_cannot_be_truncated_under_a_reader() {
+    let exporter = exporter();
+    let Allocation::File { path, .. } = &exporter.weights.manifest().allocations[0];
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    assert!(file.set_len(0).is_err());
+}
+
+#[test]
+#[should_panic(expected = "leaves `model.norm.weight`")]
+fn a_write_beyond_a_tensor_panics() {
+    exporter().weights.find("model.norm.weight").unwrap().write(14, &[0; 4]);
+}
+
+#[test]
+fn a_manifest_of_another_version_kind_or_rank_is_refused_for_that() {
+    let exporter = exporter();
+    let refusal = |change: &dyn Fn(&mut serde_json::Value)| {
+        let mut value = serde_json::to_value(exporter.weights.manifest()).unwrap();
+        change(&mut value);
+        Manifest::parse(value.to_string().as_bytes()).unwrap_err()
+    };
+    assert_eq!(refusal(&|m| m["version"] = 2.into()), ManifestError::Version("2".into()));
+    let kind = refusal(&|m| m["allocations"][0] = serde_json::json!({"kind": "cuda_ipc", "handle": "00"}));
+    assert_eq!(kind, ManifestError::Kind { index: 0, kind: "cuda_ipc".into() });
+    assert_eq!(refusal(&|m| m["world_size"] = 2.into()), ManifestError::World { rank: 0, world_size: 2 });
+    assert!(matches!(refusal(&|m| m["epoch"] = "abc".into()), ManifestError::Field { field: "epoch", .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][2]["offset"] = 1.into()), ManifestError::Misaligned { .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][2]["offset"] = u64::MAX.into()), ManifestError::Range { .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][2]["allocation"] = 1.into()), ManifestError::Range { bytes: None, .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][1] = m["tensors"][2].clone()), ManifestError::Duplicate { .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][1]["dtype"] = "torch.int8".into()), ManifestError::Dtype { .. }));
+    assert!(matches!(refusal(&|m| m["tensors"][1]["strides"] = serde_json::json!([1])), ManifestError::Strides { .. }));
+    assert!(matches!(refusal(&|m| m["allocations"][0]["path"] = "x".into()), ManifestError::Field { .. }));
+}

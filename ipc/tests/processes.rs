@@ -1,0 +1,230 @@
+//! Two processes: a server that is killed, a trainer beside it, and what each of them sees.
+//!
+//! This program starts itself as the other process: `processes serve-export MODEL SOCKET` exports a model,
+//! `processes serve-staged LIVE` maps a live copy as a server does, `processes train SOCKET` attaches and
+//! writes. Each of them answers lines on its standard input and ends with it.
+
+mod common;
+
+use common::{content, decoder, model};
+use ipc::{Attachment, SafetensorsDir, SharedWeights, Source, servers_of, stage};
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+const NAME: &str = "model.layers.0.self_attn.q_proj.weight";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
+        ["serve-export", model, socket] => serve_export(Path::new(model), Path::new(socket)),
+        ["serve-staged", live] => serve_staged(Path::new(live)),
+        ["train", socket] => train(Path::new(socket)),
+        rest => return run_tests(rest),
+    }
+    ExitCode::SUCCESS
+}
+
+/// Runs the tests whose names contain a word of the command line, or all of them.
+fn run_tests(arguments: &[&str]) -> ExitCode {
+    let tests: [(&str, fn()); 5] = [
+        ("bytes_written_by_another_process_are_seen_by_the_exporter", bytes_are_shared),
+        ("a_killed_exporter_is_noticed_within_100_ms_by_its_pid", killed_exporter),
+        ("a_trainer_that_is_killed_gives_the_lease_back", killed_trainer),
+        ("a_server_of_a_live_copy_sees_every_write_and_its_end_is_noticed", staged_server),
+        ("a_live_copy_that_is_served_is_not_staged_again", no_staging_under_a_server),
+    ];
+    if arguments.contains(&"--list") {
+        tests.iter().for_each(|(name, _)| println!("{name}: test"));
+        return ExitCode::SUCCESS;
+    }
+    let words: Vec<&&str> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
+    let mut failed = 0;
+    for (name, test) in
+        tests.iter().filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(**word)))
+    {
+        let passed = std::panic::catch_unwind(test).is_ok();
+        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
+        failed += u32::from(!passed);
+    }
+    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+/// Another process of this program, killed when dropped.
+struct Other {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+impl Other {
+    /// Starts it and waits until it says that it is ready.
+    fn start(arguments: &[&Path]) -> Other {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        let mut child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let input = child.stdin.take().unwrap();
+        let output = BufReader::new(child.stdout.take().unwrap());
+        let mut other = Other { child, input, output };
+        assert_eq!(other.line(), "ready");
+        other
+    }
+
+    fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.output.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
+    fn ask(&mut self, question: &str) -> String {
+        writeln!(self.input, "{question}").unwrap();
+        self.line()
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        // It may have been killed by the test already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Says that it is ready, then answers each line until there are no more.
+fn answer(mut reply: impl FnMut(&str) -> String) {
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        println!("{}", reply(&line.unwrap()));
+    }
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn serve_export(model: &Path, socket: &Path) {
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let _handle = weights.serve(socket).unwrap();
+    answer(|_| hex(&weights.find(NAME).unwrap().read()));
+}
+
+/// Maps the file privately, as transformers and llama.cpp do.
+fn serve_staged(live: &Path) {
+    let dir = SafetensorsDir::open(live).unwrap();
+    // One byte is touched before anything is trained, so that its page is mapped already.
+    let before = dir.bytes(NAME).unwrap()[0];
+    assert_eq!(before, content(NAME, 1)[0]);
+    answer(|_| hex(dir.bytes(NAME).unwrap()));
+}
+
+fn train(socket: &Path) {
+    let attachment = Attachment::open(&Source::Socket(socket.to_owned()), &decoder(true).tensors()).unwrap();
+    answer(|line| {
+        let value: u8 = line.parse().unwrap();
+        attachment.check().unwrap();
+        attachment.find(NAME).unwrap().write(2, &[value, value]);
+        "written".into()
+    });
+}
+
+fn bytes_are_shared() {
+    let (dir, model, _) = model(true);
+    let socket = dir.path().join("s");
+    let mut server = Other::start(&[Path::new("serve-export"), &model, &socket]);
+    let mut trainer = Other::start(&[Path::new("train"), &socket]);
+    let mut want = content(NAME, 128);
+    assert_eq!(server.ask("read"), hex(&want));
+    assert_eq!(trainer.ask("171"), "written");
+    want[2..4].fill(171);
+    assert_eq!(server.ask("read"), hex(&want));
+}
+
+fn killed_exporter() {
+    let (dir, model, expected) = model(true);
+    let socket = dir.path().join("s");
+    let mut server = Other::start(&[Path::new("serve-export"), &model, &socket]);
+    let attachment = Attachment::open(&Source::Socket(socket.clone()), &expected).unwrap();
+    let pid = server.child.id();
+    assert_eq!(attachment.pid(), Some(pid));
+    attachment.ping(Duration::from_secs(5)).unwrap();
+    // Not reaped yet: a zombie is gone as well.
+    server.child.kill().unwrap();
+    let killed = Instant::now();
+    let gone = loop {
+        match attachment.check() {
+            Err(gone) => break gone,
+            Ok(()) => assert!(killed.elapsed() < Duration::from_millis(100), "not noticed within 100 ms"),
+        }
+    };
+    assert_eq!(gone.pid, Some(pid));
+    assert!(gone.to_string().contains(&format!("pid {pid}")), "{gone}");
+    server.kill();
+    assert!(attachment.check().is_err(), "a server that is gone stays gone");
+    // The socket is still there; a new server replaces it and can be attached without further ado.
+    let _server = Other::start(&[Path::new("serve-export"), &model, &socket]);
+    let again = Attachment::open(&Source::Socket(socket), &expected).unwrap();
+    assert_ne!(again.epoch(), attachment.epoch());
+}
+
+fn killed_trainer() {
+    let (dir, model, expected) = model(true);
+    let socket = dir.path().join("s");
+    let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
+    let handle = weights.serve(&socket).unwrap();
+    let mut trainer = Other::start(&[Path::new("train"), &socket]);
+    let refusal = Attachment::open(&Source::Socket(socket.clone()), &expected).unwrap_err().to_string();
+    assert!(refusal.contains(&format!("leased by pid {}", trainer.child.id())), "{refusal}");
+    trainer.kill();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while handle.leased_by().is_some() {
+        assert!(Instant::now() < deadline, "the lease was not given back");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Attachment::open(&Source::Socket(socket), &expected).unwrap();
+}
+
+fn staged_server() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    stage(&model, &live, &mut |_, _| {}).unwrap();
+    let attachment = Attachment::open(&Source::Staged(live.clone()), &expected).unwrap();
+    assert_eq!((attachment.pid(), attachment.alive()), (None, true));
+    let mut server = Other::start(&[Path::new("serve-staged"), &live]);
+    let pid = server.child.id();
+    assert_eq!(servers_of(&live).unwrap(), [pid]);
+    assert_eq!(attachment.refresh_server().unwrap(), Some(pid));
+    let mut want = content(NAME, 128);
+    assert_eq!(server.ask("read"), hex(&want));
+    attachment.find(NAME).unwrap().write(10, &[1, 2, 3, 4]);
+    want[10..14].copy_from_slice(&[1, 2, 3, 4]);
+    assert_eq!(server.ask("read"), hex(&want));
+
+    server.kill();
+    let gone = attachment.check().unwrap_err();
+    assert_eq!(gone.pid, Some(pid));
+    assert_eq!(attachment.refresh_server().unwrap(), None);
+    assert!(!attachment.alive());
+    // What was trained is in the live copy: the next server starts with it.
+    let mut next = Other::start(&[Path::new("serve-staged"), &live]);
+    assert_eq!(attachment.refresh_server().unwrap(), Some(next.child.id()));
+    assert!(attachment.alive());
+    assert_eq!(next.ask("read"), hex(&want));
+}
+
+fn no_staging_under_a_server() {
+    let (dir, model, _) = model(true);
+    let live = dir.path().join("live");
+    stage(&model, &live, &mut |_, _| {}).unwrap();
+    let mut server = Other::start(&[Path::new("serve-staged"), &live]);
+    let error = stage(&model, &live, &mut |_, _| {}).unwrap_err().to_string();
+    assert!(error.contains(&format!("[{}]", server.child.id())), "{error}");
+    assert_eq!(server.ask("read"), hex(&content(NAME, 128)));
+    server.kill();
+    stage(&model, &live, &mut |_, _| {}).unwrap();
+}

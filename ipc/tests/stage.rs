@@ -1,0 +1,204 @@
+//! Live copies of a model directory: what is copied, what is refused, and what attaching to one gives.
+
+mod common;
+
+use common::{bf16, content, decoder, model, write_config, write_file, write_model, write_sharded};
+use ipc::{Attachment, Error, STAGE_MARKER, SafetensorsDir, Source, StageMarker, StageReport, stage};
+use safetensors::tensor::Dtype;
+use std::path::Path;
+use weight_map::HfTensor;
+
+fn staged(model: &Path, live: &Path) -> Result<StageReport, Error> {
+    stage(model, live, &mut |_, _| {})
+}
+
+fn attach(live: &Path, expected: &[HfTensor]) -> Result<Attachment, Error> {
+    Attachment::open(&Source::Staged(live.to_owned()), expected)
+}
+
+/// Every file of a directory with its bytes.
+fn contents(dir: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+    let mut files: Vec<_> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap())
+        .map(|entry| (entry.file_name(), std::fs::read(entry.path()).unwrap()))
+        .collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_live_copy_is_trained_in_place_and_the_model_directory_is_not() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    let before = contents(&model);
+    let report = staged(&model, &live).unwrap();
+    assert_eq!(report.tensors, expected.len());
+    assert_eq!(report.files, 3);
+    let attachment = attach(&live, &expected).unwrap();
+    assert_eq!(attachment.epoch(), report.epoch);
+    assert_eq!(attachment.model_dir(), model.canonicalize().unwrap());
+    assert_eq!(attachment.pid(), None);
+    assert!(attachment.alive());
+    attachment.find("model.norm.weight").unwrap().write(2, &[1, 2]);
+    // A server's view: the file itself.
+    let read = SafetensorsDir::open(&live).unwrap();
+    let (norm, untouched) = ("model.norm.weight", "model.embed_tokens.weight");
+    assert_eq!(read.bytes(norm).unwrap()[..4], [content(norm, 2)[0], content(norm, 2)[1], 1, 2]);
+    assert_eq!(read.bytes(untouched).unwrap(), content(untouched, 160));
+    assert_eq!(contents(&model), before);
+}
+
+#[test]
+fn staging_again_brings_back_the_model_with_a_new_epoch() {
+    let (dir, model, expected) = model(false);
+    let live = dir.path().join("live");
+    let first = staged(&model, &live).unwrap();
+    attach(&live, &expected).unwrap().tensor(0).write(0, &[5, 5]);
+    let second = staged(&model, &live).unwrap();
+    assert_ne!(first.epoch, second.epoch);
+    assert_eq!(attach(&live, &expected).unwrap().tensor(0).read(), content(&expected[0].name, 160));
+}
+
+#[test]
+fn only_one_trainer_and_no_staging_while_it_trains() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    staged(&model, &live).unwrap();
+    let first = attach(&live, &expected).unwrap();
+    let own = std::process::id();
+    for error in [attach(&live, &expected).unwrap_err(), staged(&model, &live).unwrap_err()] {
+        assert!(matches!(error, Error::Leased { pid: Some(pid), .. } if pid == own), "{error}");
+    }
+    drop(first);
+    staged(&model, &live).unwrap();
+}
+
+#[test]
+fn progress_ends_at_the_bytes_of_the_weights() {
+    let (dir, model, _) = model(true);
+    let mut calls = Vec::new();
+    let report = stage(&model, &dir.path().join("live"), &mut |done, total| calls.push((done, total))).unwrap();
+    assert!(calls.is_sorted() && calls.len() > 2);
+    assert_eq!(calls[0], (0, report.bytes));
+    assert_eq!(calls.last(), Some(&(report.bytes, report.bytes)));
+}
+
+#[test]
+fn a_live_copy_lies_apart_from_the_model_and_from_other_things() {
+    let (dir, first, _) = model(true);
+    let other = dir.path().join("other");
+    write_model(&other, &decoder(true));
+    let busy = dir.path().join("busy");
+    std::fs::create_dir(&busy).unwrap();
+    std::fs::write(busy.join("thesis.tex"), "years of work").unwrap();
+    let live = dir.path().join("live");
+    staged(&first, &live).unwrap();
+    for (model, live, want) in [
+        (&first, &first, "must lie apart"),
+        (&first, &first.join("live"), "must lie apart"),
+        (&first, &dir.path().to_owned(), "must lie apart"),
+        (&first, &busy, "thesis.tex"),
+        (&other, &live, "live copy of another model"),
+    ] {
+        let error = staged(model, live).unwrap_err().to_string();
+        assert!(error.contains(want), "{}: {error}", live.display());
+    }
+    assert_eq!(std::fs::read(busy.join("thesis.tex")).unwrap(), b"years of work");
+    assert_eq!(contents(&busy).len(), 1);
+}
+
+#[test]
+fn a_quantized_model_is_refused_by_name() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    let config = r#"{"quantization_config": {"quant_method": "awq"}}"#;
+    std::fs::write(model.join("config.json"), config).unwrap();
+    let error = staged(&model, &live).unwrap_err().to_string();
+    assert!(error.contains("quantized") && error.contains("awq"), "{error}");
+    write_config(&model, true);
+    let mut tensors: Vec<_> = expected.iter().map(bf16).collect();
+    tensors[4].1 = Dtype::I16;
+    write_file(&model.join("model.safetensors"), &tensors);
+    let error = staged(&model, &live).unwrap_err().to_string();
+    assert!(error.contains(&expected[4].name) && error.contains("I16"), "{error}");
+    assert!(!live.exists());
+}
+
+#[test]
+fn links_of_a_cache_become_files_of_their_own() {
+    let (dir, model, expected) = model(true);
+    let blob = dir.path().join("blob");
+    std::fs::rename(model.join("model.safetensors"), &blob).unwrap();
+    std::os::unix::fs::symlink(&blob, model.join("model.safetensors")).unwrap();
+    let live = dir.path().join("live");
+    staged(&model, &live).unwrap();
+    assert!(live.join("model.safetensors").symlink_metadata().unwrap().is_file());
+    let before = std::fs::read(&blob).unwrap();
+    attach(&live, &expected).unwrap().tensor(0).write(0, &[5, 5]);
+    assert_eq!(std::fs::read(&blob).unwrap(), before);
+}
+
+#[test]
+fn a_file_of_the_model_directory_is_never_mapped_for_writing() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    staged(&model, &live).unwrap();
+    std::fs::remove_file(live.join("model.safetensors")).unwrap();
+    std::fs::hard_link(model.join("model.safetensors"), live.join("model.safetensors")).unwrap();
+    let error = attach(&live, &expected).unwrap_err().to_string();
+    assert!(error.contains("which only a sync may write"), "{error}");
+}
+
+#[test]
+fn a_copy_of_the_embedding_as_tied_head_is_left_out() {
+    let (dir, model, expected) = model(true);
+    let mut tensors: Vec<_> = expected.iter().map(bf16).collect();
+    let mut head = tensors[0].clone();
+    head.0 = "lm_head.weight".into();
+    tensors.insert(3, head);
+    let sharded = dir.path().join("sharded");
+    write_sharded(&sharded, true, &tensors);
+    write_file(&model.join("model.safetensors"), &tensors);
+    for (model, live) in [(&model, "live"), (&sharded, "live_sharded")] {
+        let live = dir.path().join(live);
+        let report = staged(model, &live).unwrap();
+        assert_eq!(report.left_out, ["lm_head.weight"]);
+        let attachment = attach(&live, &expected).unwrap();
+        for tensor in (0..attachment.len()).map(|index| attachment.tensor(index)) {
+            assert_eq!(tensor.read(), content(tensor.name, tensor.bytes), "{}", tensor.name);
+        }
+        for shard in SafetensorsDir::open(&live).unwrap().shards() {
+            safetensors::SafeTensors::deserialize(&std::fs::read(&shard.path).unwrap()).unwrap();
+        }
+    }
+    tensors[3].3[0] ^= 1;
+    write_file(&model.join("model.safetensors"), &tensors);
+    let error = staged(&model, &dir.path().join("live")).unwrap_err().to_string();
+    assert!(error.contains("`lm_head.weight`") && error.contains("differ"), "{error}");
+}
+
+#[test]
+fn an_interrupted_stage_is_not_attached_and_can_be_made_again() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    assert!(matches!(attach(&model, &expected).unwrap_err(), Error::Stage { .. }), "a model directory is no live copy");
+    staged(&model, &live).unwrap();
+    let mut marker = StageMarker::read(&live).unwrap().unwrap();
+    marker.complete = false;
+    std::fs::write(live.join(STAGE_MARKER), serde_json::to_vec(&marker).unwrap()).unwrap();
+    let error = attach(&live, &expected).unwrap_err().to_string();
+    assert!(error.contains("interrupted"), "{error}");
+    staged(&model, &live).unwrap();
+    attach(&live, &expected).unwrap();
+}
+
+#[test]
+fn a_truncated_live_file_is_refused() {
+    let (dir, model, expected) = model(true);
+    let live = dir.path().join("live");
+    staged(&model, &live).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(live.join("model.safetensors")).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    assert!(matches!(attach(&live, &expected).unwrap_err(), Error::Safetensors { .. }));
+}

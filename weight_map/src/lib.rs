@@ -1,0 +1,28 @@
+//! Where each Hugging Face tensor lies in the memory of an inference server.
+//!
+//! A trainer thinks in the names of the model's files (`model.layers.0.self_attn.q_proj.weight`),
+//! a server holds what suits its kernels: `qkv_proj` and `gate_up_proj` merged by rows, a vocabulary
+//! padded to a multiple of 64, prefixes of wrappers, a head that is the embedding. This crate turns a
+//! list of server tensors into one [`View`] per expected tensor: a span of bytes in an allocation,
+//! row-contiguous, zero-copy.
+//!
+//! Shapes are as in the files: a matrix is (rows, cols) = (out features, in features), a vector (n,).
+//! Strides count elements, offsets count bytes from the start of the allocation.
+//!
+//! The mapping fails closed. Somebody will write to these spans while a server reads them, so a tensor
+//! that is missing, unknown, mapped twice, of another shape or overlapping another one is an [`Error`]
+//! that names it, never a guess. No I/O, no device, no unsafe code.
+
+#![forbid(unsafe_code)]
+
+mod decoder;
+mod dtype;
+mod error;
+mod map;
+mod names;
+
+pub use decoder::{Decoder, Family, HfTensor, Role};
+pub use dtype::{Dtype, UnknownDtype};
+pub use error::Error;
+pub use map::{Packing, ServerTensor, View, WeightMap, map};
+pub use names::{canonical_name, is_known_buffer};

@@ -1,0 +1,85 @@
+//! Names: what a server calls a tensor, and what the model's files call it.
+
+/// Modules that servers and multi-modal checkpoints wrap around the decoder.
+const WRAPPERS: [&str; 6] = ["model", "language_model", "text_model", "transformer", "module", "_orig_mod"];
+
+/// The file name of the tensor that a server calls `name`.
+///
+/// Wrapping modules are dropped (`language_model.model.layers.0.…`, `model.language_model.layers.0.…`
+/// and a bare `layers.0.…` all become `model.layers.0.…`). A name that is not the decoder's own, such
+/// as `visual.blocks.0.…`, comes back unchanged, and is then unknown to the expected list.
+pub fn canonical_name(name: &str) -> String {
+    let mut rest = name;
+    loop {
+        let (head, tail) = rest.split_once('.').unwrap_or((rest, ""));
+        match head {
+            "layers" | "embed_tokens" | "norm" => return format!("model.{rest}"),
+            "lm_head" => return rest.to_owned(),
+            _ if WRAPPERS.contains(&head) && !tail.is_empty() => rest = tail,
+            _ => return name.to_owned(),
+        }
+    }
+}
+
+/// Whether `name` is a tensor that servers hold and nobody trains: rotary tables and the scale
+/// buffers of an unquantized key-value cache.
+pub fn is_known_buffer(name: &str) -> bool {
+    const SUFFIXES: [&str; 7] = [
+        "rotary_emb.inv_freq",
+        "rotary_emb.original_inv_freq",
+        "rotary_emb.cos_sin_cache",
+        "attn._q_scale",
+        "attn._k_scale",
+        "attn._v_scale",
+        "attn._prob_scale",
+    ];
+    SUFFIXES.iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|head| head.is_empty() || head.ends_with('.')))
+}
+
+/// The parts, in row order, of a merged tensor that vLLM or SGLang makes by default.
+pub(crate) fn default_parts(name: &str) -> Option<Vec<String>> {
+    const MERGED: [(&str, &[&str]); 2] =
+        [("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
+    let (module, kind) = name.rsplit_once('.')?;
+    if kind != "weight" && kind != "bias" {
+        return None;
+    }
+    let (parent, merged) = module.rsplit_once('.')?;
+    let (_, parts) = MERGED.iter().find(|(name, _)| *name == merged)?;
+    Some(parts.iter().map(|part| format!("{parent}.{part}.{kind}")).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrapping_modules_are_stripped_to_the_name_in_the_files() {
+        for (server, file) in [
+            ("model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+            ("language_model.model.layers.3.input_layernorm.weight", "model.layers.3.input_layernorm.weight"),
+            ("model.language_model.layers.3.mlp.up_proj.weight", "model.layers.3.mlp.up_proj.weight"),
+            ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
+            ("layers.0.self_attn.qkv_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"),
+            ("language_model.lm_head.weight", "lm_head.weight"),
+            ("model.norm.weight", "model.norm.weight"),
+        ] {
+            assert_eq!(canonical_name(server), file);
+        }
+    }
+
+    #[test]
+    fn the_name_of_another_part_of_the_model_is_left_alone() {
+        for name in ["visual.blocks.0.norm1.weight", "vision_tower.layers.0.mlp.up_proj.weight", "model", ""] {
+            assert_eq!(canonical_name(name), name);
+        }
+    }
+
+    #[test]
+    fn only_whole_module_names_are_known_buffers() {
+        assert!(is_known_buffer("model.layers.0.self_attn.rotary_emb.inv_freq"));
+        assert!(is_known_buffer("rotary_emb.inv_freq"));
+        assert!(!is_known_buffer("model.layers.0.self_attn.my_rotary_emb.inv_freq"));
+        assert!(!is_known_buffer("model.layers.0.self_attn.q_proj.weight"));
+    }
+}

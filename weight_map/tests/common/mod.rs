@@ -1,0 +1,114 @@
+//! Decoders, and the lists that servers would give for them.
+
+use proptest::prelude::*;
+use weight_map::{Decoder, Dtype, Family, ServerTensor};
+
+/// How a server holds the weights.
+#[derive(Clone, Debug)]
+pub struct Layout {
+    pub merge: bool,
+    pub prefix: &'static str,
+    pub dtype: Dtype,
+    pub pad_vocab: bool,
+    pub alias_head: bool,
+    pub buffer: bool,
+    /// One allocation for every this many tensors.
+    pub per_allocation: usize,
+}
+
+pub fn decoder() -> impl Strategy<Value = Decoder> {
+    let sizes = (1usize..4, 1usize..6, 1usize..6, 1usize..4, 1usize..3, 1usize..5, 2usize..40);
+    (sizes, any::<[bool; 5]>()).prop_map(|((layers, hidden, intermediate, heads, kv_heads, head_dim, vocab), flags)| {
+        Decoder {
+            family: Family::Qwen3,
+            layers,
+            hidden: 2 * hidden,
+            intermediate: 2 * intermediate,
+            heads,
+            kv_heads,
+            head_dim: 2 * head_dim,
+            vocab,
+            attention_bias: flags[0],
+            output_bias: flags[1],
+            mlp_bias: flags[2],
+            qk_norm: flags[3],
+            tied: flags[4],
+        }
+    })
+}
+
+pub fn layout() -> impl Strategy<Value = Layout> {
+    let prefix = prop_oneof![Just("model."), Just("language_model.model."), Just("model.language_model."), Just("")];
+    let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::BF16)];
+    (prefix, dtype, any::<[bool; 4]>(), 1usize..20).prop_map(|(prefix, dtype, flags, per_allocation)| Layout {
+        merge: flags[0],
+        prefix,
+        dtype,
+        pad_vocab: flags[1],
+        alias_head: flags[2],
+        buffer: flags[3],
+        per_allocation,
+    })
+}
+
+pub fn contiguous(shape: &[usize]) -> Vec<usize> {
+    (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect()
+}
+
+/// Names and shapes as the server has them, before they are placed in memory.
+fn named(decoder: &Decoder, layout: &Layout) -> Vec<(String, Vec<usize>)> {
+    let mut list: Vec<(String, Vec<usize>)> = Vec::new();
+    for tensor in decoder.tensors() {
+        let mut shape = tensor.shape.clone();
+        let is_vocab = tensor.name.contains("embed_tokens") || tensor.name == "lm_head.weight";
+        if is_vocab && layout.pad_vocab {
+            shape[0] = shape[0].next_multiple_of(64);
+        }
+        let name = match tensor.name.strip_prefix("model.") {
+            Some(rest) => format!("{}{rest}", layout.prefix),
+            None => tensor.name.clone(),
+        };
+        let merged = [("q_proj", "qkv_proj"), ("k_proj", "qkv_proj"), ("v_proj", "qkv_proj")]
+            .into_iter()
+            .chain([("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")])
+            .find(|(part, _)| layout.merge && name.contains(&format!(".{part}.")))
+            .map(|(part, merged)| name.replace(&format!(".{part}."), &format!(".{merged}.")));
+        let name = merged.unwrap_or(name);
+        match list.iter_mut().find(|(before, _)| *before == name) {
+            Some((_, before)) => before[0] += shape[0],
+            None => list.push((name, shape)),
+        }
+    }
+    list
+}
+
+/// A valid server list.
+pub fn server(decoder: &Decoder, layout: &Layout) -> Vec<ServerTensor> {
+    let mut offset = 0;
+    let mut list = Vec::new();
+    for (index, (name, shape)) in named(decoder, layout).into_iter().enumerate() {
+        if index % layout.per_allocation == 0 {
+            offset = 0;
+        }
+        let bytes = shape.iter().product::<usize>() * layout.dtype.size();
+        let (strides, allocation) = (contiguous(&shape), index / layout.per_allocation);
+        list.push(ServerTensor { name, dtype: layout.dtype, shape, strides, allocation, offset });
+        offset += bytes as u64;
+    }
+    if decoder.tied && layout.alias_head {
+        let mut head = list[0].clone();
+        head.name = "lm_head.weight".into();
+        list.push(head);
+    }
+    if layout.buffer {
+        list.push(ServerTensor {
+            name: "model.layers.0.self_attn.rotary_emb.inv_freq".into(),
+            dtype: Dtype::F32,
+            shape: vec![4],
+            strides: vec![1],
+            allocation: 1_000_000,
+            offset: 0,
+        });
+    }
+    list
+}
