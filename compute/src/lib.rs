@@ -189,6 +189,8 @@ pub trait Device: Send + Sync + 'static {
     fn read(&self, src: &Self::Buffer, at: usize, dst: &mut [f32]);
     /// (rows, cols) of a weight.
     fn shape(&self, w: &Self::Weight) -> (usize, usize);
+    /// All values of a weight as f32 on the host, row-major: for checks.
+    fn weight_values(&self, w: &Self::Weight) -> Vec<f32>;
     /// dst[dst_at..][..len] = src[src_at..][..len].
     fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
 
@@ -283,7 +285,9 @@ pub trait Device: Send + Sync + 'static {
     /// up to the last bit of its sine and logarithm.
     fn normal_projection(&self, p: &mut Self::Buffer, rank: usize, dim: usize, stream: Stream);
     /// First pass of a step, writes neither state nor W: the scaling s (max(m,n), or 1 for tensor
-    /// scaling) from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`.
+    /// scaling) from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`. If
+    /// anything overflows, a square of the compressed gradient included, that slot is not finite and
+    /// s is unspecified: such a step must not be committed.
     #[allow(clippy::too_many_arguments)]
     fn apollo_prepare(
         &self,

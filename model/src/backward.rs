@@ -93,8 +93,7 @@ impl<D: Device> Model<D> {
         let shape = &l.attention;
         let dout = self.linear_backward(l.o, &saved.out, &dmid, t, sink);
         let (queries, keys) = (t * shape.heads * shape.head_dim, t * shape.kv_heads * shape.head_dim);
-        let (mut dq, mut dk, mut dv) =
-            (self.device.zeros(queries), self.device.zeros(keys), self.device.zeros(keys));
+        let (mut dq, mut dk, mut dv) = (self.device.zeros(queries), self.device.zeros(keys), self.device.zeros(keys));
         self.device.attention_backward(
             AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv },
             AttentionSaved {

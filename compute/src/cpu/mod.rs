@@ -93,6 +93,9 @@ impl Device for Cpu {
     fn shape(&self, w: &Weight) -> (usize, usize) {
         (w.rows(), w.cols())
     }
+    fn weight_values(&self, w: &Weight) -> Vec<f32> {
+        w.values()
+    }
     fn copy(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, src_at: usize, len: usize) {
         dst[dst_at..dst_at + len].copy_from_slice(&src[src_at..src_at + len]);
     }

@@ -76,6 +76,11 @@ pub fn prepare(
             }
         });
     });
+    // A square that overflows would make s zero, hide in ‖U‖ and stay in exp_avg_sq for ever.
+    if squares.iter().flatten().any(|v| !v.is_finite()) {
+        norms[at + NORM_UPDATE] = f32::NAN;
+        return;
+    }
     let scale = |n: f64, r: f64| (n.sqrt() / (r.sqrt() + 1e-8)) as f32;
     match c.scale_type {
         ScaleType::Channel => {
@@ -124,7 +129,8 @@ fn update_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
     let (channels, d) = channels_of(f);
     let a = gram(f.big(), f.t, channels, s);
     let b = gram(f.small(), f.t, d, None);
-    a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>().max(0.0).sqrt() as f32
+    // `max` would turn a NaN into 0.
+    a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>().clamp(0.0, f64::INFINITY).sqrt() as f32
 }
 
 /// (t,t) Gram matrix of the columns of x (t,c), each scaled by s, in f64.
@@ -231,6 +237,8 @@ pub fn commit(
     write: Write,
 ) {
     let q = project(f, c);
+    let len = channels_of(f).0 * c.rank;
+    let (exp_avg, exp_avg_sq) = (&mut exp_avg[..len], &mut exp_avg_sq[..len]);
     exp_avg.par_chunks_mut(CHANNELS * c.rank).zip(exp_avg_sq.par_chunks_mut(CHANNELS * c.rank)).enumerate().for_each(
         |(block, (exp_avg, exp_avg_sq))| {
             with_scratch(exp_avg.len(), |r| {

@@ -1,5 +1,8 @@
 //! Loads the models and examples beside the tests.
 
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
 use anyhow::{Context, Result, ensure};
 use compute::{Collector, Cpu, Dtype, cpu::Weight};
 use model::{Config, Example, Model, Report, Timings};

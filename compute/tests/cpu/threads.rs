@@ -1,0 +1,140 @@
+//! Results do not depend on the number of threads, bit for bit.
+
+use crate::random::{DTYPES, Random};
+use compute::{
+    AdamRow, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu, Device, Factors, Moments, NORM_FACTOR,
+    NORM_SLOTS, Past, ScaleType, Stream, Write, cpu::Weight,
+};
+
+/// All results of all operations, by name, as bits.
+#[derive(Default)]
+struct Results(Vec<(String, Vec<u32>)>);
+
+impl Results {
+    fn keep(&mut self, name: &str, values: &[f32]) {
+        self.0.push((name.into(), values.iter().map(|v| v.to_bits()).collect()));
+    }
+}
+
+#[test]
+fn results_are_the_same_with_one_thread_and_with_three() {
+    let all = |threads: usize| {
+        let device = Cpu::new(threads).expect("threads");
+        assert_eq!(device.threads(), threads);
+        device.run(|| {
+            let mut results = Results::default();
+            layers(&device, &mut results);
+            attention(&device, &mut results);
+            optimizer(&device, &mut results);
+            results
+        })
+    };
+    let (one, three) = (all(1), all(3));
+    assert!(one.0.len() > 30);
+    for ((name, a), (other, b)) in one.0.iter().zip(&three.0) {
+        assert_eq!(name, other);
+        assert!(a == b, "{name} depends on the number of threads");
+    }
+}
+
+fn layers(d: &Cpu, out: &mut Results) {
+    let mut r = Random::new("threads");
+    let (t, m, n) = (37, 700, 1100);
+    let (x, dy, g) = (r.normals(t * n), r.normals(t * m), r.normals(t * n));
+    for dtype in DTYPES {
+        let w = r.weight(dtype, m, n, 0.1).0;
+        let (norm, bias) = (r.weight(dtype, 1, n, 1.0).0, r.weight(dtype, 1, m, 1.0).0);
+        let (mut y, mut dx, mut dw) = (d.zeros(t * m), d.zeros(t * n), d.zeros(n));
+        d.linear(&mut y, &x, &w, Some(&bias), t);
+        out.keep(&format!("linear {dtype}"), &y);
+        d.linear_dx(&mut dx, &dy, &w, t, false);
+        out.keep(&format!("linear_dx {dtype}"), &dx);
+        d.rms_norm(&mut dx, &x, &norm, 1e-6, t);
+        out.keep("rms_norm", &dx);
+        d.rms_norm_backward(&mut dx, &mut dw, &g, &x, &norm, 1e-6, t);
+        out.keep("rms_norm_backward dx", &dx);
+        out.keep("rms_norm_backward dw", &dw);
+        d.embed(&mut dx, &w, &r.ids(t, m));
+        out.keep("embed", &dx);
+    }
+    let (mut h, mut dup, len) = (d.zeros(t * n), d.zeros(t * n), t * n);
+    d.swiglu(&mut h, &x, &g, len);
+    out.keep("swiglu", &h);
+    let dh = h.clone();
+    d.swiglu_backward(&mut h, &mut dup, &dh, &x, &g, len);
+    out.keep("swiglu_backward dgate", &h);
+    out.keep("swiglu_backward dup", &dup);
+    let mut rotated = x[..t * 1024].to_vec();
+    d.rope(&mut rotated, &r.normals(t * 64), 0, t, 16, 64, false);
+    out.keep("rope", &rotated);
+    let (mut losses, mut logits) = (d.zeros(t), x.clone());
+    d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, 0.5);
+    out.keep("losses", &losses);
+    out.keep("logits", &logits);
+    let (mut sums, mut product, mut counter) = (d.zeros(m), d.zeros(m * n), d.zeros(1));
+    d.sum_rows(&mut sums, &dy, t, m);
+    out.keep("sum_rows", &sums);
+    d.outer_accumulate(&mut product, &Factors { x: &x, dy: &dy, t, m, n });
+    out.keep("outer_accumulate", &product);
+    d.scatter_add_rows(&mut product, &x, &r.ids(t, m), n);
+    out.keep("scatter_add_rows", &product);
+    d.count_nonfinite(&mut counter, 0, &x, len);
+    out.keep("count_nonfinite", &counter);
+}
+
+fn attention(d: &Cpu, out: &mut Results) {
+    let mut r = Random::new("threads attention");
+    let (t, past, heads, kv_heads, head_dim) = (150, 90, 6, 3, 16);
+    for window in [None, Some(100)] {
+        let shape = Attention { heads, kv_heads, head_dim, window, scale: 0.25 };
+        let (q, dout) = (r.normals(t * heads * head_dim), r.normals(t * heads * head_dim));
+        let row = kv_heads * head_dim;
+        let (k, v, keys, values) =
+            (r.normals(t * row), r.normals(t * row), r.normals(past * row), r.normals(past * row));
+        let past = Past { keys: &keys, values: &values, len: past };
+        let (mut o, mut lse) = (d.zeros(q.len()), d.zeros(heads * t));
+        d.attention(&mut o, &mut lse, &q, &k, &v, past, t, &shape);
+        let (mut dq, mut dk, mut dv) = (d.zeros(q.len()), d.zeros(t * row), d.zeros(t * row));
+        let saved = AttentionSaved { dout: &dout, out: &o, lse: &lse, q: &q, k: &k, v: &v, past };
+        d.attention_backward(AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv }, saved, t, &shape);
+        for (name, values) in [("out", &o), ("lse", &lse), ("dq", &dq), ("dk", &dk), ("dv", &dv)] {
+            out.keep(&format!("attention {name} {window:?}"), values);
+        }
+    }
+}
+
+fn optimizer(d: &Cpu, out: &mut Results) {
+    let mut r = Random::new("threads optimizer");
+    let moments = Moments { beta1: 0.9, beta2: 0.999, eps: 1e-6 };
+    // The second shape has many Gram blocks, the third forms G.
+    for (m, n, t, rank) in [(700, 300, 9, 70), (12, 9000, 2, 5), (300, 700, 200, 100)] {
+        for (i, dtype) in DTYPES.into_iter().enumerate() {
+            let scale_type = if i == 1 { ScaleType::Tensor } else { ScaleType::Channel };
+            let (channels, dim) = (m.max(n), m.min(n));
+            let (w, x, dy) = (r.weight(dtype, m, n, 1.0).0, r.normals(t * n), r.normals(t * m));
+            let f = Factors { x: &x, dy: &dy, t, m, n };
+            let mut p = d.zeros(rank * dim);
+            d.normal_projection(&mut p, rank, dim, Stream::projection(3, 1, dim));
+            out.keep("projection", &p);
+            let c = Compressed { projection: &p, rank, scale_type, moments };
+            let (mut s, mut norms) = (d.zeros(channels), d.zeros(NORM_SLOTS));
+            let (mut a, mut b) = (d.zeros(rank * channels), d.zeros(rank * channels));
+            let write = Write { step: 1e-2, decay: 1e-3, stream: Stream::rounding(4, 1, 2) };
+            d.apollo_prepare(&mut s, &mut norms, 0, &a, &b, &f, &c);
+            norms[NORM_FACTOR] = 0.7;
+            d.apollo_commit(&w, &mut norms, 0, &s, &mut a, &mut b, &f, &c, write);
+            keep_step(out, &format!("apollo {dtype} ({m},{n},{t})"), &w, &[&s, &norms, &a, &b]);
+            let (mut a, mut b) = (d.zeros(m * n), d.zeros(m * n));
+            d.adamw_factors(&w, &mut a, &mut b, &f, moments, write);
+            keep_step(out, &format!("adamw_factors {dtype}"), &w, &[&a, &b]);
+            let rows = [AdamRow { row: 3, slot: 1, step: 0.1 }, AdamRow { row: 1, slot: 0, step: 0.2 }];
+            d.adamw_rows(&w, &rows, &r.normals(2 * n), &mut a, &mut b, moments, write);
+            keep_step(out, &format!("adamw_rows {dtype}"), &w, &[&a, &b]);
+        }
+    }
+}
+
+fn keep_step(out: &mut Results, name: &str, w: &Weight, state: &[&Vec<f32>]) {
+    out.keep(&format!("{name} weights"), &w.values());
+    state.iter().enumerate().for_each(|(i, values)| out.keep(&format!("{name} state {i}"), values));
+}
