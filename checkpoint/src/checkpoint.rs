@@ -1,0 +1,342 @@
+//! [`Checkpoint`]: the one writer of a model directory.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufReader, Read, Seek, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::Path;
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::commit::{self, Draft, RollbackReport, SyncReport};
+use crate::disk::{Disk, Fault};
+use crate::error::{Error, Result};
+use crate::generation::{Generation, Paths, Progress};
+use crate::layout::Layout;
+use crate::recover::{self, Recovery};
+use crate::retain::prune;
+use crate::source::{LiveSource, Source, UndoSource};
+use crate::verify::{self, VerifyReport};
+
+/// A tensor of the live weights under its Hugging Face name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LiveTensor {
+    /// Its name in the files.
+    pub name: String,
+    /// Its dtype as safetensors writes it, such as "BF16".
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its length in bytes.
+    pub bytes: u64,
+}
+
+/// Live weights as a sync sees them. Nothing writes them while the sync runs.
+pub trait LiveWeights {
+    /// The tensors that a sync covers. Tensors of the files that are not here stay as they are.
+    fn tensors(&self) -> &[LiveTensor];
+
+    /// Copies `buf.len()` bytes of the tensor with this index, in row-major order, from byte `offset` of
+    /// it. Never called past the tensor's end.
+    fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]);
+}
+
+/// What an opener can choose.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Generations before the current one that can be restored; each costs a delta (10 to 35% of the
+    /// trained weights' bytes) and a copy of the optimizer state on disk. Default 4.
+    pub keep: u64,
+    /// A simulated failure, for tests. Default none.
+    pub fault: Option<Fault>,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { keep: 4, fault: None }
+    }
+}
+
+/// The exclusive right to change a model directory, from [`Checkpoint::open`] until drop.
+#[derive(Debug)]
+pub struct Checkpoint {
+    paths: Paths,
+    keep: u64,
+    disk: Disk,
+    current: Generation,
+    /// Why this handle must not be used any more.
+    unusable: Option<String>,
+    _lock: File,
+}
+
+impl Checkpoint {
+    /// Takes the lock and recovers; makes generation 0 of the files on first use.
+    ///
+    /// Errors: no model here, shared shards, the lock is taken, or files that recovery must not touch.
+    pub fn open(model_dir: &Path) -> Result<(Checkpoint, Recovery)> {
+        Checkpoint::open_with(model_dir, Options::default())
+    }
+
+    /// [`Checkpoint::open`] with settings.
+    pub fn open_with(model_dir: &Path, options: Options) -> Result<(Checkpoint, Recovery)> {
+        let paths = Paths::new(model_dir);
+        let layout = Layout::load(model_dir)?;
+        let mut disk = Disk::new(options.fault);
+        disk.create_dir(&paths.root)?;
+        let lock = take_lock(&paths)?;
+        for dir in paths.dirs() {
+            disk.create_dir(&dir)?;
+        }
+        let (current, recovery) = recover::recover(&mut disk, &paths, &layout, options.keep)?;
+        let checkpoint = Checkpoint { paths, keep: options.keep, disk, current, unusable: None, _lock: lock };
+        Ok((checkpoint, recovery))
+    }
+
+    /// Writes the live weights that differ into the files, with the optimizer state that `state` writes,
+    /// as a new generation. `report` is told done and total, in bytes of weights times two (the journal,
+    /// then the files).
+    ///
+    /// `live` must not change before this returns. On an error that is not [`Error::Interrupted`]
+    /// the files are those of the current generation.
+    pub fn sync(
+        &mut self,
+        live: &dyn LiveWeights,
+        state: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+        progress: Progress,
+        report: &mut dyn FnMut(u64, u64),
+    ) -> Result<SyncReport> {
+        self.usable()?;
+        let layout = self.layout()?;
+        let mut source = LiveSource::new(&layout, live)?;
+        let draft = Draft { layout: &layout, progress, rollback_of: None, expect: None };
+        self.commit(draft, &mut source, Some(state), report)
+    }
+
+    /// Makes files, optimizer state and progress those of generation `to`, as a new generation, by the
+    /// same protocol. Live weights are not touched: restore them with [`Checkpoint::read_tensor`].
+    pub fn rollback(&mut self, to: u64) -> Result<RollbackReport> {
+        self.usable()?;
+        let target = self.restorable(to)?;
+        let layout = self.layout()?;
+        let mut state = match &target.state {
+            Some(_) => Some(open_state(&self.paths, &target)?),
+            None => None,
+        };
+        let mut write_state = |out: &mut dyn Write| io::copy(state.as_mut().expect("used if there"), out).map(|_| ());
+        let mut source = UndoSource::open(&self.paths, &layout, self.current.generation, to)?;
+        let draft =
+            Draft { layout: &layout, progress: target.progress.clone(), rollback_of: Some(to), expect: Some(&target) };
+        let with_state = target.state.is_some();
+        let write_state: Option<&mut commit::WriteState> = match with_state {
+            true => Some(&mut write_state),
+            false => None,
+        };
+        let sync = self.commit(draft, &mut source, write_state, &mut |_, _| {})?;
+        Ok(RollbackReport { to, sync })
+    }
+
+    /// Records the files as they are as a new generation without optimizer state, after someone else
+    /// changed them on purpose. No generation before it can be restored.
+    pub fn adopt(&mut self, progress: Progress) -> Result<&Generation> {
+        self.usable()?;
+        let layout = self.layout()?;
+        let number = self.current.generation + 1;
+        let adopted = commit::record_files(&mut self.disk, &self.paths, &layout, number, progress);
+        self.current = adopted.inspect_err(|error| {
+            if error.leaves_disk_unknown() {
+                self.unusable = Some(error.to_string());
+            }
+        })?;
+        prune(&mut self.disk, &self.paths, number, self.keep)?;
+        Ok(&self.current)
+    }
+
+    /// The current generation: what the files hold.
+    pub fn current(&self) -> &Generation {
+        &self.current
+    }
+
+    /// All generations, oldest first; `restorable` says which of them rollback can reach.
+    pub fn generations(&self) -> Result<Vec<Generation>> {
+        self.paths.list()
+    }
+
+    /// The optimizer state of the current generation, its checksum verified before the first byte is
+    /// given; none if the generation has none.
+    pub fn state(&self) -> Result<Option<impl Read + use<>>> {
+        self.usable()?;
+        match self.current.state {
+            Some(_) => open_state(&self.paths, &self.current).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Fills `buf` from byte `offset` of a tensor in the files: to restore live weights.
+    pub fn read_tensor(&self, name: &str, offset: u64, buf: &mut [u8]) -> Result<()> {
+        self.usable()?;
+        let refuse = |reason: String| Error::Tensor { tensor: name.into(), reason };
+        let tensors = &self.current.tensors;
+        let tensor = tensors.iter().find(|tensor| tensor.name == name);
+        let tensor = tensor.ok_or_else(|| refuse("it is not in the files".into()))?;
+        let end = offset.checked_add(buf.len() as u64);
+        if end.is_none_or(|end| end > tensor.bytes) {
+            let n = buf.len();
+            let reason = format!("bytes {offset}+{n} are past its {} bytes", tensor.bytes);
+            return Err(refuse(reason));
+        }
+        let shard = &self.current.shards[tensor.shard];
+        let path = self.paths.model.join(&shard.file);
+        let file = File::open(&path).map_err(Error::io("open", &path))?;
+        file.read_exact_at(buf, tensor.offset + offset).map_err(Error::io("read", &path))
+    }
+
+    /// Compares every byte of the files, the optimizer state and the sums with the current generation.
+    pub fn verify(&self) -> Result<VerifyReport> {
+        self.usable()?;
+        verify::verify_files(&self.paths, &self.paths.model, &self.current, true)
+    }
+
+    /// Makes a later operation fail at a crash point: for tests of recovery. None takes it back.
+    pub fn crash_at(&mut self, fault: Option<Fault>) {
+        self.disk = Disk::new(fault);
+    }
+
+    fn usable(&self) -> Result<()> {
+        match &self.unusable {
+            Some(reason) => Err(Error::Unusable { reason: reason.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    /// The files' headers, read again: someone may have replaced a file since.
+    fn layout(&self) -> Result<Layout> {
+        let layout = Layout::load(&self.paths.model)?;
+        recover::same_files(&self.paths, &layout, &self.current)?;
+        Ok(layout)
+    }
+
+    /// Both halves of the protocol, and what an error in either means for this handle.
+    fn commit(
+        &mut self,
+        draft: Draft,
+        source: &mut dyn Source,
+        state: Option<&mut commit::WriteState>,
+        report: &mut dyn FnMut(u64, u64),
+    ) -> Result<SyncReport> {
+        let began = std::time::Instant::now();
+        let number = self.current.generation + 1;
+        let (disk, paths) = (&mut self.disk, &self.paths);
+        let half = source.bytes();
+        let journalled =
+            commit::journal(disk, paths, &self.current, draft, source, state, &mut |done| report(done, half * 2));
+        let journal_bytes = match journalled {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                if error.leaves_disk_unknown() {
+                    self.unusable = Some(error.to_string());
+                }
+                if !matches!(error, Error::Stopped(_)) {
+                    commit::discard(disk, paths, number);
+                }
+                return Err(error);
+            }
+        };
+        let mut written = |at: u64, of: u64| {
+            let part = u128::from(half) * u128::from(at) / u128::from(of.max(1));
+            report(half + part as u64, half * 2);
+        };
+        let finished = commit::publish(disk, paths)
+            .and_then(|()| commit::finish(disk, paths, &self.current, self.keep, &mut written));
+        match finished {
+            Ok(generation) => self.current = generation,
+            Err(source) => {
+                self.unusable = Some(source.to_string());
+                return Err(Error::Interrupted { generation: number, source: Box::new(source) });
+            }
+        }
+        report(half * 2, half * 2);
+        Ok(SyncReport {
+            generation: number,
+            blocks_total: self.current.blocks_total,
+            blocks_changed: self.current.blocks_changed,
+            bytes_journal: journal_bytes,
+            bytes_written: self.current.written_bytes,
+            bytes_state: self.current.state.as_ref().map_or(0, |state| state.bytes),
+            seconds: began.elapsed().as_secs_f64(),
+        })
+    }
+
+    /// The document of a generation that can be restored.
+    fn restorable(&self, to: u64) -> Result<Generation> {
+        let all = self.paths.list()?;
+        let possible: Vec<u64> =
+            all.iter().filter(|generation| generation.restorable).map(|generation| generation.generation).collect();
+        let known = all.into_iter().find(|known| known.generation == to);
+        let reason = match &known {
+            Some(known) if known.restorable => return Ok(known.clone()),
+            Some(_) => "its deltas or its optimizer state were pruned",
+            None => "there is no such generation",
+        };
+        Err(Error::NotRestorable { generation: to, reason: reason.into(), restorable: possible })
+    }
+}
+
+impl fmt::Display for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.paths.model.display(), self.current)?;
+        match &self.unusable {
+            Some(reason) => write!(f, " · to be opened again: {reason}"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// All generations of a model directory, oldest first, without the lock; none if it was never opened.
+pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
+    Paths::new(model_dir).list()
+}
+
+/// Locks the directory for this process until the file is dropped.
+fn take_lock(paths: &Paths) -> Result<File> {
+    let path = paths.lock();
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
+        .open(&path)
+        .map_err(Error::io("open", &path))?;
+    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            let pid = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+            return Err(Error::Locked { dir: paths.model.clone(), pid: pid.trim().into() });
+        }
+        Err(errno) => return Err(Error::io("lock", &path)(errno.into())),
+    }
+    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(Error::io("write", &path))?;
+    Ok(file)
+}
+
+/// The optimizer state of a generation, read once to check it and rewound.
+pub(crate) fn open_state(paths: &Paths, generation: &Generation) -> Result<BufReader<File>> {
+    let path = paths.state(generation.generation);
+    let want = generation.state.as_ref().expect("the caller asked");
+    let mut file = File::open(&path).map_err(Error::io("open", &path))?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(&file).map_err(Error::io("read", &path))?;
+    let bytes = hasher.count();
+    if bytes != want.bytes || hasher.finalize().to_hex().as_str() != want.blake3 {
+        return Err(Error::State {
+            path,
+            generation: generation.generation,
+            reason: format!(
+                "its {bytes} bytes do not match the checksum of the {} bytes that were written",
+                want.bytes
+            ),
+        });
+    }
+    file.rewind().map_err(Error::io("read", &path))?;
+    Ok(BufReader::with_capacity(1 << 20, file))
+}

@@ -1,0 +1,239 @@
+//! A copy of a model directory that is exactly one generation, made while syncs go on.
+//!
+//! A copy made during a sync holds old and new sectors side by side, which is what a crash leaves too, and
+//! is repaired in the same way: the deltas of the generations that came while it was made are applied to
+//! the copy. Then every tensor of the copy is compared with its generation. Only if that fails (a sector
+//! torn by the copying itself, a delta already pruned) is the copy made again.
+
+use std::fmt;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use crate::commit::write_record;
+use crate::disk::{Disk, DiskFile};
+use crate::error::{Error, Result};
+use crate::generation::{Generation, Paths};
+use crate::journal::Reader;
+use crate::layout::is_plain_name;
+use crate::verify::{Damage, verify_files};
+
+const ATTEMPTS: u32 = 8;
+const WAIT: Duration = Duration::from_millis(100);
+
+/// What an export made.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ExportReport {
+    /// The generation that the copy is; none if the directory has no generations yet.
+    pub generation: Option<u64>,
+    /// Files copied.
+    pub files: u64,
+    /// Bytes copied.
+    pub bytes: u64,
+    /// Copies made; more than one if syncs overtook the first.
+    pub attempts: u32,
+    /// Time it took.
+    pub seconds: f64,
+}
+
+impl fmt::Display for ExportReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.generation {
+            Some(generation) => write!(f, "generation {generation}")?,
+            None => f.write_str("a model without generations")?,
+        }
+        let (files, bytes, seconds) = (self.files, self.bytes, self.seconds);
+        write!(f, ": {files} files, {bytes} bytes, {seconds:.2} s")
+    }
+}
+
+/// Copies the model directory to `to`, which must not exist, without `.apollod`; links are followed.
+/// The copy appears under its name only when it is whole, checked and synced.
+pub fn export(model_dir: &Path, to: &Path) -> Result<ExportReport> {
+    let began = Instant::now();
+    let paths = Paths::new(model_dir);
+    let partial = partial_of(model_dir, to)?;
+    for attempts in 1..=ATTEMPTS {
+        let from = paths.newest()?;
+        let copied = attempt(&paths, &partial, from.as_ref());
+        let settled = match copied {
+            Ok(settled) => settled,
+            Err(error) => {
+                // The error that led here is the one to report.
+                let _ = fs::remove_dir_all(&partial);
+                return Err(error);
+            }
+        };
+        if let Settled::As { generation, count } = settled {
+            let disk = Disk::default();
+            disk.rename(&partial, to)?;
+            disk.sync_dir(partial.parent().unwrap_or(Path::new(".")))?;
+            return Ok(ExportReport {
+                generation,
+                files: count.files,
+                bytes: count.bytes,
+                attempts,
+                seconds: began.elapsed().as_secs_f64(),
+            });
+        }
+        fs::remove_dir_all(&partial).map_err(Error::io("remove", &partial))?;
+        std::thread::sleep(WAIT);
+    }
+    Err(Error::Overtaken { dir: model_dir.to_path_buf(), attempts: ATTEMPTS })
+}
+
+/// How a copy turned out.
+enum Settled {
+    As { generation: Option<u64>, count: Count },
+    Overtaken,
+}
+
+#[derive(Default)]
+struct Count {
+    files: u64,
+    bytes: u64,
+}
+
+/// Where the copy grows, beside its target; refuses targets that would be overwritten or copied too.
+fn partial_of(model_dir: &Path, to: &Path) -> Result<PathBuf> {
+    let refuse = |reason: &str| Error::Target { path: to.to_path_buf(), reason: reason.into() };
+    if fs::symlink_metadata(to).is_ok() {
+        return Err(refuse("it exists already"));
+    }
+    let name = to.file_name().ok_or_else(|| refuse("it has no name"))?;
+    let parent = match to.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    let parent = parent.canonicalize().map_err(Error::io("find", parent))?;
+    let model = model_dir.canonicalize().map_err(Error::io("find", model_dir))?;
+    if parent.starts_with(&model) {
+        return Err(refuse("it lies inside the model directory"));
+    }
+    let mut partial = std::ffi::OsString::from(".");
+    partial.push(name);
+    partial.push(format!(".partial-{}", std::process::id()));
+    let partial = parent.join(partial);
+    if partial.exists() {
+        return Err(refuse("another export to it is under way"));
+    }
+    Ok(partial)
+}
+
+fn attempt(paths: &Paths, partial: &Path, from: Option<&Generation>) -> Result<Settled> {
+    let mut count = Count::default();
+    copy_tree(&paths.model, partial, true, &mut count)?;
+    let Some(from) = from else {
+        // Nobody wrote in place, unless the first open came while this was copied.
+        return Ok(match paths.newest()? {
+            None => Settled::As { generation: None, count },
+            Some(_) => Settled::Overtaken,
+        });
+    };
+    let (target, moved) = catch_up(paths, partial, from)?;
+    let report = verify_files(paths, partial, &target, false)?;
+    let Some(damage) = report.damage.first() else {
+        sync_tree(partial)?;
+        let generation = Some(target.generation);
+        return Ok(Settled::As { generation, count });
+    };
+    if moved || changed_since(paths, from)? {
+        return Ok(Settled::Overtaken);
+    }
+    Err(source_error(from, damage))
+}
+
+fn source_error(from: &Generation, damage: &Damage) -> Error {
+    Error::Source { generation: from.generation, damage: damage.to_string() }
+}
+
+fn changed_since(paths: &Paths, from: &Generation) -> Result<bool> {
+    let newest = paths.newest()?.map(|newest| newest.generation);
+    Ok(newest != Some(from.generation) || paths.journal().exists())
+}
+
+/// Applies to the copy the deltas of all generations after `from`: gives the last of them, and whether
+/// there was one.
+fn catch_up(paths: &Paths, copy: &Path, from: &Generation) -> Result<(Generation, bool)> {
+    let mut target = from.clone();
+    while let Some(mut delta) = open_delta(paths, target.generation + 1)? {
+        match apply(&mut delta, copy) {
+            Ok(()) => {}
+            // A torn journal, which its owner will discard: the check that follows decides.
+            Err(Error::Torn { .. }) => return Ok((target, true)),
+            Err(error) => return Err(error),
+        }
+        target = delta.generation.take().expect("all records are read");
+    }
+    let moved = target.generation != from.generation;
+    Ok((target, moved))
+}
+
+/// The delta of a generation, from the history or from the journal that is being applied now.
+fn open_delta(paths: &Paths, number: u64) -> Result<Option<Reader>> {
+    // Between the two looks the journal may move into the history: then the third finds it there.
+    for path in [paths.delta(number), paths.journal(), paths.delta(number)] {
+        match Reader::open(&path) {
+            Ok(reader) if reader.head.generation == number => return Ok(Some(reader)),
+            Ok(_) | Err(Error::Torn { .. }) => {}
+            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
+}
+
+fn apply(delta: &mut Reader, copy: &Path) -> Result<()> {
+    let disk = Disk::default();
+    let mut files: Vec<Option<DiskFile>> = delta.head.shards.iter().map(|_| None).collect();
+    while let Some(record) = delta.record()? {
+        let shard = usize::from(record.piece.shard);
+        let file = match &mut files[shard] {
+            Some(file) => file,
+            closed => {
+                let name = &delta.head.shards[shard].file;
+                assert!(is_plain_name(name), "the head's shards are the layout's");
+                closed.insert(disk.open_in_place(&copy.join(name))?)
+            }
+        };
+        // A sector of a still later generation is foreign to this delta and settled by that one.
+        let settled = write_record(file, &record, true)?;
+        assert!(settled.is_ok(), "foreign sectors are skipped");
+    }
+    Ok(())
+}
+
+fn copy_tree(from: &Path, to: &Path, top: bool, count: &mut Count) -> Result<()> {
+    fs::create_dir(to).map_err(Error::io("create", to))?;
+    let entries = fs::read_dir(from).map_err(Error::io("list", from))?;
+    for entry in entries {
+        let entry = entry.map_err(Error::io("list", from))?;
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if top && entry.file_name() == ".apollod" {
+            continue;
+        }
+        let stat = fs::metadata(&source).map_err(Error::io("read", &source))?;
+        if stat.is_dir() {
+            copy_tree(&source, &target, false, count)?;
+        } else {
+            count.bytes += fs::copy(&source, &target).map_err(Error::io("copy", &source))?;
+            count.files += 1;
+        }
+    }
+    Ok(())
+}
+
+fn sync_tree(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
+        let entry = entry.map_err(Error::io("list", dir))?;
+        let path = entry.path();
+        if path.is_dir() {
+            sync_tree(&path)?;
+        } else {
+            let file = File::open(&path).map_err(Error::io("open", &path))?;
+            let synced = file.sync_all();
+            synced.map_err(|source| Error::Sync { path, source })?;
+        }
+    }
+    Disk::default().sync_dir(dir)
+}

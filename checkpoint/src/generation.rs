@@ -1,0 +1,329 @@
+//! A generation: what the files held at one moment, as a sealed JSON document.
+//!
+//! `seal`, the last field, is BLAKE3 of the document's bytes without the seal's own 64 digits, so that a
+//! flipped bit in it is found too.
+//! Documents of generations that can no longer be restored are kept without their tensors.
+
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// The version of the document that this crate writes and reads.
+pub(crate) const VERSION: u32 = 1;
+
+/// Hexadecimal digits of a seal, and what follows them in a document.
+const SEAL_LEN: usize = 64;
+const AFTER_SEAL: &[u8] = b"\"\n}";
+
+/// The seal of a document's bytes, whatever digits stand in its place; none if it is too short.
+fn seal_of(document: &[u8]) -> Option<String> {
+    let before = document.len().checked_sub(SEAL_LEN + AFTER_SEAL.len())?;
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&document[..before]);
+    hasher.update(&document[before + SEAL_LEN..]);
+    Some(hasher.finalize().to_hex().to_string())
+}
+
+/// What a generation says beside the bytes: how far training was.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Sequence number of the last example trained into it; later ones are to be replayed.
+    pub cursor: u64,
+    /// Optimizer steps.
+    pub step: u64,
+    /// Examples trained in all.
+    pub examples: u64,
+    /// Mean loss as last measured, in nats per token.
+    pub loss: Option<f32>,
+    /// Version of the live weights: counts applied updates.
+    pub weight_version: u64,
+    /// Epoch of the server whose weights these were: random per load.
+    pub epoch: String,
+}
+
+/// One safetensors file of a generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ShardSum {
+    /// Its name in the model directory.
+    pub file: String,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Bytes of its header, with the 8 bytes of the length.
+    pub header_bytes: u64,
+    /// BLAKE3 of the header, hexadecimal.
+    pub header_blake3: String,
+}
+
+/// One tensor of a generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct TensorSum {
+    /// Its Hugging Face name.
+    pub name: String,
+    /// Index of its file in [`Generation::shards`].
+    pub shard: usize,
+    /// Its dtype as safetensors writes it, such as "BF16".
+    pub dtype: String,
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Where it starts in its file.
+    pub offset: u64,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of its bytes, hexadecimal.
+    pub blake3: String,
+}
+
+/// The optimizer state of a generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StateSum {
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// BLAKE3 of its bytes, hexadecimal.
+    pub blake3: String,
+}
+
+/// A published generation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Generation {
+    /// Version of this document, 1.
+    pub version: u32,
+    /// Its number; 0 is the base.
+    pub generation: u64,
+    /// The one before; none for the base and for adopted files, which have nothing to go back to.
+    pub previous: Option<u64>,
+    /// The generation whose content this one repeats, if it came from a rollback.
+    pub rollback_of: Option<u64>,
+    /// When it was made, in seconds since 1970 UTC.
+    pub created_unix: u64,
+    /// The same, as RFC 3339.
+    pub created: String,
+    /// How far training was.
+    #[serde(flatten)]
+    pub progress: Progress,
+    /// 4 KiB blocks of the tensors that were compared.
+    pub blocks_total: u64,
+    /// Those that differed.
+    pub blocks_changed: u64,
+    /// Bytes of the journal's records.
+    pub journal_bytes: u64,
+    /// Bytes written into the shards.
+    pub written_bytes: u64,
+    /// `journal_bytes` over `written_bytes`; 0 if nothing was written.
+    pub ratio: f64,
+    /// The optimizer state, if there is one.
+    pub state: Option<StateSum>,
+    /// BLAKE3 of `sums/G`, hexadecimal.
+    pub sums_blake3: String,
+    /// The files.
+    pub shards: Vec<ShardSum>,
+    /// All tensors of the files, by shard and offset; empty once it cannot be restored any more.
+    pub tensors: Vec<TensorSum>,
+    /// BLAKE3 of this document's bytes without these 64 hexadecimal digits.
+    pub seal: String,
+    /// True if the files are these or a rollback to it is possible now. Not part of the document.
+    #[serde(skip)]
+    pub restorable: bool,
+}
+
+impl Generation {
+    /// The document's bytes, sealed anew.
+    pub(crate) fn to_json(&self) -> Vec<u8> {
+        let mut sealed = self.clone();
+        sealed.seal = "0".repeat(SEAL_LEN);
+        sealed.seal = seal_of(&sealed.text()).unwrap_or_default();
+        sealed.text()
+    }
+
+    /// Parses and checks the seal; the error says what is wrong.
+    pub(crate) fn from_json(bytes: &[u8]) -> std::result::Result<Generation, String> {
+        let generation: Generation =
+            serde_json::from_slice(bytes).map_err(|error| format!("no generation: {error}"))?;
+        if generation.version != VERSION {
+            return Err(format!("it has version {} and this program reads version {VERSION}", generation.version));
+        }
+        if seal_of(bytes).as_ref() != Some(&generation.seal) {
+            return Err("it does not match its seal: a bit flipped, or someone edited it".into());
+        }
+        Ok(generation)
+    }
+
+    fn text(&self) -> Vec<u8> {
+        serde_json::to_vec_pretty(self).expect("a generation has no maps with other keys")
+    }
+
+    /// Total bytes of its tensors.
+    pub fn tensor_bytes(&self) -> u64 {
+        self.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+}
+
+impl fmt::Display for Generation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Progress { cursor, step, examples, loss, .. } = &self.progress;
+        write!(
+            f,
+            "generation {} · {} · cursor {cursor} · step {step} · {examples} examples",
+            self.generation, self.created
+        )?;
+        if let Some(loss) = loss {
+            write!(f, " · loss {loss:.4}")?;
+        }
+        if let Some(to) = self.rollback_of {
+            write!(f, " · rollback to {to}")?;
+        }
+        write!(
+            f,
+            " · {} of {} blocks changed · journal {} bytes ({:.1}%)",
+            self.blocks_changed,
+            self.blocks_total,
+            self.journal_bytes,
+            self.ratio * 100.0
+        )?;
+        if !self.restorable {
+            write!(f, " · not restorable")?;
+        }
+        Ok(())
+    }
+}
+
+/// Where everything of one model directory lies.
+#[derive(Debug, Clone)]
+pub(crate) struct Paths {
+    pub(crate) model: PathBuf,
+    pub(crate) root: PathBuf,
+}
+
+impl Paths {
+    pub(crate) fn new(model: &Path) -> Paths {
+        Paths { model: model.to_path_buf(), root: model.join(".apollod") }
+    }
+
+    pub(crate) fn dirs(&self) -> [PathBuf; 4] {
+        ["state", "sums", "generations", "history"].map(|name| self.root.join(name))
+    }
+
+    pub(crate) fn lock(&self) -> PathBuf {
+        self.root.join("lock")
+    }
+
+    pub(crate) fn journal(&self) -> PathBuf {
+        self.root.join("journal")
+    }
+
+    pub(crate) fn journal_tmp(&self) -> PathBuf {
+        self.root.join("journal.tmp")
+    }
+
+    pub(crate) fn state(&self, generation: u64) -> PathBuf {
+        self.root.join(format!("state/{generation}"))
+    }
+
+    pub(crate) fn sums(&self, generation: u64) -> PathBuf {
+        self.root.join(format!("sums/{generation}"))
+    }
+
+    pub(crate) fn generation(&self, generation: u64) -> PathBuf {
+        self.root.join(format!("generations/{generation}.json"))
+    }
+
+    pub(crate) fn delta(&self, generation: u64) -> PathBuf {
+        self.root.join(format!("history/{generation}.delta"))
+    }
+
+    /// The numbers of the files in a folder of `.apollod` that are named `N` + suffix, ascending.
+    pub(crate) fn numbers(&self, folder: &str, suffix: &str) -> Result<Vec<u64>> {
+        let path = self.root.join(folder);
+        let entries = match fs::read_dir(&path) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::io("list", &path)(error)),
+        };
+        let mut numbers = Vec::new();
+        for entry in entries {
+            let name = entry.map_err(Error::io("list", &path))?.file_name();
+            let stem = name.to_str().and_then(|name| name.strip_suffix(suffix));
+            numbers.extend(stem.and_then(|stem| stem.parse::<u64>().ok()));
+        }
+        numbers.sort_unstable();
+        Ok(numbers)
+    }
+
+    /// Reads one generation's document.
+    pub(crate) fn load(&self, generation: u64) -> Result<Generation> {
+        let path = self.generation(generation);
+        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        let parsed = Generation::from_json(&bytes).and_then(|parsed| {
+            if parsed.generation == generation {
+                return Ok(parsed);
+            }
+            Err(format!("it is the document of {}", parsed.generation))
+        });
+        parsed.map_err(|reason| Error::Document { path, reason })
+    }
+
+    /// The current generation: the one with the highest number.
+    pub(crate) fn newest(&self) -> Result<Option<Generation>> {
+        match self.numbers("generations", ".json")?.last() {
+            Some(newest) => self.load(*newest).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// All generations, oldest first, each with whether it can be restored.
+    pub(crate) fn list(&self) -> Result<Vec<Generation>> {
+        let numbers = self.numbers("generations", ".json")?;
+        let mut all = numbers.into_iter().map(|number| self.load(number)).collect::<Result<Vec<_>>>()?;
+        let mut reachable = true;
+        for generation in all.iter_mut().rev() {
+            let state = generation.state.is_none() || self.state(generation.generation).exists();
+            generation.restorable = reachable && state && !generation.tensors.is_empty();
+            reachable &= generation.previous.is_some() && self.delta(generation.generation).exists();
+        }
+        Ok(all)
+    }
+}
+
+/// Seconds since 1970 UTC, now.
+pub(crate) fn now_unix() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |since| since.as_secs())
+}
+
+/// RFC 3339 in UTC. The days are turned into a date as in Hinnant's `civil_from_days`: years begin in
+/// March, so that the day of leap years comes last.
+pub(crate) fn rfc3339(unix: u64) -> String {
+    let (days, second) = (unix / 86_400, unix % 86_400);
+    let z = days + 719_468;
+    let (era, day_of_era) = (z / 146_097, z % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let month_from_march = (5 * day_of_year + 2) / 153;
+    let day = day_of_year - (153 * month_from_march + 2) / 5 + 1;
+    let month = (month_from_march + 2) % 12 + 1;
+    let year = year_of_era + era * 400 + u64::from(month <= 2);
+    let (h, m, s) = (second / 3600, second / 60 % 60, second % 60);
+    format!("{year:04}-{month:02}-{day:02}T{h:02}:{m:02}:{s:02}Z")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dates_are_those_of_the_calendar() {
+        // From `date -u -d @N +%FT%TZ`.
+        for (unix, want) in [
+            (0, "1970-01-01T00:00:00Z"),
+            (951_782_400, "2000-02-29T00:00:00Z"),
+            (1_709_251_199, "2024-02-29T23:59:59Z"),
+            (1_798_761_600, "2027-01-01T00:00:00Z"),
+            (4_107_542_400, "2100-03-01T00:00:00Z"),
+        ] {
+            assert_eq!(rfc3339(unix), want);
+        }
+    }
+}

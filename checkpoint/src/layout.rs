@@ -1,0 +1,188 @@
+//! The model directory as it lies on disk: shards, their headers, and where each tensor is.
+//!
+//! `model.safetensors`, or the shards that `model.safetensors.index.json` names. Only headers are read
+//! here. A shard with a second name (symbolic or hard link) is refused: a write in place would reach it.
+
+use std::collections::{BTreeSet, HashMap};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::Metadata;
+use serde::Deserialize;
+
+use crate::disk::Disk;
+use crate::error::{Error, Result};
+
+/// A longer header is refused, as safetensors does.
+const HEADER_BYTES_MAX: u64 = 100_000_000;
+
+/// One safetensors file.
+#[derive(Debug)]
+pub(crate) struct Shard {
+    pub(crate) file: String,
+    pub(crate) path: PathBuf,
+    pub(crate) bytes: u64,
+    /// The 8 bytes of its length and the JSON.
+    pub(crate) header_bytes: u64,
+    pub(crate) header_blake3: String,
+}
+
+/// One tensor of the files.
+#[derive(Debug)]
+pub(crate) struct Tensor {
+    pub(crate) name: String,
+    pub(crate) shard: usize,
+    pub(crate) dtype: String,
+    pub(crate) shape: Vec<usize>,
+    /// From the start of the file.
+    pub(crate) offset: u64,
+    pub(crate) bytes: u64,
+}
+
+/// All shards, and all tensors in the order of shard and offset.
+#[derive(Debug)]
+pub(crate) struct Layout {
+    pub(crate) shards: Vec<Shard>,
+    pub(crate) tensors: Vec<Tensor>,
+    by_name: HashMap<String, usize>,
+}
+
+#[derive(Deserialize)]
+struct Index {
+    weight_map: HashMap<String, String>,
+}
+
+impl Layout {
+    /// Reads the headers of all shards in `dir`.
+    pub(crate) fn load(dir: &Path) -> Result<Layout> {
+        let (files, index) = shard_files(dir)?;
+        let mut layout = Layout { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
+        for file in files {
+            layout.add_shard(dir, file)?;
+        }
+        for (name, file) in index {
+            let found = layout.tensor(&name).map(|i| layout.tensors[i].shard);
+            if found.is_none_or(|shard| layout.shards[shard].file != file) {
+                return Err(model(dir, format!("the index says that `{name}` is in {file}, and it is not")));
+            }
+        }
+        Ok(layout)
+    }
+
+    /// The index of a tensor by name.
+    pub(crate) fn tensor(&self, name: &str) -> Option<usize> {
+        self.by_name.get(name).copied()
+    }
+
+    fn add_shard(&mut self, dir: &Path, file: String) -> Result<()> {
+        let path = dir.join(&file);
+        refuse_shared(&path)?;
+        let bytes = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        // A file that cannot be written is found now, not when its journal is already published.
+        Disk::default().open_in_place(&path)?;
+        let header = read_header(&path, bytes)?;
+        let metadata: Metadata = serde_json::from_slice(&header[8..])
+            .map_err(|error| model(&path, format!("its header is no safetensors header: {error}")))?;
+        if header.len() as u64 + metadata.data_len() as u64 != bytes {
+            let want = header.len() + metadata.data_len();
+            return Err(model(&path, format!("it has {bytes} bytes and its header describes {want}")));
+        }
+        let shard = self.shards.len();
+        for name in metadata.offset_keys() {
+            let info = metadata.info(&name).expect("the name is from the metadata");
+            let (start, end) = info.data_offsets;
+            let tensor = Tensor {
+                name: name.clone(),
+                shard,
+                dtype: info.dtype.to_string(),
+                shape: info.shape.clone(),
+                offset: (header.len() + start) as u64,
+                bytes: (end - start) as u64,
+            };
+            if let Some(other) = self.by_name.insert(name.clone(), self.tensors.len()) {
+                let other = &self.shards[self.tensors[other].shard].file;
+                return Err(model(&path, format!("tensor `{name}` is also in {other}")));
+            }
+            self.tensors.push(tensor);
+        }
+        self.shards.push(Shard {
+            file,
+            path,
+            bytes,
+            header_bytes: header.len() as u64,
+            header_blake3: blake3::hash(&header).to_hex().to_string(),
+        });
+        Ok(())
+    }
+}
+
+fn model(path: &Path, reason: String) -> Error {
+    let path = path.to_path_buf();
+    Error::Model { path, reason }
+}
+
+/// The shards' names in order, and what the index says about the tensors (nothing for a single file).
+fn shard_files(dir: &Path) -> Result<(Vec<String>, HashMap<String, String>)> {
+    let single = "model.safetensors";
+    // The order of transformers: a single file wins over an index.
+    if fs::symlink_metadata(dir.join(single)).is_ok() {
+        return Ok((vec![single.into()], HashMap::new()));
+    }
+    let path = dir.join("model.safetensors.index.json");
+    if !path.exists() {
+        let reason = "it holds neither model.safetensors nor model.safetensors.index.json";
+        return Err(model(dir, reason.into()));
+    }
+    let text = fs::read(&path).map_err(Error::io("read", &path))?;
+    let index: Index =
+        serde_json::from_slice(&text).map_err(|error| model(&path, format!("it is no safetensors index: {error}")))?;
+    let files: BTreeSet<String> = index.weight_map.values().cloned().collect();
+    if let Some(file) = files.iter().find(|file| !is_plain_name(file)) {
+        let reason = format!("`{file}` is not the name of a file in this directory");
+        return Err(model(&path, reason));
+    }
+    if files.is_empty() {
+        return Err(model(&path, "it names no shard".into()));
+    }
+    Ok((files.into_iter().collect(), index.weight_map))
+}
+
+/// True if the name cannot lead out of its directory.
+pub(crate) fn is_plain_name(file: &str) -> bool {
+    !file.is_empty() && file != "." && file != ".." && !file.contains(['/', '\0'])
+}
+
+fn refuse_shared(path: &Path) -> Result<()> {
+    let stat = fs::symlink_metadata(path).map_err(Error::io("read", path))?;
+    let path = path.to_path_buf();
+    if stat.is_symlink() {
+        return Err(Error::Symlink { path });
+    }
+    if !stat.is_file() {
+        return Err(model(&path, "it is not a regular file".into()));
+    }
+    let links = stat.nlink();
+    if links != 1 {
+        return Err(Error::HardLink { path, links });
+    }
+    Ok(())
+}
+
+/// The length and the JSON, as they lie in the file.
+fn read_header(path: &Path, bytes: u64) -> Result<Vec<u8>> {
+    let mut file = File::open(path).map_err(Error::io("open", path))?;
+    let mut header = vec![0; 8];
+    if bytes < 8 {
+        return Err(model(path, "it is shorter than a safetensors header".into()));
+    }
+    file.read_exact(&mut header).map_err(Error::io("read", path))?;
+    let n = u64::from_le_bytes(header[..8].try_into().expect("8 bytes"));
+    if n > HEADER_BYTES_MAX || n > bytes - 8 {
+        return Err(model(path, format!("it says that its header has {n} bytes, which cannot be")));
+    }
+    header.resize(8 + n as usize, 0);
+    file.read_exact(&mut header[8..]).map_err(Error::io("read", path))?;
+    Ok(header)
+}

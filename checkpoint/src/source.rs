@@ -1,0 +1,136 @@
+//! Where the new content of the files comes from: live weights, or the files and the deltas that undo them.
+
+use std::path::PathBuf;
+
+use crate::checkpoint::LiveWeights;
+use crate::error::{Error, Result};
+use crate::generation::Paths;
+use crate::journal::{Piece, Reader, Record};
+use crate::layout::Layout;
+
+/// New content, piece by piece.
+pub(crate) trait Source {
+    /// Bytes of all tensors that it covers.
+    fn bytes(&self) -> u64;
+    /// False if the tensor stays as it is.
+    fn covers(&self, tensor: usize) -> bool;
+    /// Fills `new` for a piece, which starts at byte `at` of the tensor; `old` is what the file holds.
+    /// Called for all pieces of all tensors that it covers, in the order of the files.
+    fn fill(&mut self, tensor: usize, at: u64, piece: Piece, old: &[u8], new: &mut [u8]) -> Result<()>;
+}
+
+/// New content from live weights.
+pub(crate) struct LiveSource<'a> {
+    live: &'a dyn LiveWeights,
+    /// The live tensor of each tensor of the files.
+    index: Vec<Option<usize>>,
+}
+
+impl<'a> LiveSource<'a> {
+    /// Matches live tensors with the files' by name, shape and dtype.
+    pub(crate) fn new(layout: &Layout, live: &'a dyn LiveWeights) -> Result<LiveSource<'a>> {
+        let mut index = vec![None; layout.tensors.len()];
+        for (i, tensor) in live.tensors().iter().enumerate() {
+            let refuse = |reason: String| Error::Tensor {
+                tensor: tensor.name.clone(),
+                reason: format!("{reason}; nothing was written"),
+            };
+            let found = layout.tensor(&tensor.name);
+            let found = found.ok_or_else(|| refuse("it is live and not in the files".into()))?;
+            let file = &layout.tensors[found];
+            if (&file.dtype, &file.shape) != (&tensor.dtype, &tensor.shape) {
+                return Err(refuse(format!(
+                    "it is {} {:?} live and {} {:?} in the files",
+                    tensor.dtype, tensor.shape, file.dtype, file.shape
+                )));
+            }
+            if file.bytes != tensor.bytes {
+                return Err(refuse(format!("it has {} bytes live and {} in the files", tensor.bytes, file.bytes)));
+            }
+            if index[found].replace(i).is_some() {
+                return Err(refuse("it is live twice".into()));
+            }
+        }
+        Ok(LiveSource { live, index })
+    }
+}
+
+impl Source for LiveSource<'_> {
+    fn bytes(&self) -> u64 {
+        self.live.tensors().iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    fn covers(&self, tensor: usize) -> bool {
+        self.index[tensor].is_some()
+    }
+
+    fn fill(&mut self, tensor: usize, at: u64, _: Piece, _: &[u8], new: &mut [u8]) -> Result<()> {
+        let live = self.index[tensor].expect("asked for what it covers only");
+        self.live.read(live, at, new);
+        Ok(())
+    }
+}
+
+/// New content from the files and the deltas in the history, newest first.
+pub(crate) struct UndoSource {
+    deltas: Vec<(Reader, Option<Record>)>,
+    names: Vec<String>,
+    bytes: u64,
+    to: u64,
+    current: u64,
+    model: PathBuf,
+    files: Vec<String>,
+}
+
+impl UndoSource {
+    /// Opens the deltas of current, current-1, …, to+1.
+    pub(crate) fn open(paths: &Paths, layout: &Layout, current: u64, to: u64) -> Result<UndoSource> {
+        let mut deltas = Vec::new();
+        for number in (to + 1..=current).rev() {
+            let mut reader = Reader::open(&paths.delta(number))?;
+            let first = reader.record()?;
+            deltas.push((reader, first));
+        }
+        Ok(UndoSource {
+            deltas,
+            names: layout.tensors.iter().map(|t| t.name.clone()).collect(),
+            bytes: layout.tensors.iter().map(|t| t.bytes).sum(),
+            to,
+            current,
+            model: paths.model.clone(),
+            files: layout.shards.iter().map(|shard| shard.file.clone()).collect(),
+        })
+    }
+}
+
+impl Source for UndoSource {
+    fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    fn covers(&self, _: usize) -> bool {
+        true
+    }
+
+    fn fill(&mut self, tensor: usize, _: u64, piece: Piece, old: &[u8], new: &mut [u8]) -> Result<()> {
+        new.copy_from_slice(old);
+        for (i, (reader, next)) in self.deltas.iter_mut().enumerate() {
+            let Some(record) = next.take_if(|record| record.piece == piece) else {
+                continue;
+            };
+            if record.undo(new).is_err() {
+                let tensor = self.names[tensor].clone();
+                return Err(match i {
+                    0 => Error::Changed {
+                        tensor,
+                        path: self.model.join(&self.files[usize::from(piece.shard)]),
+                        generation: self.current,
+                    },
+                    _ => Error::History { generation: self.to, tensor },
+                });
+            }
+            *next = reader.record()?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,221 @@
+//! Every byte of the files against the checksums of a generation.
+//!
+//! A shard is its header and its tensors with nothing between (safetensors allows no gaps), so a flipped
+//! bit anywhere is under one of the checksums. What is read comes from the generation's document, not from
+//! the headers, which may be what is damaged.
+
+use std::fmt;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use crate::checkpoint::open_state;
+use crate::error::{Error, Result};
+use crate::generation::{Generation, Paths, TensorSum};
+use crate::sums::{self, SUM_BLOCK, TensorDigest};
+
+/// Bytes read at once.
+const READ: u64 = 1 << 20;
+/// How often and how long a check without the lock waits for a sync to end.
+const ATTEMPTS: u32 = 20;
+const WAIT: Duration = Duration::from_millis(250);
+
+/// Something that is not as the generation recorded it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Damage {
+    /// A shard is not there or cannot be read, or has another length.
+    File {
+        /// Its name.
+        file: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// The header of a shard.
+    Header {
+        /// The shard's name.
+        file: String,
+    },
+    /// A tensor.
+    Tensor {
+        /// The shard's name.
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// The damaged 64 KiB blocks, counted from the start of the tensor; empty if `sums/G` is damaged
+        /// too.
+        blocks: Vec<u64>,
+    },
+    /// The optimizer state, or the block sums.
+    Other {
+        /// What is wrong with which file.
+        reason: String,
+    },
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Damage::File { file, reason } => write!(f, "{file}: {reason}"),
+            Damage::Header { file } => write!(f, "{file}: its header is damaged"),
+            Damage::Tensor { file, tensor, blocks } => {
+                write!(f, "{file}: tensor `{tensor}` is damaged")?;
+                match blocks.first() {
+                    Some(first) => write!(
+                        f,
+                        " in {} of its 64 KiB blocks, the first at its byte {}",
+                        blocks.len(),
+                        first * SUM_BLOCK as u64
+                    ),
+                    None => Ok(()),
+                }
+            }
+            Damage::Other { reason } => f.write_str(reason),
+        }
+    }
+}
+
+/// The result of a check.
+#[derive(Debug, Clone, PartialEq)]
+pub struct VerifyReport {
+    /// The generation that the files were compared with.
+    pub generation: u64,
+    /// Tensors compared.
+    pub tensors: usize,
+    /// Bytes compared.
+    pub bytes: u64,
+    /// What differs; empty if all is well.
+    pub damage: Vec<Damage>,
+    /// Time it took.
+    pub seconds: f64,
+}
+
+impl VerifyReport {
+    /// True if nothing differs.
+    pub fn is_ok(&self) -> bool {
+        self.damage.is_empty()
+    }
+}
+
+impl fmt::Display for VerifyReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "generation {}: {} tensors, {} bytes, {:.2} s: ",
+            self.generation, self.tensors, self.bytes, self.seconds
+        )?;
+        if self.is_ok() {
+            return f.write_str("all checksums match");
+        }
+        write!(f, "{} damaged", self.damage.len())?;
+        for damage in &self.damage {
+            write!(f, "\n  {damage}")?;
+        }
+        Ok(())
+    }
+}
+
+/// Compares a model directory with its current generation, without the lock and without writing.
+///
+/// Errors: no generation, a damaged document, or a journal that stays ([`Error::Busy`]) so that the files
+/// may lie between two generations. Damage is not an error: it is in the report.
+pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
+    let paths = Paths::new(model_dir);
+    for _ in 0..ATTEMPTS {
+        let generation = paths.newest()?.ok_or_else(|| Error::Model {
+            path: model_dir.to_path_buf(),
+            reason: "it has no generation to compare with; open it once".into(),
+        })?;
+        let report = verify_files(&paths, model_dir, &generation, true)?;
+        let moved = || -> Result<bool> {
+            let newest = paths.newest()?.map(|newest| newest.generation);
+            Ok(paths.journal().exists() || newest != Some(generation.generation))
+        };
+        if report.is_ok() || !moved()? {
+            return Ok(report);
+        }
+        std::thread::sleep(WAIT);
+    }
+    Err(Error::Busy { dir: model_dir.to_path_buf() })
+}
+
+/// Compares the shards in `dir` with a generation, and if `with_state` what `.apollod` holds of it.
+pub(crate) fn verify_files(
+    paths: &Paths,
+    dir: &Path,
+    generation: &Generation,
+    with_state: bool,
+) -> Result<VerifyReport> {
+    let began = Instant::now();
+    let mut damage = Vec::new();
+    let sums_path = paths.sums(generation.generation);
+    let sums = sums::load(&sums_path, &generation.tensors, &generation.sums_blake3);
+    for (i, shard) in generation.shards.iter().enumerate() {
+        let path = dir.join(&shard.file);
+        let length = std::fs::metadata(&path).map(|stat| stat.len());
+        let reason = match length {
+            Ok(length) if length == shard.bytes => None,
+            Ok(length) => Some(format!("it has {length} bytes, not {}", shard.bytes)),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(reason) = reason {
+            let file = shard.file.clone();
+            damage.push(Damage::File { file, reason });
+            continue;
+        }
+        let (header, _) = digest(&path, 0, shard.header_bytes)?;
+        if header != shard.header_blake3 {
+            let file = shard.file.clone();
+            damage.push(Damage::Header { file });
+        }
+        for (t, tensor) in generation.tensors.iter().enumerate() {
+            if tensor.shard == i {
+                let sums = sums.as_ref().ok().map(|sums| sums[t].as_slice());
+                damage.extend(verify_tensor(&path, &shard.file, tensor, sums)?);
+            }
+        }
+    }
+    if with_state {
+        damage.extend(sums.err().map(|error| Damage::Other { reason: error.to_string() }));
+        if generation.state.is_some() {
+            let state = open_state(paths, generation);
+            damage.extend(state.err().map(|error| Damage::Other { reason: error.to_string() }));
+        }
+    }
+    Ok(VerifyReport {
+        generation: generation.generation,
+        tensors: generation.tensors.len(),
+        bytes: generation.shards.iter().map(|shard| shard.bytes).sum(),
+        damage,
+        seconds: began.elapsed().as_secs_f64(),
+    })
+}
+
+fn verify_tensor(path: &Path, file: &str, tensor: &TensorSum, want: Option<&[u64]>) -> Result<Option<Damage>> {
+    let (hash, sums) = digest(path, tensor.offset, tensor.bytes)?;
+    if hash == tensor.blake3 {
+        return Ok(None);
+    }
+    let pairs = sums.iter().zip(want.unwrap_or_default());
+    let differ = pairs.enumerate().filter(|(_, (is, want))| is != want);
+    Ok(Some(Damage::Tensor {
+        file: file.into(),
+        tensor: tensor.name.clone(),
+        blocks: differ.map(|(block, _)| block as u64).collect(),
+    }))
+}
+
+/// BLAKE3 in hexadecimal and block sums of a part of a file.
+pub(crate) fn digest(path: &Path, offset: u64, bytes: u64) -> Result<(String, Vec<u64>)> {
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let mut digest = TensorDigest::new();
+    let mut buf = vec![0; bytes.min(READ) as usize];
+    let mut at = 0;
+    while at < bytes {
+        let n = (bytes - at).min(READ) as usize;
+        file.read_exact_at(&mut buf[..n], offset + at).map_err(Error::io("read", path))?;
+        digest.update(&buf[..n]);
+        at += n as u64;
+    }
+    Ok(digest.finish())
+}
