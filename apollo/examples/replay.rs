@@ -31,7 +31,7 @@ fn main() -> Result<()> {
 }
 
 /// The weight after each step.
-fn replay(file: &SafeTensors, settings: Settings) -> Result<Vec<Vec<f32>>> {
+pub fn replay(file: &SafeTensors, settings: Settings) -> Result<Vec<Vec<f32>>> {
     let (m, n, w) = matrix(file, "w")?;
     let rank = settings.rank.min(m).min(n);
     let mut projections = Vec::new();
@@ -64,7 +64,7 @@ fn replay(file: &SafeTensors, settings: Settings) -> Result<Vec<Vec<f32>>> {
 }
 
 /// (rows, cols, values) of an f32 matrix.
-fn matrix(file: &SafeTensors, name: &str) -> Result<(usize, usize, Vec<f32>)> {
+pub fn matrix(file: &SafeTensors, name: &str) -> Result<(usize, usize, Vec<f32>)> {
     let view = file.tensor(name).with_context(|| format!("no tensor {name}"))?;
     let &[rows, cols] = view.shape() else { bail!("{name} has shape {:?}, not two dimensions", view.shape()) };
     ensure!(view.dtype() == safetensors::Dtype::F32, "{name} is {:?}, not F32", view.dtype());
@@ -72,7 +72,8 @@ fn matrix(file: &SafeTensors, name: &str) -> Result<(usize, usize, Vec<f32>)> {
     Ok((rows, cols, values))
 }
 
-fn settings(metadata: &HashMap<String, String>) -> Result<Settings> {
+/// The constants in the metadata.
+pub fn settings(metadata: &HashMap<String, String>) -> Result<Settings> {
     let text = |key: &str| metadata.get(key).with_context(|| format!("no {key} in the metadata")).map(String::as_str);
     let float = |key: &str| -> Result<f32> { text(key)?.parse().with_context(|| format!("{key} is not a number")) };
     let whole =

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 /// Events of one tensor.
 pub(crate) struct Events<D: Device> {
-    pub linear: Vec<(Arc<D::Buffer>, Arc<D::Buffer>, usize)>,
+    pub linear: Vec<Pair<D>>,
     pub rows: Vec<(Vec<u32>, Arc<D::Buffer>)>,
     pub dense: Vec<Arc<D::Buffer>>,
 }
@@ -33,7 +33,7 @@ impl<D: Device> Gradients<D> {
 
 impl<D: Device> Sink<D> for Gradients<D> {
     fn linear(&mut self, tensor: TensorId, x: &Arc<D::Buffer>, dy: &Arc<D::Buffer>, t: usize) {
-        self.events[tensor].linear.push((x.clone(), dy.clone(), t));
+        self.events[tensor].linear.push(Pair { x: x.clone(), dy: dy.clone(), t });
     }
     fn rows(&mut self, tensor: TensorId, ids: &[u32], dx: &Arc<D::Buffer>) {
         self.events[tensor].rows.push((ids.to_vec(), dx.clone()));
@@ -49,7 +49,7 @@ impl<D: Device> Sink<D> for Gradients<D> {
 impl<D: Device> Events<D> {
     /// Number of rows over all factor pairs, embedding rows included.
     pub fn total_rows(&self) -> usize {
-        self.linear.iter().map(|l| l.2).sum::<usize>() + self.rows.iter().map(|r| r.0.len()).sum::<usize>()
+        self.linear.iter().map(|l| l.t).sum::<usize>() + self.rows.iter().map(|r| r.0.len()).sum::<usize>()
     }
 
     /// All factor pairs as one, (T,n) and (T,m); rows of a tied embedding become one-hot rows of dy,
@@ -59,12 +59,12 @@ impl<D: Device> Events<D> {
         if t == 0 {
             return None;
         }
-        if let ([(x, dy, t)], []) = (&self.linear[..], &self.rows[..]) {
+        if let ([Pair { x, dy, t }], []) = (&self.linear[..], &self.rows[..]) {
             return Some(Pair { x: x.clone(), dy: dy.clone(), t: *t });
         }
         let (mut x, mut dy) = (device.zeros(t * n), device.zeros(t * m));
         let mut at = 0;
-        for (piece_x, piece_dy, rows) in &self.linear {
+        for Pair { x: piece_x, dy: piece_dy, t: rows } in &self.linear {
             device.copy(&mut x, at * n, piece_x, 0, rows * n);
             device.copy(&mut dy, at * m, piece_dy, 0, rows * m);
             at += rows;

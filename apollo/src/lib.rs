@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod gradients;
+mod moments;
 mod optimizer;
 mod settings;
 mod state;

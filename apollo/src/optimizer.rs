@@ -7,34 +7,14 @@
 //! independently, and one regenerated matrix serves a whole model.
 
 use crate::gradients::{Gradients, Pair};
+use crate::moments::{State, rank_of};
 use crate::settings::{Gates, Rule, Settings, Tensor, TensorKind};
 use compute::{AdamRow, Compressed, Device, Factors, Limiter, NORM_SLOTS, NORM_UPDATE, Stream, Write};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
 
-/// Compressed or dense moments of one tensor; empty for a frozen one.
-pub(crate) struct State<D: Device> {
-    pub exp_avg: D::Buffer,
-    pub exp_avg_sq: D::Buffer,
-    pub lookup: Lookup,
-}
-
-/// Which rows of a lookup have moments, and how many gradients each has had.
-#[derive(Default)]
-pub(crate) struct Lookup {
-    /// row -> (slot, gradients so far, step of the last one)
-    pub slots: HashMap<u32, Slot>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, serde::Serialize, serde::Deserialize)]
-pub(crate) struct Slot {
-    pub slot: u32,
-    pub gradients: u64,
-    pub last_step: u64,
-}
-
-/// Bytes of moments that a lookup may hold; the rows unused for longest make room.
+/// Default of [`Optimizer::with_lookup_bytes`].
 const LOOKUP_BYTES: usize = 256 << 20;
 
 /// Where projections come from instead of the seed: (refresh, rank, dim) -> P (rank, dim).
@@ -53,6 +33,7 @@ pub struct Optimizer<D: Device> {
     /// By (rank, dim), with the refresh that it belongs to.
     projections: HashMap<(usize, usize), (u64, D::Buffer)>,
     source: Option<ProjectionSource>,
+    lookup_bytes: usize,
 }
 
 /// What a step did.
@@ -128,12 +109,37 @@ impl<D: Device> Optimizer<D> {
     pub fn new(device: Arc<D>, tensors: Vec<Tensor>, settings: Settings) -> Optimizer<D> {
         let states = tensors.iter().map(|t| State::new(&*device, t, &settings)).collect();
         let norms = device.zeros(tensors.len() * NORM_SLOTS);
-        Optimizer { device, settings, tensors, states, norms, steps: 0, projections: HashMap::new(), source: None }
+        Optimizer {
+            device,
+            settings,
+            tensors,
+            states,
+            norms,
+            steps: 0,
+            projections: HashMap::new(),
+            source: None,
+            lookup_bytes: LOOKUP_BYTES,
+        }
+    }
+
+    /// Forgets moments, norms and counters; keeps what the optimizer was made with.
+    pub(crate) fn reset(&mut self) {
+        self.states = self.tensors.iter().map(|t| State::new(&*self.device, t, &self.settings)).collect();
+        self.norms = self.device.zeros(self.tensors.len() * NORM_SLOTS);
+        self.steps = 0;
+        self.projections.clear();
     }
 
     /// Takes projections from `source` instead of the seed: to replay somebody else's run.
     pub fn with_projections(mut self, source: ProjectionSource) -> Optimizer<D> {
         self.source = Some(source);
+        self
+    }
+
+    /// Caps the moments of each lookup (default 256 MiB): the rows unused for longest make room. A
+    /// step that touches more rows than fit goes over the cap rather than leaving rows out.
+    pub fn with_lookup_bytes(mut self, bytes: usize) -> Optimizer<D> {
+        self.lookup_bytes = bytes;
         self
     }
 
@@ -161,6 +167,8 @@ impl<D: Device> Optimizer<D> {
 
     /// Applies one step, or nothing. `weights` in the order of the tensors; `loss` is the mean over
     /// the step's decision tokens; `lr_scale` multiplies lr (an example's weight).
+    ///
+    /// Panics, before anything is written, if a trained weight has not the shape of its tensor.
     pub fn step(
         &mut self,
         weights: &[D::Weight],
@@ -169,7 +177,8 @@ impl<D: Device> Optimizer<D> {
         lr_scale: f32,
         gates: &Gates,
     ) -> Outcome {
-        if !loss.is_finite() {
+        self.assert_shapes(weights);
+        if !loss.is_finite() || !lr_scale.is_finite() {
             return Outcome::Skipped(Skip::NotFinite { values: 1 });
         }
         if let Some(bound) = outside(loss, gates.loss_min, gates.loss_max) {
@@ -184,7 +193,7 @@ impl<D: Device> Optimizer<D> {
             return Outcome::Skipped(Skip::Empty);
         }
         let update_norm = self.update_norm(&ready);
-        if !update_norm.is_finite() {
+        if !update_norm.is_finite() || self.adamw_overflows(&ready) {
             return Outcome::Skipped(Skip::NotFinite { values: 1 });
         }
         if let Some(bound) = outside(update_norm, gates.update_norm_min, gates.update_norm_max) {
@@ -200,18 +209,54 @@ impl<D: Device> Optimizer<D> {
 
     fn count_nonfinite(&self, gradients: &Gradients<D>) -> u64 {
         let mut counter = self.device.zeros(1);
-        let mut count = |b: &D::Buffer| self.device.count_nonfinite(&mut counter, 0, b, self.device.len(b));
-        for events in &gradients.events {
-            events.linear.iter().for_each(|(x, dy, _)| {
-                count(x);
-                count(dy);
+        let mut count = |b: &D::Buffer, len: usize| self.device.count_nonfinite(&mut counter, 0, b, len);
+        for (events, tensor) in gradients.events.iter().zip(&self.tensors) {
+            let (m, n) = (tensor.rows, tensor.cols);
+            events.linear.iter().for_each(|Pair { x, dy, t }| {
+                count(x, t * n);
+                count(dy, t * m);
             });
-            events.rows.iter().for_each(|(_, dx)| count(dx));
-            events.dense.iter().for_each(|g| count(g));
+            events.rows.iter().for_each(|(ids, dx)| count(dx, ids.len() * n));
+            events.dense.iter().for_each(|g| count(g, n));
         }
         let mut host = [0.0];
         self.device.read(&counter, 0, &mut host);
         host[0] as u64
+    }
+
+    /// Whether a gradient that AdamW squares element by element would overflow. Its sum of squares
+    /// stands for all of them; that of G = dyᵀx is at most the product of those of its factors.
+    /// (The compressed step says the same by a norm that is not finite.)
+    fn adamw_overflows(&self, ready: &[Ready<D>]) -> bool {
+        let device = &*self.device;
+        let dot = |x: &D::Buffer, dy: &D::Buffer, t: usize| {
+            let mut sum = device.zeros(1);
+            device.outer_accumulate(&mut sum, &Factors { x, dy, t, m: 1, n: 1 });
+            sum
+        };
+        let mut counter = device.zeros(1);
+        for item in ready {
+            let squares = match item {
+                Ready::Apollo { .. } => continue,
+                Ready::Dense { tensor, pair } => {
+                    let (x, dy) = (pair.t * self.tensors[*tensor].cols, pair.t * self.tensors[*tensor].rows);
+                    dot(&dot(&pair.x, &pair.x, x), &dot(&pair.dy, &pair.dy, dy), 1)
+                }
+                Ready::Vector { tensor, g } => dot(g, g, self.tensors[*tensor].cols),
+                Ready::Lookup { tensor, rows, g } => dot(g, g, rows.len() * self.tensors[*tensor].cols),
+            };
+            device.count_nonfinite(&mut counter, 0, &squares, 1);
+        }
+        let mut host = [0.0];
+        device.read(&counter, 0, &mut host);
+        host[0] > 0.0
+    }
+
+    fn assert_shapes(&self, weights: &[D::Weight]) {
+        assert_eq!(weights.len(), self.tensors.len(), "one weight per tensor");
+        for (w, t) in weights.iter().zip(&self.tensors).filter(|(_, t)| t.effective_rule() != Rule::Frozen) {
+            assert_eq!(self.device.shape(w), (t.rows, t.cols), "weight of {}", t.name);
+        }
     }
 
     /// First pass: everything that a step needs, without writing state or weights.
@@ -333,7 +378,8 @@ impl<D: Device> Optimizer<D> {
                 let step_of = |gradients: u64| (lr * settings.bias_correction(gradients)) as f32;
                 let state = &mut self.states[tensor];
                 let cols = self.tensors[tensor].cols;
-                let rows = state.assign_slots(&*self.device, &rows, cols, self.steps, step_of);
+                let capacity = (self.lookup_bytes / (8 * cols)).max(rows.len());
+                let rows = state.assign_slots(&*self.device, &rows, cols, capacity, self.steps, step_of);
                 let State { exp_avg, exp_avg_sq, .. } = state;
                 self.device.adamw_rows(&weights[tensor], &rows, &g, exp_avg, exp_avg_sq, moments, write);
             }
@@ -345,86 +391,6 @@ fn compressed<'a, B>(settings: &Settings, projection: &'a B, rank: usize) -> Com
     Compressed { projection, rank, scale_type: settings.scale_type, moments: settings.moments() }
 }
 
-/// min(rank, m, n).
-pub(crate) fn rank_of(tensor: &Tensor, settings: &Settings) -> usize {
-    settings.rank.min(tensor.rows).min(tensor.cols)
-}
-
 fn outside(value: f32, min: Option<f32>, max: Option<f32>) -> Option<f32> {
     min.filter(|min| value < *min).or(max.filter(|max| value > *max))
-}
-
-impl<D: Device> State<D> {
-    pub fn new(device: &D, tensor: &Tensor, settings: &Settings) -> State<D> {
-        let len = moments_len(tensor, settings);
-        State { exp_avg: device.zeros(len), exp_avg_sq: device.zeros(len), lookup: Lookup::default() }
-    }
-
-    /// Gives each row a slot of moments: its own, a free one, or that of the row unused for longest.
-    fn assign_slots(
-        &mut self,
-        device: &D,
-        rows: &[u32],
-        cols: usize,
-        now: u64,
-        step_of: impl Fn(u64) -> f32,
-    ) -> Vec<AdamRow> {
-        let wanted = self.lookup.slots.len() + rows.iter().filter(|r| !self.lookup.slots.contains_key(r)).count();
-        let capacity = (LOOKUP_BYTES / (8 * cols)).max(rows.len());
-        self.grow(device, wanted.min(capacity) * cols);
-        rows.iter()
-            .map(|&row| {
-                let slot = self.lookup.take(row, capacity as u32, now, |slot| {
-                    let zeros = vec![0.0; cols];
-                    device.write(&mut self.exp_avg, slot as usize * cols, &zeros);
-                    device.write(&mut self.exp_avg_sq, slot as usize * cols, &zeros);
-                });
-                AdamRow { row, slot: slot.slot, step: step_of(slot.gradients) }
-            })
-            .collect()
-    }
-
-    fn grow(&mut self, device: &D, len: usize) {
-        for buffer in [&mut self.exp_avg, &mut self.exp_avg_sq] {
-            let old = device.len(buffer);
-            if len > old {
-                // Doubling keeps the number of copies small.
-                let mut larger = device.zeros(len.max(2 * old));
-                device.copy(&mut larger, 0, buffer, 0, old);
-                *buffer = larger;
-            }
-        }
-    }
-}
-
-impl Lookup {
-    /// The slot of `row` with this gradient counted; `clear` zeroes a slot that changes hands.
-    fn take(&mut self, row: u32, capacity: u32, now: u64, mut clear: impl FnMut(u32)) -> Slot {
-        if let Some(slot) = self.slots.get_mut(&row) {
-            slot.gradients += 1;
-            slot.last_step = now;
-            return *slot;
-        }
-        let used = self.slots.len() as u32;
-        let slot = if used < capacity {
-            used
-        } else {
-            let oldest = self.slots.iter().map(|(row, s)| (s.last_step, *row)).min().expect("capacity is above 0").1;
-            let slot = self.slots.remove(&oldest).expect("it was just found").slot;
-            clear(slot);
-            slot
-        };
-        let slot = Slot { slot, gradients: 1, last_step: now };
-        self.slots.insert(row, slot);
-        slot
-    }
-}
-
-/// f32 values in each moment of a tensor; a lookup grows with the rows that it sees.
-pub(crate) fn moments_len(tensor: &Tensor, settings: &Settings) -> usize {
-    match (tensor.effective_rule(), tensor.kind) {
-        (Rule::Frozen, _) | (_, TensorKind::Lookup) => 0,
-        (Rule::Apollo, _) => rank_of(tensor, settings) * tensor.rows.max(tensor.cols),
-        (Rule::AdamW, _) => tensor.rows * tensor.cols,
-    }
 }

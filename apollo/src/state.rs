@@ -2,13 +2,17 @@
 //!
 //! Layout, little-endian: `APOLLO1\n` · u64 length of the header · header (JSON) · then, for each
 //! tensor in the header, exp_avg and exp_avg_sq, f32. Norms and counters are in the header: an f32
-//! is written there as its bits.
+//! is written there as its bits. Of a lookup the slots in use are written.
+//!
+//! Reading trusts nothing: no length is allocated that the optimizer's own tensors do not ask for,
+//! and values that no step can leave are refused.
 
-use crate::optimizer::{Optimizer, Slot, moments_len, rank_of};
+use crate::moments::{Slot, moments_len, rank_of};
+use crate::optimizer::Optimizer;
 use crate::settings::{Rule, TensorKind};
 use compute::{Device, NORM_PREVIOUS, NORM_SLOTS};
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 
 const MAGIC: &[u8; 8] = b"APOLLO1\n";
@@ -16,6 +20,8 @@ const MAGIC: &[u8; 8] = b"APOLLO1\n";
 const CHUNK: usize = 1 << 16;
 /// No header is longer; what says otherwise is not a state.
 const HEADER_MAX: u64 = 1 << 30;
+/// Random streams count steps in 32 bits.
+const STEPS_MAX: u64 = u32::MAX as u64;
 
 #[derive(Serialize, Deserialize)]
 struct Header {
@@ -41,7 +47,8 @@ struct Saved {
 pub struct Restored {
     /// Applied steps.
     pub steps: u64,
-    /// Tensors whose rank, shape or rule changed since: their moments start from zero.
+    /// Tensors that are not in the state, or whose rank, shape or rule changed since: their moments
+    /// start from zero. Also tensors of the state that the optimizer does not have.
     pub reset: Vec<String>,
 }
 
@@ -67,7 +74,7 @@ impl<D: Device> Optimizer<D> {
             cols: t.cols,
             rule: rule_name(t.effective_rule()).into(),
             rank: rank_of(t, &self.settings),
-            len: self.device.len(&self.states[i].exp_avg),
+            len: self.saved_len(i),
             norm_bits: norms[i * NORM_SLOTS + NORM_PREVIOUS].to_bits(),
             lookup: self.states[i].lookup.slots.iter().map(|(k, v)| (*k, *v)).collect(),
         });
@@ -76,53 +83,69 @@ impl<D: Device> Optimizer<D> {
         out.write_all(MAGIC)?;
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
-        for state in &self.states {
+        for (i, state) in self.states.iter().enumerate() {
             for buffer in [&state.exp_avg, &state.exp_avg_sq] {
-                write_buffer(&*self.device, buffer, out)?;
+                write_buffer(&*self.device, buffer, self.saved_len(i), out)?;
             }
         }
         Ok(())
     }
 
-    /// Takes over a state that [`Optimizer::save`] wrote. A tensor that has since got another rank,
-    /// shape or rule starts fresh and is named in the result. After an error the optimizer is as new.
+    /// Takes over a state that [`Optimizer::save`] wrote, in place of what was there. A tensor that
+    /// has since got another rank, shape or rule starts fresh and is named in the result. After an
+    /// error the optimizer is as new.
     pub fn load(&mut self, input: &mut dyn Read) -> Result<Restored, StateError> {
+        self.reset();
         let result = self.try_load(input);
         if result.is_err() {
-            let settings = self.settings.clone();
-            *self = Optimizer::new(self.device.clone(), std::mem::take(&mut self.tensors), settings);
+            self.reset();
         }
         result
     }
 
     fn try_load(&mut self, input: &mut dyn Read) -> Result<Restored, StateError> {
         let header = read_header(input)?;
-        let index: HashMap<String, usize> = self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
+        let mut missing: BTreeMap<String, usize> =
+            self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
         let mut restored = Restored { steps: header.steps, reset: Vec::new() };
         self.steps = header.steps;
         for saved in &header.tensors {
-            let same = index.get(&saved.name).copied().filter(|&i| self.matches(i, saved));
+            let same = missing.get(&saved.name).copied().filter(|&i| self.matches(i, saved));
+            missing.remove(&saved.name);
             let Some(i) = same else {
                 restored.reset.push(saved.name.clone());
-                skip(input, saved.len * 8)?;
+                skip(input, saved)?;
                 continue;
             };
-            check_lookup(saved)?;
+            check_norm(saved)?;
+            check_lookup(saved, header.steps)?;
             let norm = f32::from_bits(saved.norm_bits);
             self.device.write(&mut self.norms, i * NORM_SLOTS + NORM_PREVIOUS, &[norm]);
             let state = &mut self.states[i];
             state.lookup.slots = saved.lookup.iter().map(|(k, v)| (*k, *v)).collect();
-            state.exp_avg = read_buffer(&*self.device, saved.len, input)?;
-            state.exp_avg_sq = read_buffer(&*self.device, saved.len, input)?;
+            state.exp_avg = read_buffer(&*self.device, saved, input, |v| v.is_finite())?;
+            state.exp_avg_sq = read_buffer(&*self.device, saved, input, |v| v.is_finite() && v >= 0.0)?;
         }
+        restored.reset.extend(missing.into_keys());
         Ok(restored)
+    }
+
+    /// f32 values of each moment that are worth saving.
+    fn saved_len(&self, i: usize) -> usize {
+        match self.tensors[i].kind {
+            TensorKind::Lookup => self.states[i].lookup.slots.len() * self.tensors[i].cols,
+            _ => self.device.len(&self.states[i].exp_avg),
+        }
     }
 
     fn matches(&self, i: usize, saved: &Saved) -> bool {
         let t = &self.tensors[i];
         let len_fits = match t.kind {
-            TensorKind::Lookup => saved.len.is_multiple_of(t.cols) && saved.len <= t.rows.saturating_mul(t.cols) * 2,
-            _ => saved.len == moments_len(t, &self.settings),
+            // Rows are below t.rows and differ, so that this bounds the length.
+            TensorKind::Lookup => {
+                saved.len == saved.lookup.len() * t.cols && saved.lookup.keys().all(|&row| (row as usize) < t.rows)
+            }
+            _ => saved.len == moments_len(t, &self.settings) && saved.lookup.is_empty(),
         };
         let rank = t.effective_rule() != Rule::Apollo || saved.rank == rank_of(t, &self.settings);
         len_fits && rank && (saved.rows, saved.cols) == (t.rows, t.cols) && saved.rule == rule_name(t.effective_rule())
@@ -150,24 +173,39 @@ fn read_header(input: &mut dyn Read) -> Result<Header, StateError> {
     }
     let mut json = Vec::new();
     input.take(length).read_to_end(&mut json)?;
-    serde_json::from_slice(&json).map_err(|e| StateError::Format(format!("header: {e}")))
+    let header: Header = serde_json::from_slice(&json).map_err(|e| StateError::Format(format!("header: {e}")))?;
+    if header.steps > STEPS_MAX {
+        return Err(StateError::Format(format!("{} steps", header.steps)));
+    }
+    Ok(header)
 }
 
-/// Every slot lies inside the moments and belongs to one row.
-fn check_lookup(saved: &Saved) -> Result<(), StateError> {
-    let slots = saved.len / saved.cols.max(1);
+/// A stored norm is a norm.
+fn check_norm(saved: &Saved) -> Result<(), StateError> {
+    let norm = f32::from_bits(saved.norm_bits);
+    if norm.is_finite() && norm >= 0.0 {
+        return Ok(());
+    }
+    Err(StateError::Format(format!("{}: stored norm {norm}", saved.name)))
+}
+
+/// The slots are 0..len, each of one row, and nothing is later than the last step.
+fn check_lookup(saved: &Saved, steps: u64) -> Result<(), StateError> {
     let mut seen = vec![false; saved.lookup.len()];
-    for (row, slot) in &saved.lookup {
-        let slot = slot.slot as usize;
-        if slot >= slots || slot >= seen.len() || std::mem::replace(&mut seen[slot], true) {
+    for (row, entry) in &saved.lookup {
+        let slot = entry.slot as usize;
+        if slot >= seen.len() || std::mem::replace(&mut seen[slot], true) {
             return Err(StateError::Format(format!("{}: row {row} has no slot of its own", saved.name)));
+        }
+        if entry.gradients > steps || entry.last_step > steps {
+            return Err(StateError::Format(format!("{}: row {row} is ahead of step {steps}", saved.name)));
         }
     }
     Ok(())
 }
 
-fn write_buffer<D: Device>(device: &D, buffer: &D::Buffer, out: &mut dyn Write) -> io::Result<()> {
-    let (len, mut values) = (device.len(buffer), [0f32; CHUNK].to_vec());
+fn write_buffer<D: Device>(device: &D, buffer: &D::Buffer, len: usize, out: &mut dyn Write) -> io::Result<()> {
+    let mut values = [0f32; CHUNK].to_vec();
     let mut bytes = Vec::with_capacity(CHUNK * 4);
     for at in (0..len).step_by(CHUNK) {
         let values = &mut values[..CHUNK.min(len - at)];
@@ -179,21 +217,32 @@ fn write_buffer<D: Device>(device: &D, buffer: &D::Buffer, out: &mut dyn Write) 
     Ok(())
 }
 
-fn read_buffer<D: Device>(device: &D, len: usize, input: &mut dyn Read) -> io::Result<D::Buffer> {
+/// One moment; every value is one that a step can leave, or it would spread to the weights.
+fn read_buffer<D: Device>(
+    device: &D,
+    saved: &Saved,
+    input: &mut dyn Read,
+    possible: fn(f32) -> bool,
+) -> Result<D::Buffer, StateError> {
+    let len = saved.len;
     let mut buffer = device.zeros(len);
     let mut bytes = vec![0; CHUNK * 4];
     for at in (0..len).step_by(CHUNK) {
         let bytes = &mut bytes[..CHUNK.min(len - at) * 4];
         input.read_exact(bytes)?;
         let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        if let Some(v) = values.iter().find(|v| !possible(**v)) {
+            return Err(StateError::Format(format!("{}: moment {v}", saved.name)));
+        }
         device.write(&mut buffer, at, &values);
     }
     Ok(buffer)
 }
 
-fn skip(input: &mut dyn Read, len: usize) -> Result<(), StateError> {
-    let copied = io::copy(&mut input.take(len as u64), &mut io::sink())?;
-    if copied != len as u64 {
+/// Passes over both moments of a tensor.
+fn skip(input: &mut dyn Read, saved: &Saved) -> Result<(), StateError> {
+    let bytes = (saved.len as u64).saturating_mul(8);
+    if io::copy(&mut input.take(bytes), &mut io::sink())? != bytes {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }
     Ok(())

@@ -132,13 +132,10 @@ fn normals(words: [u32; 4]) -> [f64; 4] {
 
 multiversion! {
     fn fill_group(key: [u32; 2], step: u32, tensor: u32, group: u64, out: &mut [u16; GROUP]) {
-        let mut c = [[0; LANES], [0; LANES], [step; LANES], [tensor; LANES]];
-        for lane in 0..LANES {
-            let block = group * LANES as u64 + lane as u64;
-            c[0][lane] = block as u32;
-            c[1][lane] = (block >> 32) as u32;
-        }
-        let words = rounds(key, c);
+        let block = |lane: usize| group * LANES as u64 + lane as u64;
+        let low = std::array::from_fn(|lane| block(lane) as u32);
+        let high = std::array::from_fn(|lane| (block(lane) >> 32) as u32);
+        let words = rounds(key, [low, high, [step; LANES], [tensor; LANES]]);
         for half in 0..8 {
             for lane in 0..LANES {
                 out[half * LANES + lane] = (words[half / 2][lane] >> (16 * (half % 2))) as u16;

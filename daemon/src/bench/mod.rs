@@ -1,0 +1,247 @@
+//! `apollod bench step`: one context-frozen training step on a model of random weights, by phase,
+//! beside what the machine could do at best.
+//!
+//! The weights lie in shared memory as a server's would, so that private memory is what the trainer
+//! itself needs: moments, keys and values, activations, factors.
+
+mod machine;
+
+use anyhow::{Context, Result, bail, ensure};
+use apollo::{Gates, Optimizer, Outcome};
+use compute::cpu::Weight;
+use compute::{Cpu, Dtype};
+use memmap2::MmapRaw;
+use model::{Config, Example, Model, Timings};
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use serde_json::{Value, json};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
+use std::time::{Duration, Instant};
+
+use crate::config::TrainConfig;
+use crate::trainer;
+
+/// What `apollod bench step` is told.
+pub struct Options {
+    /// Name in [`shape`].
+    pub shape: String,
+    /// Context tokens.
+    pub context: usize,
+    /// Decision tokens.
+    pub decision: usize,
+    /// The weights' dtype.
+    pub dtype: Dtype,
+    /// Steps that count, after one that does not.
+    pub steps: usize,
+    /// One line of JSON instead of a table.
+    pub json: bool,
+    /// Rank, threads and the rest, as in the configuration.
+    pub train: TrainConfig,
+}
+
+/// Shapes by name: (hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied).
+fn shape(name: &str) -> Result<Value> {
+    let (hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied) = match name {
+        "tiny" => (256, 4, 768, 4, 2, 64, 8192, true),
+        "small" => (512, 8, 1536, 8, 4, 64, 32000, false),
+        "qwen3-0.6b" => (1024, 28, 3072, 16, 8, 128, 151936, true),
+        "qwen3-1.7b" => (2048, 28, 6144, 16, 8, 128, 151936, true),
+        "qwen3-4b" => (2560, 36, 9728, 32, 8, 128, 151936, true),
+        _ => bail!("unknown shape {name}; known: tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b"),
+    };
+    Ok(json!({
+        "architectures": ["Qwen3ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
+        "intermediate_size": intermediate, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "head_dim": head_dim, "vocab_size": vocab, "tie_word_embeddings": tied, "rope_theta": 1000000.0,
+        "max_position_embeddings": 40960,
+    }))
+}
+
+/// Runs the benchmark and prints it.
+pub fn step(options: &Options) -> Result<()> {
+    ensure!(options.context > 0 && options.decision > 0 && options.steps > 0, "context, decision and steps are at least 1");
+    let config = Config::parse(&shape(&options.shape)?.to_string())?;
+    let device = Arc::new(Cpu::new(options.train.threads)?);
+    let tokens = options.context + options.decision;
+    let model = device.run(|| random_model(&device, &config, options.dtype, tokens))?;
+    let settings = trainer::optimizer_settings(&options.train);
+    let tensors = trainer::tensors(&config, &options.train);
+    let mut optimizer = Optimizer::new(device.clone(), tensors, settings);
+
+    let memory = PeakMemory::watch();
+    let mut phases: [Vec<f64>; 5] = Default::default();
+    for step in 0..=options.steps {
+        let figures = device.run(|| one_step(&model, &mut optimizer, options, step))?;
+        if step > 0 {
+            phases.iter_mut().zip(figures).for_each(|(phase, ms)| phase.push(ms));
+        }
+    }
+    let private = memory.peak();
+    let floor = machine::measure(&device);
+    let matrices = trained_matrices(&optimizer);
+    print(options, &phases, private, &floor, matrices, &optimizer, device.threads());
+    Ok(())
+}
+
+/// prefill, forward, backward, update, total in ms.
+fn one_step(model: &Model<Cpu>, optimizer: &mut Optimizer<Cpu>, options: &Options, step: usize) -> Result<[f64; 5]> {
+    let vocab = model.config().decoder.vocab;
+    let id = |i: usize| ((i * 7919 + step * 104729 + 13) % vocab) as u32;
+    let ids: Vec<u32> = (0..options.context + options.decision).map(id).collect();
+    let (start, end) = (options.context, ids.len());
+    let example = Example::new(ids, vec![start..end])?;
+    let mut cache = model.cache(end);
+    let (mut gradients, mut timings) = (optimizer.gradients(), Timings::default());
+    let clock = Instant::now();
+    let report = model.train(&mut cache, &example, 1.0 / options.decision as f32, &mut gradients, &mut timings);
+    let update = Instant::now();
+    let outcome = optimizer.step(model.weights(), &gradients, report.loss(), 1.0, &Gates::default());
+    let (total_ms, update_ms) = (clock.elapsed().as_secs_f64() * 1e3, update.elapsed().as_secs_f64() * 1e3);
+    match outcome {
+        Outcome::Applied(_) => {
+            Ok([timings.prefill_ms, timings.forward_ms, timings.backward_ms, update_ms, total_ms])
+        }
+        Outcome::Skipped(why) => bail!("the step was skipped: {why}"),
+    }
+}
+
+/// Weights N(0, 0.02²), norms 1, in shared memory.
+fn random_model(device: &Arc<Cpu>, config: &Config, dtype: Dtype, positions: usize) -> Result<Model<Cpu>> {
+    let tensors = config.decoder.tensors();
+    let elements: usize = tensors.iter().map(|t| t.shape.iter().product::<usize>().next_multiple_of(32)).sum();
+    let memory = Arc::new(shared_memory(elements * dtype.size())?);
+    let mut offset = 0;
+    let mut weights = Vec::new();
+    for (number, tensor) in tensors.iter().enumerate() {
+        let (rows, cols) = crate::weights::matrix_shape(&tensor.shape);
+        let data = NonNull::new(memory.as_mut_ptr()).context("shared memory was not mapped")?;
+        // SAFETY: offset stays inside the mapping, whose length is the sum of the same lengths; the
+        // Arc keeps it mapped and nobody makes references into it.
+        let weight = unsafe { Weight::new(data.add(offset), dtype, rows, cols, memory.clone()) };
+        fill(&weight, number as u64, tensor.shape.len() == 1);
+        offset += (rows * cols).next_multiple_of(32) * dtype.size();
+        weights.push(weight);
+    }
+    Ok(Model::new(device.clone(), config.clone(), weights, positions))
+}
+
+/// Approximately normal numbers from sums of uniform ones: enough for a benchmark, and fast.
+fn fill(weight: &Weight, tensor: u64, norm: bool) {
+    let stream = compute::Stream::rounding(1, tensor, 0);
+    let (mut line, mut random) = (vec![1.0; weight.cols()], vec![0u16; 2 * weight.cols()]);
+    for row in 0..weight.rows() {
+        if !norm {
+            stream.fill_u16((row * random.len()) as u64, &mut random);
+            for (value, pair) in line.iter_mut().zip(random.as_chunks::<2>().0) {
+                // Two uniform numbers have a standard deviation of sqrt(1/6) of their range.
+                *value = 0.02 * (pair[0] as f32 + pair[1] as f32 - 65535.0) / (65536.0 / 6f32.sqrt());
+            }
+        }
+        weight.write(row, 0, &line, &stream);
+    }
+}
+
+fn shared_memory(bytes: usize) -> Result<MmapRaw> {
+    let file = memfd_create("apollod-bench", MemfdFlags::CLOEXEC)?;
+    ftruncate(&file, bytes as u64)?;
+    Ok(MmapRaw::map_raw(&file)?)
+}
+
+/// (parameters, bytes) of the matrices that train.
+fn trained_matrices(optimizer: &Optimizer<Cpu>) -> u64 {
+    let trained = optimizer.tensors().iter().filter(|t| t.rows > 1 && t.effective_rule() != apollo::Rule::Frozen);
+    trained.map(|t| (t.rows * t.cols) as u64).sum()
+}
+
+fn print(
+    options: &Options,
+    phases: &[Vec<f64>; 5],
+    private: u64,
+    machine: &machine::Rates,
+    parameters: u64,
+    optimizer: &Optimizer<Cpu>,
+    threads: usize,
+) {
+    let n = parameters as f64;
+    let (context, t) = (options.context as f64, options.decision as f64);
+    let moved = 4.0 * n * options.dtype.size() as f64 + 2.0 * optimizer.state_bytes() as f64;
+    let floor_prefill = 2.0 * n * context / machine.dot_flops * 1e3;
+    let floor_decision = (6.0 * n * t / machine.dot_flops).max(moved / machine.bytes) * 1e3;
+    let names = ["prefill_ms", "forward_ms", "backward_ms", "update_ms", "total_ms"];
+    let spread: Vec<(f64, f64, f64)> = phases.iter().map(|p| quartiles(p)).collect();
+    if options.json {
+        let mut out = json!({"shape": options.shape, "dtype": options.dtype.to_string(), "context": options.context,
+            "decision": options.decision, "rank": options.train.rank, "steps": options.steps, "threads": threads});
+        for (name, (median, min, max)) in names.iter().zip(&spread) {
+            out[*name] = round(*median);
+            out["spread"][*name] = json!([round(*min), round(*max)]);
+        }
+        out["private_memory_mb"] = round(private as f64 / 1e6);
+        out["optimizer_state_mb"] = round(optimizer.state_bytes() as f64 / 1e6);
+        out["floor_prefill_ms"] = round(floor_prefill);
+        out["floor_decision_ms"] = round(floor_decision);
+        out["dot_gflops"] = round(machine.dot_flops / 1e9);
+        out["bandwidth_gb_s"] = round(machine.bytes / 1e9);
+        println!("{out}");
+        return;
+    }
+    println!("{} {}, context {}, decision {}, rank {}, {threads} threads, median of {} steps (least - most)",
+        options.shape, options.dtype, options.context, options.decision, options.train.rank, options.steps);
+    for (name, (median, min, max)) in names.iter().zip(&spread) {
+        println!("  {:<10} {median:>9.1} ms  ({min:.1} - {max:.1})", name.trim_end_matches("_ms"));
+    }
+    println!("  floor      {floor_prefill:>9.1} ms prefill, {floor_decision:.1} ms decision");
+    println!("             at {:.0} GFLOP/s dot products and {:.1} GB/s", machine.dot_flops / 1e9, machine.bytes / 1e9);
+    println!("  private    {:>9.0} MB, of which moments {:.0} MB", private as f64 / 1e6, optimizer.state_bytes() as f64 / 1e6);
+}
+
+fn round(value: f64) -> Value {
+    json!((value * 10.0).round() / 10.0)
+}
+
+/// Median, least and most.
+fn quartiles(values: &[f64]) -> (f64, f64, f64) {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let median = if sorted.len() % 2 == 1 { sorted[middle] } else { (sorted[middle - 1] + sorted[middle]) / 2.0 };
+    (median, sorted[0], sorted[sorted.len() - 1])
+}
+
+/// Highest RssAnon of this process while it is watched.
+struct PeakMemory {
+    peak: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl PeakMemory {
+    fn watch() -> PeakMemory {
+        let (peak, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = std::thread::spawn({
+            let (peak, stop) = (peak.clone(), stop.clone());
+            move || {
+                while !stop.load(Relaxed) {
+                    peak.fetch_max(rss_anon().unwrap_or(0), Relaxed);
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+            }
+        });
+        PeakMemory { peak, stop, thread }
+    }
+
+    /// Bytes.
+    fn peak(self) -> u64 {
+        self.stop.store(true, Relaxed);
+        let _ = self.thread.join();
+        self.peak.load(Relaxed)
+    }
+}
+
+/// Private resident bytes of this process (proc(5), RssAnon).
+fn rss_anon() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)
+}

@@ -1,0 +1,82 @@
+//! `apollod bench`
+
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use clap::{Args, Subcommand};
+use compute::Dtype;
+
+use crate::bench::{self, Options};
+use crate::config::{Rule, TensorRule, TrainConfig};
+
+/// What to measure.
+#[derive(Debug, Subcommand)]
+pub enum BenchCommand {
+    /// One training step by phase, beside the machine's floor.
+    Step(StepArgs),
+}
+
+/// `apollod bench step`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The floor is what the machine could do at best, measured in the same run: 2*N*context over the rate of dot products
+for prefill; for the decision the larger of 6*N*T over that rate and (4 * bytes of W + 2 * bytes of optimizer state)
+over the bandwidth of memory, N being the parameters of the matrices that train.
+
+Examples:
+  apollod bench step --shape qwen3-0.6b --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5")]
+pub struct StepArgs {
+    /// tiny, small, qwen3-0.6b, qwen3-1.7b or qwen3-4b; random weights.
+    #[arg(long, default_value = "qwen3-0.6b")]
+    shape: String,
+    /// Tokens of frozen context.
+    #[arg(long, default_value_t = 512)]
+    context: usize,
+    /// Decision tokens.
+    #[arg(long, default_value_t = 32)]
+    decision: usize,
+    /// Rank of the optimizer.
+    #[arg(long, default_value_t = 256)]
+    rank: usize,
+    /// bf16, f16 or f32.
+    #[arg(long, default_value = "bf16")]
+    dtype: String,
+    /// Steps that count, after one that does not.
+    #[arg(long, default_value_t = 5)]
+    steps: usize,
+    /// Compute threads; 0 is one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+    /// Train the tied embedding by AdamW with full moments instead of APOLLO, as apollo-torch's users do.
+    #[arg(long)]
+    head_adamw: bool,
+    /// One line of JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Measures.
+pub fn run(command: &BenchCommand) -> Result<ExitCode> {
+    let BenchCommand::Step(args) = command;
+    let dtype = match args.dtype.to_ascii_lowercase().as_str() {
+        "bf16" => Dtype::BF16,
+        "f16" | "fp16" => Dtype::F16,
+        "f32" | "fp32" => Dtype::F32,
+        other => bail!("--dtype {other}: use bf16, f16 or f32"),
+    };
+    let mut train = TrainConfig { rank: args.rank, threads: args.threads, ..TrainConfig::default() };
+    if args.head_adamw {
+        let adamw = |pattern: &str| TensorRule { pattern: pattern.into(), rule: Rule::Adamw };
+        train.rules = vec![adamw("model.embed_tokens.*"), adamw("lm_head.*")];
+    }
+    bench::step(&Options {
+        shape: args.shape.clone(),
+        context: args.context,
+        decision: args.decision,
+        dtype,
+        steps: args.steps,
+        json: args.json,
+        train,
+    })?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,132 @@
+//! `apollod checkpoint`: the generations of a model directory.
+//!
+//! `sync` and `rollback` go through the daemon that runs on the directory, which says its address there; `verify`,
+//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon works on the files alone.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Result, bail};
+use checkpoint::Checkpoint;
+use clap::{Args, Subcommand};
+use serde_json::Value;
+
+use super::client::{Client, ClientArgs};
+use crate::http::GenerationView;
+use crate::protocol::Synced;
+
+/// `apollod checkpoint`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  apollod checkpoint list ./model
+  apollod checkpoint rollback ./model 12
+  apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs")]
+pub struct CheckpointArgs {
+    #[command(subcommand)]
+    action: Action,
+    #[command(flatten)]
+    client: ClientArgs,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Write the live weights of the running daemon into its model directory now.
+    Sync {
+        /// The model directory; without it the daemon at --url.
+        dir: Option<PathBuf>,
+    },
+    /// Compare every byte with the checksums of its generation. Exit status 1 when something differs.
+    Verify {
+        /// The model directory.
+        dir: PathBuf,
+    },
+    /// List the generations, newest first.
+    List {
+        /// The model directory.
+        dir: PathBuf,
+        /// Print JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Go back to the content of an earlier generation, as a new one.
+    Rollback {
+        /// The model directory.
+        dir: PathBuf,
+        /// The generation to return to.
+        generation: u64,
+    },
+    /// Copy the directory as one generation, without .apollod, even while syncs go on.
+    Export {
+        /// The model directory.
+        dir: PathBuf,
+        /// The copy, which must not exist.
+        to: PathBuf,
+    },
+}
+
+/// Does it and says what was done.
+pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
+    match &args.action {
+        Action::Sync { dir } => sync(dir.as_deref(), &args.client)?,
+        Action::List { dir, json } => list(dir, *json)?,
+        Action::Rollback { dir, generation } => rollback(dir, *generation, &args.client)?,
+        Action::Export { dir, to } => println!("{}: {}", to.display(), checkpoint::export(dir, to)?),
+        Action::Verify { dir } => {
+            let report = checkpoint::verify(dir)?;
+            println!("{report}");
+            return Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
+    let client = match dir {
+        None => Client::new(client),
+        Some(dir) => match Client::of_model(dir, client) {
+            Some(client) => client,
+            None => bail!("no daemon runs on {}: there are no live weights to write", dir.display()),
+        },
+    };
+    let done: Synced = serde_json::from_value(client.post("/v1/checkpoint", &[], b"")?.ok()?)?;
+    println!(
+        "generation {}: {} of {} blocks changed, {} bytes written, {:.2} s",
+        done.generation, done.blocks_changed, done.blocks_total, done.bytes_written, done.seconds
+    );
+    Ok(())
+}
+
+fn list(dir: &Path, json: bool) -> Result<()> {
+    let generations = checkpoint::list(dir)?;
+    if json {
+        let views: Vec<GenerationView> = generations.iter().rev().map(GenerationView::from).collect();
+        println!("{}", serde_json::to_string_pretty(&views)?);
+        return Ok(());
+    }
+    println!("{:>10}  {:20}  {:>8}  {:>8}  {:>17}  {:>8}", "generation", "created", "cursor", "step", "blocks", "loss");
+    for of in generations.iter().rev() {
+        let note = match (of.rollback_of, of.restorable) {
+            (Some(to), _) => format!("  content of {to}"),
+            (None, false) => "  no longer restorable".into(),
+            (None, true) => String::new(),
+        };
+        let blocks = format!("{}/{}", of.blocks_changed, of.blocks_total);
+        let loss = of.progress.loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}"));
+        let (cursor, step) = (of.progress.cursor, of.progress.step);
+        println!("{:>10}  {:20}  {cursor:>8}  {step:>8}  {blocks:>17}  {loss:>8}{note}", of.generation, of.created);
+    }
+    Ok(())
+}
+
+fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
+    if let Some(client) = Client::of_model(dir, client) {
+        let done: Value = client.post(&format!("/v1/checkpoints/{to}/rollback"), &[], b"")?.ok()?;
+        println!("back at the content of {to}: generation {}; live weights and files", done["generation"]);
+        return Ok(());
+    }
+    let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
+    eprintln!("{recovery}");
+    println!("{}; files only: no daemon runs on {}", checkpoint.rollback(to)?, dir.display());
+    Ok(())
+}

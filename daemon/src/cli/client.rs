@@ -1,0 +1,118 @@
+//! Talking to a running daemon.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, bail};
+use clap::Args;
+use serde_json::Value;
+use ureq::Agent;
+
+/// Name of the file in `MODEL/.apollod` that says where a running daemon listens.
+pub const ADDRESS_FILE: &str = "address";
+
+/// Which daemon.
+#[derive(Debug, Clone, Args)]
+pub struct ClientArgs {
+    /// The daemon's address.
+    #[arg(long, env = "APOLLOD_URL", default_value = "http://127.0.0.1:8844")]
+    pub url: String,
+    /// Its API key, where it asks for one. Better given by the environment than on the command line.
+    #[arg(long, env = "APOLLOD_API_KEY", hide_env_values = true)]
+    pub api_key: Option<String>,
+}
+
+/// A connection to a daemon.
+pub struct Client {
+    agent: Agent,
+    url: String,
+    api_key: Option<String>,
+}
+
+/// An answer, whatever its status.
+pub struct Answer {
+    /// HTTP status.
+    pub status: u16,
+    /// The JSON, or null when there was none.
+    pub body: Value,
+    /// Seconds after which to try again, where the daemon says so.
+    pub retry_after: Option<u64>,
+}
+
+impl Answer {
+    /// The body of a success.
+    ///
+    /// # Errors
+    /// The problem's detail.
+    pub fn ok(self) -> Result<Value> {
+        if (200..300).contains(&self.status) {
+            return Ok(self.body);
+        }
+        bail!("{}", self.problem())
+    }
+
+    /// What a problem document says.
+    pub fn problem(&self) -> String {
+        let detail = self.body["detail"].as_str().unwrap_or("no reason given");
+        format!("the daemon answered {}: {detail}", self.status)
+    }
+}
+
+impl Client {
+    /// A client of the daemon that the arguments name.
+    pub fn new(args: &ClientArgs) -> Self {
+        let agent = Agent::config_builder().http_status_as_error(false).build().new_agent();
+        Self { agent, url: args.url.trim_end_matches('/').to_owned(), api_key: args.api_key.clone() }
+    }
+
+    /// A client of the daemon that runs on a model directory, if one answers there.
+    pub fn of_model(model: &Path, args: &ClientArgs) -> Option<Self> {
+        let url = std::fs::read_to_string(address_file(model)).ok()?;
+        let client = Self::new(&ClientArgs { url: url.trim().to_owned(), ..args.clone() });
+        client.get("/health").ok().filter(|answer| answer.status == 200).map(|_| client)
+    }
+
+    /// `GET path`
+    ///
+    /// # Errors
+    /// When nothing answers at the address.
+    pub fn get(&self, path: &str) -> Result<Answer> {
+        let mut request = self.agent.get(format!("{}{path}", self.url));
+        if let Some(key) = &self.api_key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        self.read(request.call())
+    }
+
+    /// `POST path` with a body and more headers.
+    ///
+    /// # Errors
+    /// When nothing answers at the address.
+    pub fn post(&self, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Answer> {
+        let mut request = self.agent.post(format!("{}{path}", self.url));
+        if let Some(key) = &self.api_key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        self.read(request.send(body))
+    }
+
+    fn read(&self, response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Answer> {
+        let mut response = response
+            .map_err(|error| anyhow!("no daemon answers at {} ({error}); start one with `apollod serve`", self.url))?;
+        let retry_after = response.headers().get("retry-after").and_then(|value| value.to_str().ok()?.parse().ok());
+        let text = response.body_mut().with_config().limit(u64::MAX).read_to_string();
+        let text = text.with_context(|| format!("the answer of {} broke off", self.url))?;
+        Ok(Answer {
+            status: response.status().as_u16(),
+            body: serde_json::from_str(&text).unwrap_or_default(),
+            retry_after,
+        })
+    }
+}
+
+/// Where a daemon on this model directory says its address.
+pub fn address_file(model: &Path) -> PathBuf {
+    model.join(".apollod").join(ADDRESS_FILE)
+}

@@ -1,0 +1,30 @@
+//! `apollod doctor`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+
+/// `apollod doctor`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+One layer of each kind and the head run on random inputs through the kernels and through candle's autograd in f64.
+Nothing is written. Needs the memory of the model and of one layer in f64 three times.
+
+Examples:
+  apollod doctor --model ./model")]
+pub struct DoctorArgs {
+    /// Model directory.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Compute threads; 0 is one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+/// Runs the checks.
+pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    crate::doctor::run(&args.model, args.threads)?;
+    Ok(ExitCode::SUCCESS)
+}

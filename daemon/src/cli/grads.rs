@@ -1,0 +1,48 @@
+//! `apollod grads`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+
+/// `apollod grads`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Prints {\"examples\": [{\"loss\": ..., \"tokens\": ...}, ...]} and writes the f32 gradient of example i's mean loss
+as {i}.{tensor name}. The context is frozen: only decision tokens have gradients.
+
+Examples:
+  apollod grads --model ./model --examples examples.jsonl --out gradients.safetensors --dtype f32")]
+pub struct GradsArgs {
+    /// Model directory.
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Examples as POST /v1/examples takes them, one JSON object a line.
+    #[arg(long, value_name = "FILE.jsonl")]
+    examples: PathBuf,
+    /// Where the gradients go.
+    #[arg(long, value_name = "OUT.safetensors")]
+    out: PathBuf,
+    /// Compute with the weights as they are in the files, or widened to f32.
+    #[arg(long, value_enum, default_value = "native")]
+    dtype: Precision,
+    /// Compute threads; 0 is one per core.
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Precision {
+    /// As in the files.
+    Native,
+    /// f32.
+    F32,
+}
+
+/// Computes and writes.
+pub fn run(args: &GradsArgs) -> Result<ExitCode> {
+    let widen = args.dtype == Precision::F32;
+    crate::grads::run(&args.model, &args.examples, &args.out, widen, args.threads)?;
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,160 @@
+//! `apollod serve`: everything but the training itself, which is the trainer child's.
+
+use std::fs::{File, TryLockError};
+use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{ConfigArgs, LogFormat, client};
+use crate::config::Config;
+use crate::examples::Templates;
+use crate::http::{App, router};
+use crate::queue::Queue;
+use crate::schedule::Schedule;
+use crate::supervisor::{self, ChildCommand};
+
+/// How long open connections may take once the trainer is done.
+const CONNECTIONS_PATIENCE: Duration = Duration::from_secs(2);
+
+/// `apollod serve`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  apollod serve --config apollod.toml
+  apollod serve --set model.dir=./model --set server.live=/dev/shm/live
+  curl -s localhost:8844/v1/examples -d '{\"context\": \"2 + 2 = \", \"decision\": \"4\"}'
+
+The first line on stdout is JSON: where it listens and its process id.
+Stops on SIGTERM or Ctrl-C after the step in flight and a last sync (sync.on_shutdown); a second signal stops at once.")]
+pub struct ServeArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Program to start as the trainer instead of this one, for tests of the supervisor.
+    #[arg(long, hide = true, value_name = "PROGRAM")]
+    trainer: Option<PathBuf>,
+}
+
+/// Serves until told to stop.
+pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
+    let config = args.config.load()?;
+    let state_dir = config.state_dir();
+    std::fs::create_dir_all(&state_dir).with_context(|| format!("cannot create {}", state_dir.display()))?;
+    let _lock = lock(&state_dir.join("serve.lock"))?;
+
+    let templates = Templates::load(&config.model.dir, config.train.max_tokens)?;
+    let queue = Arc::new(Queue::open(&config.queue_path(), config.queue.capacity)?);
+    let refused = queue.refuse_longer_than(config.train.max_tokens)?;
+    if refused > 0 {
+        tracing::warn!("{refused} waiting examples are longer than train.max_tokens and were refused");
+    }
+    let options = supervisor::Options {
+        command: trainer_command(args, &config, log_format)?,
+        model: config.model.dir.display().to_string(),
+        batch_examples: config.train.batch_examples,
+        schedule: Schedule::parse(&config.sync.schedule, &config.sync.timezone)?,
+        sync_on_shutdown: config.sync.on_shutdown,
+        restart_delay: Duration::from_secs(1),
+        server_delay: Duration::from_secs(1),
+    };
+
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(config.http.listen)
+            .await
+            .with_context(|| format!("cannot listen on {} (http.listen)", config.http.listen))?;
+        let address = listener.local_addr()?;
+        let (handle, thread) = supervisor::start(options, Arc::clone(&queue))?;
+        let app = App {
+            queue,
+            templates: Arc::new(templates),
+            supervisor: handle.clone(),
+            model_dir: config.model.dir.clone(),
+            config: Arc::new(config.http.clone()),
+        };
+        let address_file = client::address_file(&config.model.dir);
+        write_private(&address_file, &format!("http://{address}\n"))?;
+        tracing::info!("listening on http://{address}");
+        println!("{}", serde_json::json!({ "listening": address.to_string(), "pid": std::process::id() }));
+
+        let (stop, stopped) = tokio::sync::watch::channel(false);
+        let mut no_more = stopped.clone();
+        let server = axum::serve(listener, router(app)).with_graceful_shutdown(async move {
+            // The sender lives as long as the process serves.
+            let _ = no_more.wait_for(|stop| *stop).await;
+        });
+        let server = tokio::spawn(server.into_future());
+
+        wait_for_signal().await?;
+        tracing::info!("stopping after the step in flight; once more stops at once");
+        handle.shutdown();
+        stop.send_replace(true);
+        let joined = tokio::task::spawn_blocking(move || thread.join());
+        tokio::select! {
+            joined = joined => if joined?.is_err() { bail!("the supervisor panicked; see the log above") },
+            again = wait_for_signal() => {
+                again?;
+                tracing::warn!("stopped at once; what was not synced is trained again at the next start");
+                std::process::exit(130);
+            }
+        }
+        if tokio::time::timeout(CONNECTIONS_PATIENCE, server).await.is_err() {
+            tracing::warn!("connections were still open");
+        }
+        // A stale address would send the next command to whoever listens there then.
+        let _ = std::fs::remove_file(&address_file);
+        tracing::info!("stopped");
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+async fn wait_for_signal() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    Ok(())
+}
+
+/// The trainer runs under a file of its own with the configuration as it is now: a restart in the middle of the night
+/// must not pick up an edit.
+fn trainer_command(args: &ServeArgs, config: &Config, log_format: LogFormat) -> Result<ChildCommand> {
+    let file = config.state_dir().join("trainer.toml");
+    write_private(&file, &config.for_trainer().to_toml())?;
+    let mut command = ChildCommand::of_this_program(&file)?;
+    if log_format == LogFormat::Json {
+        command.arguments.extend(["--log-format".into(), "json".into()]);
+    }
+    if let Some(program) = &args.trainer {
+        command.program = program.clone();
+    }
+    Ok(command)
+}
+
+fn write_private(path: &Path, text: &str) -> Result<()> {
+    let open = || File::options().write(true).create(true).truncate(true).mode(0o600).open(path);
+    open()
+        .and_then(|mut file| file.write_all(text.as_bytes()))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// One daemon per model directory.
+fn lock(path: &Path) -> Result<File> {
+    let file = File::options().write(true).create(true).truncate(false).open(path);
+    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => {
+            bail!("another apollod serves this model directory ({} is locked)", path.display())
+        }
+        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}

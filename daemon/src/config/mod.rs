@@ -1,0 +1,425 @@
+//! The daemon's configuration: `apollod.toml`, with `APOLLOD_SECTION_KEY` environment variables over it and
+//! `--set section.key=value` over both.
+//!
+//! One struct per section, every key with its unit, default and consequence; `apollod.example.toml` says the same for
+//! operators, and a test holds the two together. A key that does not exist is refused with the nearest that does
+//! (`load`); a value that makes no sense is refused with the reason (`validate`).
+
+#[cfg(test)]
+mod example_file;
+mod load;
+mod validate;
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+pub use load::{ConfigError, Sources, hint, is_config_variable};
+
+/// Everything that can be configured.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// The model that learns.
+    pub model: ModelConfig,
+    /// Where its live weights are.
+    pub server: ServerConfig,
+    /// The HTTP interface.
+    pub http: HttpConfig,
+    /// The training step.
+    pub train: TrainConfig,
+    /// The durable queue of examples.
+    pub queue: QueueConfig,
+    /// Writing the live weights back into the model directory.
+    pub sync: SyncConfig,
+}
+
+/// `[model]`
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ModelConfig {
+    /// Model directory as Hugging Face writes it (config.json, tokenizer.json, *.safetensors). No default. It is the
+    /// checkpoint: sync writes its safetensors files in place.
+    pub dir: PathBuf,
+}
+
+/// `[server]`: exactly one of the three.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ServerConfig {
+    /// Unix socket on which the inference server offers its manifest. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Manifest file that the inference server has written. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub manifest: Option<PathBuf>,
+    /// Staged copy of the model directory on tmpfs (`apollod stage MODEL LIVE`) that a server maps. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub live: Option<PathBuf>,
+}
+
+/// The one way to the live weights that `[server]` names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attach<'a> {
+    /// A Unix socket that answers with the manifest.
+    Socket(&'a Path),
+    /// A file that holds the manifest.
+    Manifest(&'a Path),
+    /// A directory of safetensors files that a server maps.
+    Live(&'a Path),
+}
+
+impl ServerConfig {
+    /// The way to the live weights; `None` unless exactly one is set (`Config::validate` says so to the operator).
+    pub fn attach(&self) -> Option<Attach<'_>> {
+        match (&self.socket, &self.manifest, &self.live) {
+            (Some(path), None, None) => Some(Attach::Socket(path)),
+            (None, Some(path), None) => Some(Attach::Manifest(path)),
+            (None, None, Some(path)) => Some(Attach::Live(path)),
+            _ => None,
+        }
+    }
+}
+
+/// `[http]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct HttpConfig {
+    /// Address and port. Default `127.0.0.1:8844`; port 0 takes a free one, which is logged. An address other than
+    /// loopback needs `api_key`: whoever can post examples decides what the model says.
+    pub listen: SocketAddr,
+    /// Clients send it as `Authorization: Bearer KEY`. No default (no key is asked for). At least 16 characters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key: Option<String>,
+    /// Bytes of the largest request body. Default 33554432 (32 MiB); a larger one is answered 413.
+    pub max_body_bytes: usize,
+}
+
+impl Default for HttpConfig {
+    fn default() -> Self {
+        Self { listen: SocketAddr::from(([127, 0, 0, 1], 8844)), api_key: None, max_body_bytes: 32 << 20 }
+    }
+}
+
+/// What one norm is taken over when a gradient is scaled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleType {
+    /// One scale per row or column.
+    Channel,
+    /// One scale per matrix (APOLLO-Mini).
+    Tensor,
+}
+
+/// Whose definition of the scale is meant.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Convention {
+    /// arXiv:2412.05270: alpha = sqrt(d/r), d the projected (smaller) dimension, times `scale`.
+    Paper,
+    /// The authors' package: sqrt(scale).
+    ApolloTorch,
+}
+
+/// The norm-growth limiter.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum GrowthLimit {
+    /// A step's norm may grow by any factor.
+    Off,
+    /// A step's norm may grow by at most this factor over the one before.
+    At(f64),
+}
+
+impl Serialize for GrowthLimit {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            Self::Off => serializer.serialize_str("off"),
+            Self::At(limit) => serializer.serialize_f64(*limit),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for GrowthLimit {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl serde::de::Visitor<'_> for Visitor {
+            type Value = GrowthLimit;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a factor such as 1.01, or \"off\"")
+            }
+            fn visit_f64<E: serde::de::Error>(self, limit: f64) -> Result<GrowthLimit, E> {
+                Ok(GrowthLimit::At(limit))
+            }
+            fn visit_i64<E: serde::de::Error>(self, limit: i64) -> Result<GrowthLimit, E> {
+                Ok(GrowthLimit::At(limit as f64))
+            }
+            fn visit_str<E: serde::de::Error>(self, word: &str) -> Result<GrowthLimit, E> {
+                match word {
+                    "off" => Ok(GrowthLimit::Off),
+                    _ => Err(E::invalid_value(serde::de::Unexpected::Str(word), &self)),
+                }
+            }
+        }
+        deserializer.deserialize_any(Visitor)
+    }
+}
+
+/// How a tensor trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Rule {
+    /// By APOLLO: matrices only.
+    Apollo,
+    /// By AdamW, with two full moments.
+    Adamw,
+    /// Not at all.
+    Frozen,
+}
+
+/// One entry of `train.rules`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TensorRule {
+    /// Hugging Face tensor name; `*` stands for any characters, none included.
+    pub pattern: String,
+    /// What happens to the tensors that it matches.
+    pub rule: Rule,
+}
+
+/// `[train]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Learning rate, dimensionless. Default 1e-5. Larger learns in fewer steps and forgets more of the rest.
+    pub lr: f64,
+    /// Rank of the projected gradient. Default 256; capped at a matrix's smaller side. Optimizer state is
+    /// 8·rank·max(m,n) bytes per matrix (m,n). 1 with `scale_type = "tensor"` and `scale = 128` is APOLLO-Mini.
+    pub rank: usize,
+    /// Multiplies the update (`convention = "paper"`) or enters as its root (`"apollo-torch"`). Default 1.0.
+    pub scale: f64,
+    /// One norm per `channel` (default) or per `tensor`.
+    pub scale_type: ScaleType,
+    /// `paper` (default: alpha = sqrt(d/r)) or `apollo-torch` (sqrt(scale)).
+    pub convention: Convention,
+    /// Decay of the first moment per step. Default 0.9.
+    pub beta1: f64,
+    /// Decay of the second moment per step. Default 0.999.
+    pub beta2: f64,
+    /// Added to the root of the second moment. Default 1e-6.
+    pub eps: f64,
+    /// Decoupled weight decay, per step and per lr. Default 0: with few examples, decay forgets.
+    pub weight_decay: f64,
+    /// Steps between two random projections. Default 200.
+    pub update_proj_gap: u64,
+    /// Largest factor by which a step's norm may grow over the one before, or "off". Default 1.01.
+    pub norm_growth_limit: GrowthLimit,
+    /// Least norm that the limiter remembers, over sqrt(rank·max(m,n)). Default 0.5; 0 disables. Without it a run of
+    /// quiet examples stops learning for hundreds of steps.
+    pub norm_growth_floor: f64,
+    /// Steps over which lr rises linearly from 0. Default 0.
+    pub warmup_steps: u64,
+    /// Seed of projections and stochastic rounding. Default 0. The same seed and examples give the same bytes.
+    pub seed: u64,
+    /// Examples per step. Default 1.
+    pub batch_examples: usize,
+    /// Threads of the CPU step. Default 0: all cores.
+    pub threads: usize,
+    /// Tokens of the longest example, context and decision. Default 4096; a longer one is refused. Bounds memory.
+    pub max_tokens: usize,
+    /// Skip a step whose mean loss in nats per token is below this. No default (no gate): a learned example moves the
+    /// weights almost as far as a new one, so a stream of examples wants a gate such as 0.02.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_min: Option<f64>,
+    /// Skip a step whose mean loss in nats per token is above this. No default (no gate).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_max: Option<f64>,
+    /// Skip a step whose update norm before the limiter, over sqrt(rank·max(m,n)), is below this. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_norm_min: Option<f64>,
+    /// Skip a step whose update norm before the limiter, over sqrt(rank·max(m,n)), is above this. No default.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub update_norm_max: Option<f64>,
+    /// Which tensors train and how; the first pattern that matches a name decides. Default none: matrices by APOLLO,
+    /// vectors by AdamW.
+    pub rules: Vec<TensorRule>,
+}
+
+impl Default for TrainConfig {
+    fn default() -> Self {
+        Self {
+            lr: 1e-5,
+            rank: 256,
+            scale: 1.0,
+            scale_type: ScaleType::Channel,
+            convention: Convention::Paper,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-6,
+            weight_decay: 0.0,
+            update_proj_gap: 200,
+            norm_growth_limit: GrowthLimit::At(1.01),
+            norm_growth_floor: 0.5,
+            warmup_steps: 0,
+            seed: 0,
+            batch_examples: 1,
+            threads: 0,
+            max_tokens: 4096,
+            loss_min: None,
+            loss_max: None,
+            update_norm_min: None,
+            update_norm_max: None,
+            rules: Vec::new(),
+        }
+    }
+}
+
+impl TrainConfig {
+    /// The rule of the first pattern that matches the tensor's name; `None` when none does.
+    pub fn rule_for(&self, name: &str) -> Option<Rule> {
+        self.rules.iter().find(|entry| glob_matches(&entry.pattern, name)).map(|entry| entry.rule)
+    }
+}
+
+/// Whether `name` matches `pattern`, in which `*` stands for any characters, none included.
+pub fn glob_matches(pattern: &str, name: &str) -> bool {
+    let mut parts = pattern.split('*');
+    let Some(mut rest) = parts.next().and_then(|head| name.strip_prefix(head)) else { return false };
+    let mut parts = parts.peekable();
+    if parts.peek().is_none() {
+        return rest.is_empty();
+    }
+    while let Some(part) = parts.next() {
+        if parts.peek().is_none() {
+            return rest.ends_with(part);
+        }
+        match rest.find(part) {
+            Some(at) => rest = &rest[at + part.len()..],
+            None => return false,
+        }
+    }
+    unreachable!("the last part returns")
+}
+
+/// `[queue]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct QueueConfig {
+    /// SQLite file of the queue. Default `MODEL/.apollod/queue.sqlite`. Must be on a disk that survives a restart.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub path: Option<PathBuf>,
+    /// Examples that may wait. Default 10000; when it is full, posting is answered 429.
+    pub capacity: u64,
+}
+
+impl Default for QueueConfig {
+    fn default() -> Self {
+        Self { path: None, capacity: 10_000 }
+    }
+}
+
+/// `[sync]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct SyncConfig {
+    /// When to write the changed blocks into the model directory: five crontab fields (minute hour day-of-month month
+    /// day-of-week). Default `*/10 * * * *`. What was trained since the last sync is trained again after a crash.
+    pub schedule: String,
+    /// IANA time zone of the schedule. Default `UTC`.
+    pub timezone: String,
+    /// Generations kept for rollback, the current one included. Default 4. Each costs the compressed change it made.
+    pub keep: u64,
+    /// Whether to sync when the daemon is asked to stop. Default true.
+    pub on_shutdown: bool,
+}
+
+impl Default for SyncConfig {
+    fn default() -> Self {
+        Self { schedule: "*/10 * * * *".into(), timezone: "UTC".into(), keep: 4, on_shutdown: true }
+    }
+}
+
+impl Config {
+    /// The daemon's own folder in the model directory.
+    pub fn state_dir(&self) -> PathBuf {
+        self.model.dir.join(".apollod")
+    }
+
+    /// Where the queue lies.
+    pub fn queue_path(&self) -> PathBuf {
+        self.queue.path.clone().unwrap_or_else(|| self.state_dir().join("queue.sqlite"))
+    }
+
+    /// The same with every path absolute, so that it means the same in another file and another process.
+    ///
+    /// # Errors
+    /// When there is no working directory.
+    pub fn absolute(mut self) -> std::io::Result<Self> {
+        let Self { model, server, queue, .. } = &mut self;
+        let set = [&mut server.socket, &mut server.manifest, &mut server.live, &mut queue.path];
+        for path in set.into_iter().flatten().chain([&mut model.dir]) {
+            if !path.as_os_str().is_empty() {
+                *path = std::path::absolute(&*path)?;
+            }
+        }
+        Ok(self)
+    }
+
+    /// What the trainer child runs under: the same, without the HTTP section and its key.
+    pub fn for_trainer(&self) -> Self {
+        Self { http: HttpConfig::default(), ..self.clone() }
+    }
+
+    /// As TOML, every key that is set written out.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("the sections are tables of plain values")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_matches_any_characters_and_none() {
+        for (pattern, name, want) in [
+            ("model.norm.weight", "model.norm.weight", true),
+            ("model.norm.weight", "model.norm.weights", false),
+            ("*", "", true),
+            ("*", "anything", true),
+            ("*.q_proj.*", "model.layers.0.self_attn.q_proj.weight", true),
+            ("*.q_proj.*", "model.layers.0.self_attn.k_proj.weight", false),
+            ("model.*.weight", "model.layers.0.weight", true),
+            ("model.*.weight", "model.weight", false),
+            ("*a*ab", "aab", true),
+            ("a*a", "a", false),
+        ] {
+            assert_eq!(glob_matches(pattern, name), want, "{pattern} on {name}");
+        }
+    }
+
+    #[test]
+    fn the_first_matching_rule_decides() {
+        let train = TrainConfig {
+            rules: vec![
+                TensorRule { pattern: "lm_head.*".into(), rule: Rule::Adamw },
+                TensorRule { pattern: "*".into(), rule: Rule::Frozen },
+            ],
+            ..TrainConfig::default()
+        };
+        assert_eq!(train.rule_for("lm_head.weight"), Some(Rule::Adamw));
+        assert_eq!(train.rule_for("model.norm.weight"), Some(Rule::Frozen));
+        assert_eq!(TrainConfig::default().rule_for("model.norm.weight"), None);
+    }
+
+    #[test]
+    fn the_trainers_configuration_does_not_carry_the_key() {
+        let mut config = Config::default();
+        config.http.api_key = Some("0123456789abcdef".into());
+        config.train.norm_growth_limit = GrowthLimit::Off;
+        let text = config.for_trainer().to_toml();
+        assert!(!text.contains("0123456789abcdef"));
+        assert_eq!(toml::from_str::<Config>(&text).unwrap(), config.for_trainer());
+    }
+}

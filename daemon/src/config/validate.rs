@@ -1,0 +1,156 @@
+//! Values that parse and make no sense, refused before anything starts, each with what to do.
+
+use super::{Config, ConfigError, GrowthLimit};
+use crate::schedule::Schedule;
+
+/// Shortest API key, in characters.
+const API_KEY_CHARS_MIN: usize = 16;
+
+impl Config {
+    /// Checks what `apollod serve` and its trainer need.
+    ///
+    /// # Errors
+    /// The first key whose value cannot work, with the reason.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_model_and_server()?;
+        self.validate_http()?;
+        self.validate_train()?;
+        check(self.queue.capacity > 0, "queue.capacity", || "must be at least 1".into())?;
+        check(self.sync.keep > 0, "sync.keep", || "must be at least 1: the current generation is one".into())?;
+        Schedule::parse(&self.sync.schedule, &self.sync.timezone)
+            .map_err(|error| invalid("sync.schedule", error.to_string()))?;
+        Ok(())
+    }
+
+    fn validate_model_and_server(&self) -> Result<(), ConfigError> {
+        let dir = &self.model.dir;
+        check(!dir.as_os_str().is_empty(), "model.dir", || {
+            "not set: name the model directory, in the file or with --set model.dir=DIR".into()
+        })?;
+        check(dir.join("config.json").is_file(), "model.dir", || {
+            format!("{} has no config.json: not a Hugging Face model directory", dir.display())
+        })?;
+        check(self.server.attach().is_some(), "server", || {
+            "set exactly one of server.socket, server.manifest and server.live".into()
+        })
+    }
+
+    fn validate_http(&self) -> Result<(), ConfigError> {
+        match &self.http.api_key {
+            None => check(self.http.listen.ip().is_loopback(), "http.api_key", || {
+                format!(
+                    "required because http.listen is {}: whoever can post examples decides what the model says; \
+                     set a key, or listen on 127.0.0.1",
+                    self.http.listen
+                )
+            })?,
+            Some(key) => check(
+                key.chars().count() >= API_KEY_CHARS_MIN && key.bytes().all(|b| b.is_ascii_graphic()),
+                "http.api_key",
+                || format!("must be at least {API_KEY_CHARS_MIN} printable ASCII characters without spaces"),
+            )?,
+        }
+        check(self.http.max_body_bytes >= 1024, "http.max_body_bytes", || "must be at least 1024 bytes".into())
+    }
+
+    fn validate_train(&self) -> Result<(), ConfigError> {
+        let train = &self.train;
+        let positive = |value: f64| value.is_finite() && value > 0.0;
+        let not_negative = |value: f64| value.is_finite() && value >= 0.0;
+        let decay = |value: f64| (0.0..1.0).contains(&value);
+        check(not_negative(train.lr) && train.lr < 1.0, "train.lr", || range("[0, 1)", train.lr))?;
+        check(train.rank > 0, "train.rank", || "must be at least 1".into())?;
+        check(positive(train.scale), "train.scale", || range("(0, inf)", train.scale))?;
+        check(decay(train.beta1), "train.beta1", || range("[0, 1)", train.beta1))?;
+        check(decay(train.beta2), "train.beta2", || range("[0, 1)", train.beta2))?;
+        check(positive(train.eps), "train.eps", || range("(0, inf)", train.eps))?;
+        check(not_negative(train.weight_decay), "train.weight_decay", || range("[0, inf)", train.weight_decay))?;
+        check(train.update_proj_gap > 0, "train.update_proj_gap", || "must be at least 1 step".into())?;
+        if let GrowthLimit::At(limit) = train.norm_growth_limit {
+            check(limit.is_finite() && limit >= 1.0, "train.norm_growth_limit", || {
+                format!("is {limit}, must be at least 1, or \"off\"")
+            })?;
+        }
+        check(not_negative(train.norm_growth_floor), "train.norm_growth_floor", || {
+            range("[0, inf)", train.norm_growth_floor)
+        })?;
+        check(train.batch_examples > 0, "train.batch_examples", || "must be at least 1".into())?;
+        check(train.max_tokens >= 2, "train.max_tokens", || "must be at least 2: one of context, one learned".into())?;
+        check(ordered(train.loss_min, train.loss_max), "train.loss_min", || "must be below train.loss_max".into())?;
+        check(ordered(train.update_norm_min, train.update_norm_max), "train.update_norm_min", || {
+            "must be below train.update_norm_max".into()
+        })
+    }
+}
+
+fn invalid(key: &'static str, reason: String) -> ConfigError {
+    ConfigError::Invalid { key, reason }
+}
+
+fn check(holds: bool, key: &'static str, reason: impl FnOnce() -> String) -> Result<(), ConfigError> {
+    if holds { Ok(()) } else { Err(invalid(key, reason())) }
+}
+
+fn range(range: &str, value: f64) -> String {
+    format!("is {value}, must lie in {range}")
+}
+
+fn ordered(low: Option<f64>, high: Option<f64>) -> bool {
+    low.is_none_or(f64::is_finite)
+        && high.is_none_or(f64::is_finite)
+        && low.zip(high).is_none_or(|(low, high)| low < high)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn valid() -> (tempfile::TempDir, Config) {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("config.json"), "{}").unwrap();
+        let mut config = Config::default();
+        config.model.dir = dir.path().into();
+        config.server.live = Some("/dev/shm/live".into());
+        (dir, config)
+    }
+
+    fn refusal(change: impl FnOnce(&mut Config)) -> String {
+        let (_dir, mut config) = valid();
+        config.validate().unwrap();
+        change(&mut config);
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn another_address_than_loopback_needs_a_key() {
+        let error = refusal(|c| c.http.listen = "0.0.0.0:8844".parse().unwrap());
+        assert!(error.starts_with("http.api_key: required because http.listen is 0.0.0.0:8844"), "{error}");
+        assert!(refusal(|c| c.http.api_key = Some("short".into())).contains("at least 16"));
+        let (_dir, mut config) = valid();
+        config.http.listen = "0.0.0.0:8844".parse().unwrap();
+        config.http.api_key = Some("0123456789abcdef".into());
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn exactly_one_way_to_the_server_is_asked_for() {
+        assert!(refusal(|c| c.server.live = None).contains("exactly one of"));
+        assert!(refusal(|c| c.server.socket = Some("/s".into())).contains("exactly one of"));
+    }
+
+    #[test]
+    fn values_out_of_range_are_refused_by_key() {
+        assert!(refusal(|c| c.train.lr = f64::NAN).starts_with("train.lr:"));
+        assert!(refusal(|c| c.train.beta2 = 1.0).starts_with("train.beta2:"));
+        assert!(refusal(|c| c.train.norm_growth_limit = GrowthLimit::At(0.9)).starts_with("train.norm_growth_limit:"));
+        assert!(refusal(|c| c.train.batch_examples = 0).starts_with("train.batch_examples:"));
+        assert!(refusal(|c| (c.train.loss_min, c.train.loss_max) = (Some(2.0), Some(1.0))).contains("loss_max"));
+        assert!(refusal(|c| c.model.dir = "/nonexistent".into()).contains("no config.json"));
+    }
+
+    #[test]
+    fn a_schedule_that_is_no_crontab_line_is_refused() {
+        assert!(refusal(|c| c.sync.schedule = "0 */10 * * * *".into()).contains("five fields"));
+        assert!(refusal(|c| c.sync.timezone = "Mars/Olympus".into()).contains("time zone"));
+    }
+}

@@ -1,0 +1,182 @@
+//! The OpenAI interface: chat completions (also streamed), completions and models.
+
+use super::{Engine, Finish, Sampling};
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use std::convert::Infallible;
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+use tokio::sync::mpsc;
+use tokio_stream::{StreamExt, wrappers::ReceiverStream};
+
+/// All routes.
+pub fn router(engine: Arc<Engine>) -> Router {
+    Router::new()
+        .route("/health", get(|| async { "ok" }))
+        .route("/v1/models", get(models))
+        .route("/v1/chat/completions", post(chat))
+        .route("/v1/completions", post(completions))
+        .with_state(engine)
+}
+
+#[derive(Deserialize)]
+struct Request {
+    #[serde(default)]
+    messages: Vec<Value>,
+    #[serde(default)]
+    prompt: Option<String>,
+    #[serde(default)]
+    temperature: Option<f32>,
+    #[serde(default)]
+    top_p: Option<f32>,
+    #[serde(default)]
+    seed: Option<u64>,
+    #[serde(default, alias = "max_completion_tokens")]
+    max_tokens: Option<usize>,
+    #[serde(default)]
+    stream: bool,
+}
+
+impl Request {
+    /// Greedy unless a temperature is given.
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature.unwrap_or(0.0),
+            top_p: self.top_p.unwrap_or(1.0),
+            seed: self.seed.unwrap_or(0),
+            max_tokens: self.max_tokens.unwrap_or(256),
+        }
+    }
+}
+
+/// What differs between the two kinds of completion.
+#[derive(Clone, Copy)]
+enum Kind {
+    Chat,
+    Text,
+}
+
+impl Kind {
+    fn object(self, stream: bool) -> &'static str {
+        match (self, stream) {
+            (Kind::Chat, false) => "chat.completion",
+            (Kind::Chat, true) => "chat.completion.chunk",
+            (Kind::Text, _) => "text_completion",
+        }
+    }
+    fn choice(self, text: &str, stream: bool) -> Value {
+        match (self, stream) {
+            (Kind::Chat, false) => json!({"index": 0, "message": {"role": "assistant", "content": text}}),
+            (Kind::Chat, true) => json!({"index": 0, "delta": {"content": text}}),
+            (Kind::Text, _) => json!({"index": 0, "text": text}),
+        }
+    }
+}
+
+async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
+    Json(json!({"object": "list", "data": [{"id": engine.name, "object": "model", "owned_by": "apollod"}]}))
+}
+
+async fn chat(State(engine): State<Arc<Engine>>, Json(request): Json<Request>) -> Response {
+    let prompt = engine.templates.render_prompt(&request.messages);
+    answer(engine, request, prompt.map_err(|e| e.to_string()), Kind::Chat).await
+}
+
+async fn completions(State(engine): State<Arc<Engine>>, Json(request): Json<Request>) -> Response {
+    let prompt = match &request.prompt {
+        Some(text) => engine.templates.encode(text).map_err(|e| e.to_string()),
+        None => Err("prompt is missing".into()),
+    };
+    answer(engine, request, prompt, Kind::Text).await
+}
+
+async fn answer(engine: Arc<Engine>, request: Request, prompt: Result<Vec<u32>, String>, kind: Kind) -> Response {
+    let most = engine.max_tokens;
+    let prompt = prompt.and_then(|ids| match ids.len() {
+        0 => Err("the prompt is empty".into()),
+        n if n >= most => Err(format!("the prompt has {n} tokens; fewer than {most} fit")),
+        _ => Ok(ids),
+    });
+    let prompt = match prompt {
+        Ok(prompt) => prompt,
+        Err(message) => {
+            let error = json!({"error": {"message": message, "type": "invalid_request_error"}});
+            return (StatusCode::BAD_REQUEST, Json(error)).into_response();
+        }
+    };
+    if request.stream { stream(engine, request, prompt, kind) } else { whole(engine, request, prompt, kind).await }
+}
+
+async fn whole(engine: Arc<Engine>, request: Request, prompt: Vec<u32>, kind: Kind) -> Response {
+    let name = engine.name.clone();
+    let prompt_tokens = prompt.len();
+    let generated = tokio::task::spawn_blocking(move || {
+        engine.generate(&prompt, &request.sampling(), |_| ControlFlow::Continue(()))
+    });
+    let Ok(answer) = generated.await else {
+        let error = json!({"error": {"message": "generation failed; see the engine's log", "type": "server_error"}});
+        return (StatusCode::INTERNAL_SERVER_ERROR, Json(error)).into_response();
+    };
+    let mut choice = kind.choice(&answer.text, false);
+    choice["finish_reason"] = reason(answer.finish).into();
+    Json(json!({
+        "id": id(),
+        "object": kind.object(false),
+        "created": now(),
+        "model": name,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": answer.tokens,
+            "total_tokens": prompt_tokens + answer.tokens,
+        },
+    }))
+    .into_response()
+}
+
+fn stream(engine: Arc<Engine>, request: Request, prompt: Vec<u32>, kind: Kind) -> Response {
+    let (sender, receiver) = mpsc::channel::<String>(16);
+    let (id, created, name) = (id(), now(), engine.name.clone());
+    let chunk = move |choice: Value| {
+        let object = kind.object(true);
+        json!({"id": id, "object": object, "created": created, "model": name, "choices": [choice]}).to_string()
+    };
+    tokio::task::spawn_blocking(move || {
+        let answer = engine.generate(&prompt, &request.sampling(), |text| {
+            // A client that is gone ends the generation.
+            match sender.blocking_send(chunk(kind.choice(text, true))) {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            }
+        });
+        let mut last = kind.choice("", true);
+        last["finish_reason"] = reason(answer.finish).into();
+        let _ = sender.blocking_send(chunk(last));
+        let _ = sender.blocking_send("[DONE]".into());
+    });
+    let events = ReceiverStream::new(receiver).map(|data| Ok::<Event, Infallible>(Event::default().data(data)));
+    Sse::new(events).into_response()
+}
+
+fn reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+    }
+}
+
+fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs())
+}
+
+fn id() -> String {
+    let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
+    format!("cmpl-{nanos:x}")
+}

@@ -1,0 +1,87 @@
+//! The embedded engine: a small OpenAI-compatible server whose weights lie in shared memory.
+//!
+//! It stands in for vLLM or `transformers serve` where neither is installed: the demo, tests, and a
+//! first try on any machine. It reads its weights on every token and never keeps a copy, so what a
+//! trainer writes is in the next token. One request at a time generates; others wait.
+
+mod api;
+mod generate;
+
+use crate::examples::Templates;
+use crate::weights;
+use anyhow::{Context, Result};
+use compute::Cpu;
+use ipc::SharedWeights;
+use model::{Config, Model};
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use tokio::net::TcpListener;
+
+pub use generate::{Finish, Sampling};
+
+/// What `apollod engine` is told.
+pub struct Options {
+    /// Model directory.
+    pub model: PathBuf,
+    /// Address of the HTTP interface; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Unix socket on which the manifest is offered.
+    pub socket: PathBuf,
+    /// Longest context and answer together, in tokens.
+    pub max_tokens: usize,
+    /// Compute threads; 0 is one per core.
+    pub threads: usize,
+}
+
+/// A loaded model that can answer.
+pub struct Engine {
+    device: Arc<Cpu>,
+    model: Mutex<Model<Cpu>>,
+    templates: Templates,
+    name: String,
+    max_tokens: usize,
+}
+
+impl Engine {
+    fn load(options: &Options) -> Result<(Engine, Arc<SharedWeights>)> {
+        let config = Config::read(&options.model)?;
+        let weights = Arc::new(SharedWeights::load(&options.model, &config.decoder.tensors())?);
+        let device = Arc::new(Cpu::new(options.threads)?);
+        let max_tokens = options.max_tokens.min(config.max_position_embeddings);
+        let model = Model::new(device.clone(), config, weights::shared(&weights), max_tokens);
+        let templates = Templates::load(&options.model, max_tokens)?;
+        let name = options.model.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
+        Ok((Engine { device, model: Mutex::new(model), templates, name, max_tokens }, weights))
+    }
+}
+
+/// Serves until SIGTERM or SIGINT. Says on stdout, as one line of JSON, where it listens.
+pub async fn run(options: Options) -> Result<()> {
+    let (engine, weights) = Engine::load(&options)?;
+    let export = weights.serve(&options.socket)?;
+    let listener =
+        TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
+    announce(&listener, export.socket())?;
+    axum::serve(listener, api::router(Arc::new(engine))).with_graceful_shutdown(stop_signal()).await?;
+    Ok(())
+}
+
+fn announce(listener: &TcpListener, socket: &Path) -> Result<()> {
+    let line = serde_json::json!({
+        "listening": listener.local_addr()?.to_string(),
+        "socket": socket,
+        "pid": std::process::id(),
+    });
+    println!("{line}");
+    Ok(())
+}
+
+async fn stop_signal() {
+    use tokio::signal::unix::{SignalKind, signal};
+    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+}

@@ -1,0 +1,75 @@
+//! `apollod grads`: loss and full gradients of examples, to compare with another implementation.
+
+use crate::examples::Templates;
+use crate::weights;
+use anyhow::{Context, Result, bail};
+use compute::{Collector, Cpu};
+use model::{Config, Example, Model, Timings};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::Arc;
+
+/// Prints the losses as JSON and writes the f32 gradient of each example i as `{i}.{hf name}`.
+/// `widen` computes with weights in f32 whatever the files hold.
+pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: usize) -> Result<()> {
+    let config = Config::read(model_dir)?;
+    let examples = read(model_dir, &config, examples)?;
+    let longest = examples.iter().map(|e| e.ids().len()).max().unwrap_or(1);
+    let device = Arc::new(Cpu::new(threads)?);
+    let model = Model::new(device.clone(), config.clone(), weights::load(model_dir, &config, widen)?, longest);
+    let mut cache = model.cache(longest);
+    let (mut reports, mut raw) = (Vec::new(), HashMap::new());
+    for (i, example) in examples.iter().enumerate() {
+        model.check(example).with_context(|| format!("example {i}"))?;
+        let mut collector = Collector::new(device.clone(), &model.shapes());
+        let scale = 1.0 / example.tokens() as f32;
+        let report =
+            device.run(|| model.train(&mut cache, example, scale, &mut collector, &mut Timings::default()));
+        reports.push(json!({"loss": report.loss(), "tokens": report.tokens}));
+        for (tensor, gradient) in model.tensors().iter().zip(collector.gradients) {
+            let bytes: Vec<u8> = gradient.iter().flat_map(|v| v.to_le_bytes()).collect();
+            raw.insert(format!("{i}.{}", tensor.name), (tensor.shape.clone(), bytes));
+        }
+    }
+    let views = raw.iter().map(|(name, (shape, bytes))| {
+        Ok((name, TensorView::new(Dtype::F32, shape.clone(), bytes).context("a gradient has its tensor's shape")?))
+    });
+    let views: HashMap<&String, TensorView> = views.collect::<Result<_>>()?;
+    safetensors::serialize_to_file(views, None, out).with_context(|| format!("cannot write {}", out.display()))?;
+    println!("{}", json!({"examples": reports}));
+    Ok(())
+}
+
+/// Token examples need no tokenizer; others use the model's.
+fn read(model_dir: &Path, config: &Config, path: &Path) -> Result<Vec<Example>> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let mut templates = None;
+    let mut examples = Vec::new();
+    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
+        let place = || format!("{}, line {}", path.display(), number + 1);
+        let json: serde_json::Value = serde_json::from_str(line).with_context(place)?;
+        let (ids, spans) = if json.get("context_ids").is_some() {
+            let ids = |key: &str| -> Result<Vec<u32>> {
+                serde_json::from_value(json[key].clone()).with_context(|| format!("{}: {key}", place()))
+            };
+            let (mut all, decision) = (ids("context_ids")?, ids("decision_ids")?);
+            let start = all.len();
+            all.extend(decision);
+            let end = all.len();
+            (all, vec![start..end])
+        } else {
+            if templates.is_none() {
+                templates = Some(Templates::load(model_dir, config.max_position_embeddings)?);
+            }
+            let (_, prepared) = templates.as_ref().expect("just loaded").prepare(&json).with_context(place)?;
+            (prepared.ids, prepared.spans)
+        };
+        examples.push(Example::new(ids, spans).with_context(place)?);
+    }
+    if examples.is_empty() {
+        bail!("{} holds no examples", path.display());
+    }
+    Ok(examples)
+}

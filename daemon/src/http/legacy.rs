@@ -1,0 +1,159 @@
+//! The interface of the earlier system, for its clients: `POST /train` and `GET /status/{job_id}`.
+//!
+//! A job is `max_steps` steps in all, one sample each, cycling through the samples; without `max_steps` each sample is
+//! trained once. `input` becomes the user's message and `expected_output` the assistant's. A `rationale` says why that
+//! output is right: where the model's template has a place for reasoning it goes there, as the `reasoning_content`
+//! that the model will then produce before its answer; elsewhere it is left out, because a rationale written into the
+//! answer would be served as part of it. The answer to the request says which was done.
+
+use axum::Json;
+use axum::body::Bytes;
+use axum::extract::rejection::BytesRejection;
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::examples::{full, idempotency};
+use super::{App, Problem, blocking};
+use crate::examples::Templates;
+use crate::queue::{Added, NewExample, Record, State as ExampleState, new_id};
+
+#[derive(Deserialize)]
+struct Request {
+    training_data: TrainingData,
+}
+
+#[derive(Deserialize)]
+struct TrainingData {
+    samples: Vec<Sample>,
+    #[serde(default)]
+    config: JobConfig,
+}
+
+#[derive(Deserialize)]
+struct Sample {
+    input: String,
+    expected_output: String,
+    #[serde(default)]
+    rationale: Option<String>,
+}
+
+#[derive(Deserialize, Default)]
+struct JobConfig {
+    learning_rate: Option<f64>,
+    max_steps: Option<u64>,
+}
+
+/// `POST /train`
+pub async fn train(
+    State(app): State<App>,
+    headers: HeaderMap,
+    body: Result<Bytes, BytesRejection>,
+) -> Result<Response, Problem> {
+    let body = body?;
+    let idempotency = idempotency(&headers, "/train", &body)?;
+    let request: Request = serde_json::from_slice(&body)
+        .map_err(|error| Problem::new(400, "body", error.to_string()).with("line", error.line().into()))?;
+    blocking(move || {
+        let TrainingData { samples, config } = request.training_data;
+        let lr = learning_rate(&config)?;
+        let prepared = prepare(&app.templates, &samples)?;
+        let steps = config.max_steps.unwrap_or(prepared.len() as u64);
+        let capacity = app.queue.capacity();
+        if steps == 0 || steps > capacity {
+            let detail = format!("must lie in 1..={capacity} (queue.capacity), is {steps}");
+            return Err(field("training_data.config.max_steps", detail));
+        }
+        let job = new_id();
+        let of_job = |example: &NewExample| NewExample { lr, job: Some(job.clone()), ..example.clone() };
+        let examples: Vec<NewExample> = prepared.iter().cycle().take(steps as usize).map(of_job).collect();
+        let rationale = match (samples.iter().any(|sample| sample.rationale.is_some()), app.templates.renders_reasoning()) {
+            (false, _) => "none given",
+            (true, true) => "learned as reasoning before the answer",
+            (true, false) => "left out: the model's template has no place for reasoning",
+        };
+        let answer = json!({ "job_id": job, "status": "queued", "max_steps": steps, "rationale": rationale });
+        let added = app.queue.add(&examples, idempotency.as_ref(), |_| (202, answer.to_string()));
+        match added.map_err(|error| full(error, &app.supervisor.status()))? {
+            Added::New(_) => {
+                app.supervisor.wake();
+                Ok((StatusCode::ACCEPTED, Json(answer)).into_response())
+            }
+            Added::Before(_, text) => {
+                Ok((StatusCode::ACCEPTED, [(header::CONTENT_TYPE, "application/json")], text).into_response())
+            }
+        }
+    })
+    .await
+}
+
+/// `GET /status/{job_id}`
+pub async fn status(State(app): State<App>, Path(job): Path<String>) -> Result<Json<Value>, Problem> {
+    let records = {
+        let job = job.clone();
+        blocking(move || app.queue.job(&job)).await?
+    };
+    if records.is_empty() {
+        return Err(Problem::new(404, "unknown-job", format!("no job {job:?}, or it finished long ago")));
+    }
+    let done: Vec<&Record> = records.iter().filter(|record| record.state.is_final()).collect();
+    let losses: Vec<Option<f32>> = done.iter().filter(|record| record.seq.is_some()).map(|record| record.loss).collect();
+    let failed = done.iter().find(|record| matches!(record.state, ExampleState::Failed | ExampleState::Refused));
+    let state = match (done.len() == records.len(), failed.is_some(), records.iter().any(|r| r.seq.is_some())) {
+        (true, true, _) => "failed",
+        (true, false, _) => "completed",
+        (false, _, true) => "running",
+        (false, _, false) => "queued",
+    };
+    Ok(Json(json!({
+        "job_id": job,
+        "status": state,
+        "step": done.len(),
+        "max_steps": records.len(),
+        "loss": losses.last(),
+        "loss_history": losses,
+        "error": failed.and_then(|record| record.reason.clone()),
+    })))
+}
+
+fn learning_rate(config: &JobConfig) -> Result<Option<f32>, Problem> {
+    let Some(lr) = config.learning_rate else { return Ok(None) };
+    if lr > 0.0 && lr < 1.0 {
+        return Ok(Some(lr as f32));
+    }
+    Err(field("training_data.config.learning_rate", format!("must lie in (0, 1), is {lr}")))
+}
+
+/// All samples as examples; a job is taken whole or not at all.
+fn prepare(templates: &Templates, samples: &[Sample]) -> Result<Vec<NewExample>, Problem> {
+    if samples.is_empty() {
+        return Err(field("training_data.samples", "empty: there is nothing to learn".into()));
+    }
+    let prepare = |(index, sample): (usize, &Sample)| {
+        let mut answer = json!({ "role": "assistant", "content": sample.expected_output });
+        if let (Some(rationale), true) = (&sample.rationale, templates.renders_reasoning()) {
+            answer["reasoning_content"] = rationale.as_str().into();
+        }
+        let posted = json!({ "messages": [{ "role": "user", "content": sample.input }, answer] });
+        let (example, prepared) = templates
+            .prepare(&posted)
+            .map_err(|refusal| field(&format!("training_data.samples[{index}]"), refusal.to_string()))?;
+        Ok(NewExample {
+            ids: prepared.ids,
+            spans: prepared.spans,
+            weight: example.weight,
+            priority: 0,
+            tags: Vec::new(),
+            source: Some("POST /train".into()),
+            lr: None,
+            job: None,
+        })
+    };
+    samples.iter().enumerate().map(prepare).collect()
+}
+
+fn field(name: &str, reason: String) -> Problem {
+    Problem::new(400, "field", format!("{name}: {reason}")).with("field", name.into())
+}

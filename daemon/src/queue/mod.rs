@@ -1,0 +1,572 @@
+//! The durable queue: what was acknowledged is on disk, in one SQLite file (WAL, synchronous FULL).
+//!
+//! An example is `queued` until it is handed out; then it gets its `seq` and its step number, in one transaction, and
+//! is `training` until the trainer's answer makes it `trained`, `skipped` (a gate) or `failed`. `refused` is an
+//! example that became impossible while it waited (`max_tokens` was lowered). `rolled_back` is one whose effect was
+//! taken back on request.
+//!
+//! What the files hold is said by the checkpoint's cursor alone. After a trainer's restart, [`Queue::replay`] gives
+//! what was handed out after that cursor, in the same order, in the same batches, with the same step numbers.
+//!
+//! **Order.** The effective priority of an example is its priority plus one for each minute that it has waited, so
+//! that nothing waits for ever. As all wait at the same rate, the order never changes while they wait:
+//! place = enqueued_ms - priority * 60000, smallest first, and an index on it is enough.
+
+mod schema;
+mod take;
+
+#[cfg(test)]
+mod tests;
+
+use std::fmt;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::{Mutex, MutexGuard};
+
+use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use serde::Serialize;
+
+use crate::protocol::{ExampleResult, Work};
+
+/// Waiting this long lifts an example by one priority, in ms.
+pub const AGEING_MS: i64 = 60_000;
+/// Finished examples that stay to be asked about.
+const FINISHED_KEPT: i64 = 20_000;
+/// How long an idempotency key is remembered, in ms: 24 h.
+const IDEMPOTENCY_MS: i64 = 24 * 3_600_000;
+
+/// Where an example is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// Waits.
+    Queued,
+    /// Handed to the trainer, no answer yet.
+    Training,
+    /// Applied to the live weights; in the files once the cursor has passed its seq.
+    Trained,
+    /// The trainer left the weights alone, with a reason.
+    Skipped,
+    /// Became impossible while it waited.
+    Refused,
+    /// The trainer could not do it.
+    Failed,
+    /// Its effect was taken back by a rollback.
+    RolledBack,
+}
+
+impl State {
+    /// All states, in the order of an example's life.
+    pub const ALL: [Self; 7] = [
+        Self::Queued,
+        Self::Training,
+        Self::Trained,
+        Self::Skipped,
+        Self::Refused,
+        Self::Failed,
+        Self::RolledBack,
+    ];
+
+    /// Its name, as the file and the API write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Queued => "queued",
+            Self::Training => "training",
+            Self::Trained => "trained",
+            Self::Skipped => "skipped",
+            Self::Refused => "refused",
+            Self::Failed => "failed",
+            Self::RolledBack => "rolled_back",
+        }
+    }
+
+    /// Whether nothing more will happen to it (but for a replay).
+    pub fn is_final(self) -> bool {
+        !matches!(self, Self::Queued | Self::Training)
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for State {
+    type Err = ();
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL.into_iter().find(|state| state.name() == name).ok_or(())
+    }
+}
+
+/// Why the queue could not do something.
+#[derive(Debug, thiserror::Error)]
+pub enum QueueError {
+    /// The file cannot be opened.
+    #[error("queue {}: {source}", path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
+    /// The file is damaged.
+    #[error(
+        "queue {}: damaged ({reason}); no example in it was touched. Restore it from a copy, or move it away to start \
+         with an empty queue: what was trained is in the model directory",
+        path.display()
+    )]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite found.
+        reason: String,
+    },
+    /// The file was written by a newer apollod.
+    #[error("queue {}: schema {version}, this apollod knows {known}: use the newer one", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        version: usize,
+        /// The newest that is known.
+        known: usize,
+    },
+    /// No room.
+    #[error("the queue is full: {waiting} wait, {wanted} more were posted, {capacity} may wait")]
+    Full {
+        /// How many wait.
+        waiting: u64,
+        /// How many were to be added.
+        wanted: u64,
+        /// How many may wait.
+        capacity: u64,
+    },
+    /// An idempotency key was used again for something else.
+    #[error("the Idempotency-Key {0:?} was used before with another body")]
+    KeyReused(String),
+    /// SQLite failed.
+    #[error("queue: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+}
+
+/// An example to be added.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NewExample {
+    /// All tokens.
+    pub ids: Vec<u32>,
+    /// Decision spans within `ids`.
+    pub spans: Vec<Range<usize>>,
+    /// Its weight.
+    pub weight: f32,
+    /// Higher goes first.
+    pub priority: i32,
+    /// The client's labels.
+    pub tags: Vec<String>,
+    /// Where it came from.
+    pub source: Option<String>,
+    /// Replaces `train.lr` for the step that trains it.
+    pub lr: Option<f32>,
+    /// The job that it is a step of; such an example is trained in a step of its own.
+    pub job: Option<String>,
+}
+
+/// What is known about an example.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Record {
+    /// Its id.
+    pub id: String,
+    /// Where it is.
+    pub state: State,
+    /// Its tokens, context and decisions.
+    pub tokens: u64,
+    /// Of these, decision tokens.
+    pub decision_tokens: u64,
+    /// Its weight.
+    pub weight: f32,
+    /// Its priority.
+    pub priority: i32,
+    /// Its labels.
+    pub tags: Vec<String>,
+    /// Where it came from.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Its place in the order of training, once it was handed out.
+    pub seq: Option<u64>,
+    /// The step that trained it.
+    pub step: Option<u64>,
+    /// Mean loss over its decision tokens before the update, in nats.
+    pub loss: Option<f32>,
+    /// The live weights' version after its step.
+    pub weight_version: Option<u64>,
+    /// Why it was skipped, refused, failed or rolled back.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// Whether the model directory's files hold its effect.
+    pub in_files: bool,
+    /// When it came, RFC 3339.
+    pub enqueued_at: String,
+    /// When the trainer answered, RFC 3339.
+    pub finished_at: Option<String>,
+}
+
+/// One step's examples, with their step number.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Batch {
+    /// The step's number.
+    pub step: u64,
+    /// Replaces `train.lr`.
+    pub lr: Option<f32>,
+    /// Ascending in seq.
+    pub examples: Vec<Work>,
+}
+
+/// What came of adding examples.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Added {
+    /// They are in; ids in the order given.
+    New(Vec<String>),
+    /// The idempotency key was seen before with the same body: status and answer of then.
+    Before(u16, String),
+}
+
+/// An idempotency key with what identifies the request.
+#[derive(Debug, Clone)]
+pub struct Idempotency {
+    /// The client's key.
+    pub key: String,
+    /// BLAKE3 of path and body.
+    pub body: [u8; 32],
+}
+
+/// The queue. One process at a time has it open for writing in earnest: the supervisor.
+pub struct Queue {
+    connection: Mutex<Connection>,
+    capacity: u64,
+}
+
+impl Queue {
+    /// Opens the queue, made if it is not there, folder included.
+    ///
+    /// # Errors
+    /// [`QueueError`]: not openable, damaged, or of a newer version.
+    pub fn open(path: &Path, capacity: u64) -> Result<Self, QueueError> {
+        if let Some(folder) = path.parent() {
+            // What goes wrong here, opening says with the file's name.
+            let _ = std::fs::create_dir_all(folder);
+        }
+        Ok(Self { connection: Mutex::new(schema::open(path)?), capacity })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Connection> {
+        // A panic in another thread left no transaction open: rusqlite rolls back on drop.
+        self.connection.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Runs `work` in a transaction that is on disk when this returns.
+    fn write<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T, QueueError>) -> Result<T, QueueError> {
+        let mut connection = self.lock();
+        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+        let done = work(&transaction)?;
+        transaction.commit()?;
+        Ok(done)
+    }
+
+    /// How many examples may wait.
+    pub fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// Adds all the examples or none. `answer` makes the status and body that the idempotency key, if there is one,
+    /// will answer with from now on, out of the new ids.
+    ///
+    /// # Errors
+    /// [`QueueError::Full`], [`QueueError::KeyReused`] or SQLite's.
+    pub fn add(
+        &self,
+        examples: &[NewExample],
+        idempotency: Option<&Idempotency>,
+        answer: impl FnOnce(&[String]) -> (u16, String),
+    ) -> Result<Added, QueueError> {
+        let now = now_ms();
+        self.write(|transaction| {
+            if let Some(before) = idempotency.map(|key| remembered(transaction, key)).transpose()?.flatten() {
+                return Ok(before);
+            }
+            let waiting = count(transaction, State::Queued)?;
+            let wanted = examples.len() as u64;
+            if waiting + wanted > self.capacity {
+                return Err(QueueError::Full { waiting, wanted, capacity: self.capacity });
+            }
+            let ids = examples
+                .iter()
+                .map(|example| insert(transaction, example, now))
+                .collect::<Result<Vec<String>, QueueError>>()?;
+            if let Some(Idempotency { key, body }) = idempotency {
+                let (status, text) = answer(&ids);
+                transaction
+                    .execute("DELETE FROM idempotency WHERE created_ms < ?1", [now.saturating_sub(IDEMPOTENCY_MS)])?;
+                transaction.execute(
+                    "INSERT INTO idempotency (key, body, status, answer, created_ms) VALUES (?1, ?2, ?3, ?4, ?5)",
+                    params![key, body.as_slice(), status, text, now],
+                )?;
+            }
+            Ok(Added::New(ids))
+        })
+    }
+
+    /// What an idempotency key answered before, so that a repeated request need not be read again.
+    ///
+    /// # Errors
+    /// [`QueueError::KeyReused`] when the body was another; SQLite's.
+    pub fn before(&self, idempotency: &Idempotency) -> Result<Option<Added>, QueueError> {
+        self.write(|transaction| remembered(transaction, idempotency))
+    }
+
+    /// What is known about an example; `None` for an unknown id, or one that finished so long ago that it was dropped.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn get(&self, id: &str) -> Result<Option<Record>, QueueError> {
+        let connection = self.lock();
+        let cursor = number(&connection, "synced_cursor")?;
+        let sql = format!("SELECT {RECORD} FROM examples WHERE id = ?1");
+        Ok(connection.query_row(&sql, [id], |row| record(row, cursor)).optional()?)
+    }
+
+    /// The examples of a job, in the order of its steps.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn job(&self, job: &str) -> Result<Vec<Record>, QueueError> {
+        let connection = self.lock();
+        let cursor = number(&connection, "synced_cursor")?;
+        let sql = format!("SELECT {RECORD} FROM examples WHERE job = ?1 ORDER BY number");
+        let mut statement = connection.prepare_cached(&sql)?;
+        let records = statement.query_map([job], |row| record(row, cursor))?;
+        Ok(records.collect::<Result<_, _>>()?)
+    }
+
+    /// How many examples are in each state.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn counts(&self) -> Result<Vec<(State, u64)>, QueueError> {
+        let connection = self.lock();
+        let mut statement = connection.prepare_cached("SELECT state, count(*) FROM examples GROUP BY state")?;
+        let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)? as u64)))?;
+        let found: std::collections::HashMap<String, u64> = rows.collect::<Result<_, _>>()?;
+        Ok(State::ALL.into_iter().map(|state| (state, found.get(state.name()).copied().unwrap_or(0))).collect())
+    }
+
+    /// When the last sync ended, in ms since 1970; `None` when there was none yet.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn last_sync_ms(&self) -> Result<Option<i64>, QueueError> {
+        Ok(Some(number(&self.lock(), "last_sync_ms")?).filter(|ms| *ms > 0))
+    }
+
+    /// Records the trainer's answer to a step.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_trained(
+        &self,
+        results: &[ExampleResult],
+        weight_version: u64,
+        skipped: Option<&str>,
+    ) -> Result<(), QueueError> {
+        let state = if skipped.is_some() { State::Skipped } else { State::Trained };
+        let now = now_ms();
+        self.write(|transaction| {
+            let mut statement = transaction.prepare_cached(
+                "UPDATE examples SET state = ?2, loss = ?3, weight_version = ?4, reason = ?5, finished_ms = ?6
+                 WHERE seq = ?1",
+            )?;
+            for result in results {
+                let (seq, version) = (result.seq as i64, weight_version as i64);
+                statement.execute(params![seq, state.name(), result.loss, version, skipped, now])?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Records that a step could not be done: its examples are not tried again.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_failed(&self, step: u64, reason: &str) -> Result<(), QueueError> {
+        self.write(|transaction| {
+            transaction.execute(
+                "UPDATE examples SET state = 'failed', reason = ?2, finished_ms = ?3 WHERE step = ?1",
+                params![step as i64, reason, now_ms()],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Records that a generation with this cursor is on disk, and drops what finished long ago.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_synced(&self, cursor: u64) -> Result<(), QueueError> {
+        self.write(|transaction| {
+            set_number(transaction, "synced_cursor", cursor as i64)?;
+            set_number(transaction, "last_sync_ms", now_ms())?;
+            transaction.execute(
+                "DELETE FROM examples WHERE state NOT IN ('queued', 'training') AND coalesce(seq, 0) <= ?1
+                 AND number < (SELECT coalesce(max(number), 0) FROM examples) - ?2",
+                params![cursor as i64, FINISHED_KEPT],
+            )?;
+            Ok(())
+        })
+    }
+
+    /// Records that files and live weights are back at a cursor: what was handed out after it is not replayed.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_rolled_back(&self, generation: u64, cursor: u64) -> Result<u64, QueueError> {
+        self.write(|transaction| roll_back(transaction, generation, cursor))
+    }
+
+    /// Takes in what a trainer says at its start, and gives the number of examples rolled back.
+    ///
+    /// A cursor behind the one that a generation has already reached means that somebody rolled the files back while
+    /// this queue did not look (offline, or the trainer died between the rollback and its answer): what was handed
+    /// out after the cursor is then not replayed. Steps and seqs never restart below what the files hold.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn reconcile(&self, generation: u64, cursor: u64, step: u64) -> Result<u64, QueueError> {
+        self.write(|transaction| {
+            for (name, held) in [("next_seq", cursor), ("next_step", step)] {
+                let next = number(transaction, name)?.max(held as i64 + 1);
+                set_number(transaction, name, next)?;
+            }
+            let behind = (cursor as i64) < number(transaction, "synced_cursor")?;
+            let rolled_back = if behind { roll_back(transaction, generation, cursor)? } else { 0 };
+            set_number(transaction, "synced_cursor", cursor as i64)?;
+            Ok(rolled_back)
+        })
+    }
+}
+
+fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> Result<u64, QueueError> {
+    let reason = format!("rolled back to generation {generation}");
+    let changed = transaction.execute(
+        "UPDATE examples SET state = 'rolled_back', reason = ?2 WHERE seq > ?1 AND state NOT IN ('failed', 'refused')",
+        params![cursor as i64, reason],
+    )?;
+    set_number(transaction, "synced_cursor", cursor as i64)?;
+    Ok(changed as u64)
+}
+
+fn remembered(transaction: &Transaction<'_>, idempotency: &Idempotency) -> Result<Option<Added>, QueueError> {
+    let found: Option<(Vec<u8>, u16, String)> = transaction
+        .query_row("SELECT body, status, answer FROM idempotency WHERE key = ?1", [&idempotency.key], |row| {
+            Ok((row.get(0)?, row.get(1)?, row.get(2)?))
+        })
+        .optional()?;
+    match found {
+        None => Ok(None),
+        Some((body, status, answer)) if body == idempotency.body => Ok(Some(Added::Before(status, answer))),
+        Some(_) => Err(QueueError::KeyReused(idempotency.key.clone())),
+    }
+}
+
+fn insert(transaction: &Transaction<'_>, example: &NewExample, now: i64) -> Result<String, QueueError> {
+    let id = new_id();
+    let spans: Vec<[usize; 2]> = example.spans.iter().map(|span| [span.start, span.end]).collect();
+    let blob: Vec<u8> = example.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    let decision: usize = example.spans.iter().map(ExactSizeIterator::len).sum();
+    transaction
+        .prepare_cached(
+            "INSERT INTO examples (id, state, place, priority, weight, lr, tags, source, job, ids, spans, tokens,
+                 decision, enqueued_ms)
+             VALUES (?1, 'queued', ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13)",
+        )?
+        .execute(params![
+            id,
+            now - i64::from(example.priority) * AGEING_MS,
+            example.priority,
+            example.weight,
+            example.lr,
+            to_json(&example.tags),
+            example.source,
+            example.job,
+            blob,
+            to_json(&spans),
+            example.ids.len() as i64,
+            decision as i64,
+            now,
+        ])?;
+    Ok(id)
+}
+
+fn to_json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("lists of words and numbers are JSON")
+}
+
+fn count(connection: &Connection, state: State) -> Result<u64, QueueError> {
+    let mut statement = connection.prepare_cached("SELECT count(*) FROM examples WHERE state = ?1")?;
+    Ok(statement.query_row([state.name()], |row| row.get::<_, i64>(0))? as u64)
+}
+
+fn number(connection: &Connection, name: &str) -> Result<i64, QueueError> {
+    Ok(connection.prepare_cached("SELECT value FROM numbers WHERE name = ?1")?.query_row([name], |row| row.get(0))?)
+}
+
+fn set_number(connection: &Connection, name: &str, value: i64) -> Result<(), QueueError> {
+    connection.prepare_cached("UPDATE numbers SET value = ?2 WHERE name = ?1")?.execute(params![name, value])?;
+    Ok(())
+}
+
+const RECORD: &str = "id, state, tokens, decision, weight, priority, tags, source, seq, step, loss, weight_version, \
+                      reason, enqueued_ms, finished_ms";
+
+fn record(row: &Row<'_>, cursor: i64) -> rusqlite::Result<Record> {
+    let state: String = row.get(1)?;
+    let state = state.parse().map_err(|()| rusqlite::Error::InvalidColumnName(format!("state {state:?}")))?;
+    let whole = |column| row.get::<_, Option<i64>>(column).map(|value| value.map(|value| value as u64));
+    let seq: Option<i64> = row.get(8)?;
+    let tags: String = row.get(6)?;
+    Ok(Record {
+        id: row.get(0)?,
+        state,
+        tokens: row.get::<_, i64>(2)? as u64,
+        decision_tokens: row.get::<_, i64>(3)? as u64,
+        weight: row.get(4)?,
+        priority: row.get(5)?,
+        tags: serde_json::from_str(&tags).unwrap_or_default(),
+        source: row.get(7)?,
+        seq: whole(8)?,
+        step: whole(9)?,
+        loss: row.get(10)?,
+        weight_version: whole(11)?,
+        reason: row.get(12)?,
+        in_files: state == State::Trained && seq.is_some_and(|seq| seq <= cursor),
+        enqueued_at: rfc3339(row.get(13)?),
+        finished_at: row.get::<_, Option<i64>>(14)?.map(rfc3339),
+    })
+}
+
+/// Milliseconds since 1970 as RFC 3339.
+pub fn rfc3339(ms: i64) -> String {
+    chrono::DateTime::from_timestamp_millis(ms).unwrap_or_default().to_rfc3339_opts(chrono::SecondsFormat::Millis, true)
+}
+
+/// Milliseconds since 1970.
+pub fn now_ms() -> i64 {
+    chrono::Utc::now().timestamp_millis()
+}
+
+/// 26 characters: 12 hexadecimal digits of the time in ms, so that ids sort by arrival, and 14 random ones.
+pub fn new_id() -> String {
+    use std::hash::{BuildHasher, Hasher};
+    // Keyed by the system's random numbers; ids need to be distinct, not secret.
+    let random = std::collections::hash_map::RandomState::new().build_hasher().finish();
+    format!("{:012x}{:014x}", now_ms(), random >> 8)
+}

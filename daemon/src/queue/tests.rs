@@ -1,0 +1,247 @@
+use super::*;
+
+fn example(first: u32) -> NewExample {
+    NewExample {
+        ids: vec![first, 2, 3],
+        spans: std::iter::once(1..3).collect(),
+        weight: 1.0,
+        priority: 0,
+        tags: vec!["t".into()],
+        source: None,
+        lr: None,
+        job: None,
+    }
+}
+
+fn queue() -> (tempfile::TempDir, Queue) {
+    let dir = tempfile::tempdir().unwrap();
+    let queue = Queue::open(&dir.path().join("deep/queue.sqlite"), 10).unwrap();
+    (dir, queue)
+}
+
+fn add(queue: &Queue, examples: &[NewExample]) -> Vec<String> {
+    match queue.add(examples, None, |_| unreachable!("no key")).unwrap() {
+        Added::New(ids) => ids,
+        Added::Before(..) => panic!("no key was given"),
+    }
+}
+
+fn trained(queue: &Queue, batch: &Batch) {
+    let results: Vec<ExampleResult> =
+        batch.examples.iter().map(|e| ExampleResult { seq: e.seq, loss: Some(0.5), tokens: 2 }).collect();
+    queue.record_trained(&results, batch.step, None).unwrap();
+}
+
+fn firsts(batch: &Batch) -> Vec<u32> {
+    batch.examples.iter().map(|example| example.ids[0]).collect()
+}
+
+#[test]
+fn higher_priority_goes_first_and_arrival_decides_between_equals() {
+    let (_dir, queue) = queue();
+    let urgent = |first| NewExample { priority: 1, ..example(first) };
+    add(&queue, &[example(1), urgent(2), example(3), urgent(4)]);
+    assert_eq!(firsts(&queue.take(4).unwrap().unwrap()), [2, 4, 1, 3]);
+}
+
+#[test]
+fn a_minute_of_waiting_is_worth_one_priority() {
+    let (_dir, queue) = queue();
+    add(&queue, &[example(1)]);
+    let age = |ms: i64| queue.lock().execute("UPDATE examples SET place = place - ?1", [ms]).unwrap();
+    age(2 * AGEING_MS + 1000);
+    add(&queue, &[NewExample { priority: 2, ..example(2) }, NewExample { priority: 3, ..example(3) }]);
+    assert_eq!(firsts(&queue.take(3).unwrap().unwrap()), [3, 1, 2]);
+}
+
+#[test]
+fn everything_survives_reopening_and_a_step_in_flight_is_replayed_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sqlite");
+    let queue = Queue::open(&path, 10).unwrap();
+    add(&queue, &[example(1), example(2), example(3)]);
+    let batch = queue.take(2).unwrap().unwrap();
+    assert_eq!((batch.step, batch.examples[0].seq, batch.examples[1].seq), (1, 1, 2));
+    drop(queue);
+
+    let queue = Queue::open(&path, 10).unwrap();
+    assert_eq!(queue.replay(0).unwrap().unwrap(), batch);
+    let next = queue.take(2).unwrap().unwrap();
+    assert_eq!((next.step, next.examples[0].seq, firsts(&next)), (2, 3, vec![3]));
+}
+
+#[test]
+fn replay_goes_on_from_the_cursor_batch_by_batch_until_nothing_is_left() {
+    let (_dir, queue) = queue();
+    add(&queue, &(1..=5).map(example).collect::<Vec<_>>());
+    let batches: Vec<Batch> = (0..3).map(|_| queue.take(2).unwrap().unwrap()).collect();
+    batches[..2].iter().for_each(|batch| trained(&queue, batch));
+    assert!(queue.take(2).unwrap().is_none());
+
+    let mut cursor = 2;
+    let mut replayed = Vec::new();
+    while let Some(batch) = queue.replay(cursor).unwrap() {
+        cursor = batch.examples.last().unwrap().seq;
+        replayed.push(batch);
+    }
+    assert_eq!(replayed, batches[1..]);
+}
+
+#[test]
+fn what_failed_is_not_replayed() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1), example(2)]);
+    let first = queue.take(1).unwrap().unwrap();
+    let second = queue.take(1).unwrap().unwrap();
+    queue.record_failed(first.step, "out of memory").unwrap();
+    assert_eq!(queue.replay(0).unwrap().unwrap(), second);
+    let record = queue.get(&ids[0]).unwrap().unwrap();
+    assert_eq!((record.state, record.reason.as_deref()), (State::Failed, Some("out of memory")));
+}
+
+#[test]
+fn a_record_says_what_came_of_an_example() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1), example(2)]);
+    let batch = queue.take(1).unwrap().unwrap();
+    trained(&queue, &batch);
+    let second = queue.take(1).unwrap().unwrap();
+    let result = ExampleResult { seq: second.examples[0].seq, loss: None, tokens: 2 };
+    queue.record_trained(&[result], 1, Some("loss is not finite")).unwrap();
+
+    let record = queue.get(&ids[0]).unwrap().unwrap();
+    assert_eq!((record.state, record.loss, record.step, record.weight_version), (State::Trained, Some(0.5), Some(1), Some(1)));
+    assert_eq!((record.tokens, record.decision_tokens, record.tags), (3, 2, vec!["t".to_owned()]));
+    assert!(!record.in_files);
+    let record = queue.get(&ids[1]).unwrap().unwrap();
+    assert_eq!((record.state, record.reason.as_deref()), (State::Skipped, Some("loss is not finite")));
+    queue.record_synced(2).unwrap();
+    assert!(queue.get(&ids[0]).unwrap().unwrap().in_files);
+    assert!(!queue.get(&ids[1]).unwrap().unwrap().in_files, "a skipped example left no trace in the files");
+    assert!(queue.get("nonsense").unwrap().is_none());
+}
+
+#[test]
+fn a_full_queue_takes_nothing_and_says_how_full_it_is() {
+    let (_dir, queue) = queue();
+    add(&queue, &vec![example(1); 9]);
+    let error = queue.add(&[example(1), example(2)], None, |_| unreachable!()).unwrap_err();
+    assert!(matches!(error, QueueError::Full { waiting: 9, wanted: 2, capacity: 10 }), "{error}");
+    assert_eq!(queue.counts().unwrap()[0], (State::Queued, 9));
+    queue.take(1).unwrap();
+    add(&queue, &[example(1), example(2)]);
+}
+
+#[test]
+fn the_same_key_with_the_same_body_gives_the_same_answer_and_adds_nothing() {
+    let (_dir, queue) = queue();
+    let key = |byte| Idempotency { key: "k".into(), body: [byte; 32] };
+    let answer = |ids: &[String]| (202, ids.join(","));
+    let Added::New(ids) = queue.add(&[example(1)], Some(&key(1)), answer).unwrap() else { panic!() };
+    assert_eq!(queue.add(&[example(1)], Some(&key(1)), answer).unwrap(), Added::Before(202, ids[0].clone()));
+    assert_eq!(queue.before(&key(1)).unwrap(), Some(Added::Before(202, ids[0].clone())));
+    assert_eq!(queue.counts().unwrap()[0], (State::Queued, 1));
+    assert!(matches!(queue.add(&[example(1)], Some(&key(2)), answer).unwrap_err(), QueueError::KeyReused(k) if k == "k"));
+    assert!(matches!(queue.before(&key(2)).unwrap_err(), QueueError::KeyReused(_)));
+}
+
+#[test]
+fn a_batch_shares_its_lr_and_a_jobs_example_is_alone() {
+    let (_dir, queue) = queue();
+    let with_lr = |first, lr| NewExample { lr: Some(lr), ..example(first) };
+    let of_job = |first| NewExample { job: Some("j".into()), ..example(first) };
+    add(&queue, &[example(1), example(2), with_lr(3, 0.5), of_job(4), of_job(5), example(6)]);
+    let mut batches = Vec::new();
+    while let Some(batch) = queue.take(4).unwrap() {
+        batches.push((batch.lr, firsts(&batch)));
+    }
+    assert_eq!(
+        batches,
+        [(None, vec![1, 2]), (Some(0.5), vec![3]), (None, vec![4]), (None, vec![5]), (None, vec![6])]
+    );
+    assert_eq!(queue.job("j").unwrap().iter().map(|record| record.step).collect::<Vec<_>>(), [Some(3), Some(4)]);
+}
+
+#[test]
+fn a_rollback_takes_back_what_came_after_its_cursor_and_seqs_go_on() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1), example(2), example(3)]);
+    (0..2).for_each(|_| trained(&queue, &queue.take(1).unwrap().unwrap()));
+    queue.record_synced(2).unwrap();
+    assert_eq!(queue.record_rolled_back(7, 1).unwrap(), 1);
+    assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Trained);
+    let record = queue.get(&ids[1]).unwrap().unwrap();
+    assert_eq!((record.state, record.reason.as_deref()), (State::RolledBack, Some("rolled back to generation 7")));
+    assert!(queue.replay(1).unwrap().is_none());
+    assert_eq!(queue.take(1).unwrap().unwrap().examples[0].seq, 3);
+}
+
+#[test]
+fn a_cursor_behind_a_synced_one_is_a_rollback_that_nobody_reported() {
+    let (_dir, queue) = queue();
+    add(&queue, &[example(1), example(2), example(3)]);
+    (0..3).for_each(|_| trained(&queue, &queue.take(1).unwrap().unwrap()));
+    queue.record_synced(2).unwrap();
+    assert_eq!(queue.reconcile(5, 2, 2).unwrap(), 0, "a restart at the synced cursor replays");
+    assert!(queue.replay(2).unwrap().is_some());
+    assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 2);
+    assert!(queue.replay(1).unwrap().is_none());
+}
+
+#[test]
+fn a_new_queue_beside_older_files_goes_on_after_their_cursor() {
+    let (_dir, queue) = queue();
+    add(&queue, &[example(1)]);
+    queue.reconcile(4, 70, 50).unwrap();
+    let batch = queue.take(1).unwrap().unwrap();
+    assert_eq!((batch.examples[0].seq, batch.step), (71, 51));
+}
+
+#[test]
+fn what_became_too_long_while_it_waited_is_refused() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1)]);
+    assert_eq!(queue.refuse_longer_than(3).unwrap(), 0);
+    assert_eq!(queue.refuse_longer_than(2).unwrap(), 1);
+    let record = queue.get(&ids[0]).unwrap().unwrap();
+    assert_eq!((record.state, record.reason.as_deref()), (State::Refused, Some("3 tokens, train.max_tokens is now 2")));
+    assert!(queue.take(1).unwrap().is_none());
+}
+
+#[test]
+fn a_damaged_file_is_refused_with_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sqlite");
+    std::fs::write(&path, "this was a queue once, before the disk lied about it".repeat(100)).unwrap();
+    let Err(error) = Queue::open(&path, 1) else { panic!("opened") };
+    assert!(matches!(error, QueueError::Corrupt { .. }), "{error}");
+    assert!(error.to_string().contains("move it away"), "{error}");
+}
+
+#[test]
+fn a_file_of_a_newer_version_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sqlite");
+    drop(Queue::open(&path, 1).unwrap());
+    Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
+    let Err(error) = Queue::open(&path, 1) else { panic!("opened") };
+    assert!(error.to_string().contains("schema 99"), "{error}");
+}
+
+#[test]
+fn the_file_is_written_ahead_and_synced_in_full() {
+    let (_dir, queue) = queue();
+    let pragma = |name: &str| -> String {
+        let value: rusqlite::types::Value = queue.lock().pragma_query_value(None, name, |row| row.get(0)).unwrap();
+        format!("{value:?}")
+    };
+    assert_eq!(pragma("journal_mode"), "Text(\"wal\")");
+    assert_eq!(pragma("synchronous"), "Integer(2)");
+}
+
+#[test]
+fn ids_are_distinct() {
+    let ids: std::collections::HashSet<String> = (0..1000).map(|_| new_id()).collect();
+    assert_eq!(ids.len(), 1000);
+    assert!(ids.iter().all(|id| id.len() == 26));
+}

@@ -1,0 +1,172 @@
+//! The supervisor: feeds one trainer child, one request at a time, and outlives it.
+//!
+//! One thread owns everything here and reacts to events: lines from the child, requests from HTTP, the clock. Its
+//! rules:
+//!
+//! - A trainer that reports ready first gets every step that was handed out after its cursor, as it was
+//!   (`queue::Queue::replay`), then new ones.
+//! - A trainer that dies is replaced, at once the first time and ever later when it keeps dying; a step on which
+//!   [`DEATHS_MAX`] trainers in a row died is given up, with the reason.
+//! - A server that is gone is not a death: a new trainer looks for it every second.
+//! - Two syncs never overlap: requests that come during one share its outcome (no step runs meanwhile, so it holds
+//!   what they ask for). A scheduled sync that was missed, however often, happens once.
+//! - On shutdown the step in flight is finished, then one sync is made if anything was trained since the last.
+
+mod child;
+mod run;
+mod status;
+
+#[cfg(test)]
+mod tests;
+
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+pub use child::ChildCommand;
+pub use status::{State, Status};
+
+use crate::protocol::Synced;
+use crate::queue::Queue;
+use crate::schedule::Schedule;
+use child::Output;
+
+/// Trainers that may die on one step before it is given up.
+pub const DEATHS_MAX: u32 = 5;
+/// Steps that may fail in a row before training pauses itself.
+pub const FAILURES_MAX: u32 = 5;
+
+/// How the supervisor works.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The trainer.
+    pub command: ChildCommand,
+    /// The model directory, for the status.
+    pub model: String,
+    /// Examples per step.
+    pub batch_examples: usize,
+    /// When to sync.
+    pub schedule: Schedule,
+    /// Whether to sync at the end.
+    pub sync_on_shutdown: bool,
+    /// Wait before the second restart in a row; doubled for each further one, up to 30 s.
+    pub restart_delay: Duration,
+    /// Wait before looking again for a server that is gone.
+    pub server_delay: Duration,
+}
+
+/// Why a request to the supervisor was not done.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// No trainer is attached.
+    #[error("no trainer is attached ({state}{}); try again when /ready says so", detail.as_ref().map(|d| format!(": {d}")).unwrap_or_default())]
+    NotReady {
+        /// What the daemon is doing instead.
+        state: State,
+        /// Why.
+        detail: Option<String>,
+    },
+    /// The trainer tried and failed; nothing was changed.
+    #[error("{0}")]
+    Failed(String),
+    /// The trainer died, or lost its server, before it answered.
+    #[error("the trainer did not answer: {0}; whether it was done will show in the generations")]
+    Lost(String),
+    /// The daemon is stopping.
+    #[error("apollod is stopping")]
+    Stopping,
+}
+
+/// Where an outcome goes.
+type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
+
+/// What happens to the supervisor.
+enum Event {
+    Child { number: u64, output: Output },
+    Sync { reason: String, reply: Option<Reply<Synced>> },
+    Rollback { to: u64, reply: Reply<(u64, u64)> },
+    Pause(bool),
+    Wake,
+    Shutdown,
+}
+
+/// The supervisor's thread, for others to talk to.
+#[derive(Clone)]
+pub struct Handle {
+    events: mpsc::Sender<Event>,
+    status: Arc<Mutex<Status>>,
+    queue: Arc<Queue>,
+}
+
+/// Starts the supervisor on a thread of its own, which ends after [`Handle::shutdown`].
+///
+/// # Errors
+/// When the system gives no thread.
+pub fn start(options: Options, queue: Arc<Queue>) -> std::io::Result<(Handle, JoinHandle<()>)> {
+    let (events, inbox) = mpsc::channel();
+    let status = Arc::new(Mutex::new(Status::default()));
+    let handle = Handle { events: events.clone(), status: Arc::clone(&status), queue: Arc::clone(&queue) };
+    let thread = std::thread::Builder::new().name("supervisor".into()).spawn(move || {
+        run::Supervisor::new(options, queue, events, status).run(&inbox);
+    })?;
+    Ok((handle, thread))
+}
+
+impl Handle {
+    /// Says that the queue has something new.
+    pub fn wake(&self) {
+        self.tell(Event::Wake);
+    }
+
+    /// Stops training after the step in flight, or goes on with it. Syncs go on either way.
+    pub fn pause(&self, paused: bool) {
+        self.tell(Event::Pause(paused));
+    }
+
+    /// Syncs now, without waiting for it.
+    pub fn sync_later(&self, reason: &str) {
+        self.tell(Event::Sync { reason: reason.into(), reply: None });
+    }
+
+    /// Syncs after the step in flight.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn sync(&self, reason: &str) -> Result<Synced, ControlError> {
+        let (reply, outcome) = oneshot::channel();
+        self.tell(Event::Sync { reason: reason.into(), reply: Some(reply) });
+        outcome.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// Goes back to the content of an earlier generation; gives the new generation that holds it, and its cursor.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn rollback(&self, to: u64) -> Result<(u64, u64), ControlError> {
+        let (reply, outcome) = oneshot::channel();
+        self.tell(Event::Rollback { to, reply });
+        outcome.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// Finishes the step in flight, syncs if so configured, ends the trainer and the thread.
+    pub fn shutdown(&self) {
+        self.tell(Event::Shutdown);
+    }
+
+    /// Everything about the daemon now.
+    pub fn status(&self) -> Status {
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match self.queue.counts() {
+            Ok(counts) => status.queue = counts.into_iter().map(|(state, n)| (state.name().to_owned(), n)).collect(),
+            Err(error) => tracing::error!("{error}"),
+        }
+        status
+    }
+
+    fn tell(&self, event: Event) {
+        // The thread is gone only after a shutdown, when there is nobody left to tell.
+        let _ = self.events.send(event);
+    }
+}

@@ -1,0 +1,590 @@
+//! The supervisor's loop. Parents decide ([`Supervisor::advance`]), leaves act.
+
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
+
+use chrono::{DateTime, SecondsFormat, Utc};
+
+use super::child::{Child, Output};
+use super::status::{LOSSES_KEPT, LastSync, StepLoss, Timings};
+use super::{ControlError, DEATHS_MAX, Event, FAILURES_MAX, Options, Reply, State, Status};
+use crate::protocol::{FromTrainer, Ready, Request, Synced, ToTrainer, Trained};
+use crate::queue::{Batch, Queue, QueueError};
+
+/// Longest wait between two restarts.
+const RESTART_DELAY_MAX: Duration = Duration::from_secs(30);
+/// Longest sleep, so that a clock that was set is noticed.
+const SLEEP_MAX: Duration = Duration::from_secs(15);
+/// How long a child that said its last word may take to end.
+const END_PATIENCE: Duration = Duration::from_secs(5);
+
+/// The request that waits for its answer.
+enum InFlight {
+    Train { batch: Batch, started: Instant },
+    Sync { reason: String, waiting: Vec<Reply<Synced>> },
+    Rollback { reply: Reply<(u64, u64)> },
+    Shutdown,
+}
+
+/// A child with what is known of it.
+struct Attached {
+    child: Child,
+    number: u64,
+    ready: bool,
+}
+
+/// A sync that was asked for and not yet sent.
+#[derive(Default)]
+struct WantedSync {
+    reason: String,
+    waiting: Vec<Reply<Synced>>,
+}
+
+pub(super) struct Supervisor {
+    options: Options,
+    queue: Arc<Queue>,
+    events: mpsc::Sender<Event>,
+    status: Arc<Mutex<Status>>,
+    attached: Option<Attached>,
+    children: u64,
+    spawn_at: Instant,
+    /// Without a child: why, and whether a server is waited for.
+    absent: Option<(State, String)>,
+    in_flight: Option<InFlight>,
+    wanted_sync: Option<WantedSync>,
+    wanted_rollback: Option<(u64, Reply<(u64, u64)>)>,
+    paused: Option<String>,
+    stopping: bool,
+    /// Steps after this cursor are trained again before new ones; `None` once there are none.
+    replay_from: Option<u64>,
+    /// Whether anything was trained since the last sync.
+    unsynced: bool,
+    next_sync: Option<DateTime<Utc>>,
+    deaths_in_a_row: u32,
+    deaths_of_step: (u64, u32),
+    failures_in_a_row: u32,
+}
+
+impl Supervisor {
+    pub(super) fn new(
+        options: Options,
+        queue: Arc<Queue>,
+        events: mpsc::Sender<Event>,
+        status: Arc<Mutex<Status>>,
+    ) -> Self {
+        // A sync that was due while the daemon was down is due now, once.
+        let last = queue.last_sync_ms().ok().flatten().and_then(DateTime::from_timestamp_millis);
+        let next_sync = options.schedule.next_after(last.unwrap_or_else(Utc::now));
+        let new = Self {
+            options,
+            queue,
+            events,
+            status,
+            attached: None,
+            children: 0,
+            spawn_at: Instant::now(),
+            absent: None,
+            in_flight: None,
+            wanted_sync: None,
+            wanted_rollback: None,
+            paused: None,
+            stopping: false,
+            replay_from: None,
+            unsynced: false,
+            next_sync,
+            deaths_in_a_row: 0,
+            deaths_of_step: (0, 0),
+            failures_in_a_row: 0,
+        };
+        new.update(|status| {
+            status.version = env!("CARGO_PKG_VERSION").into();
+            status.model = new.options.model.clone();
+            status.since = now();
+        });
+        new
+    }
+
+    pub(super) fn run(mut self, inbox: &mpsc::Receiver<Event>) {
+        loop {
+            if let Err(error) = self.advance() {
+                self.kill_child(format!("the queue failed: {error}"));
+            }
+            self.publish();
+            if self.stopping && self.attached.is_none() {
+                break;
+            }
+            let event = match inbox.recv_timeout(self.sleep()) {
+                Ok(event) => event,
+                Err(mpsc::RecvTimeoutError::Timeout) => continue,
+                Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            };
+            if let Err(error) = self.handle(event) {
+                self.kill_child(format!("the queue failed: {error}"));
+            }
+        }
+        self.answer_waiting(&ControlError::Stopping);
+    }
+
+    /// Until when nothing happens by itself.
+    fn sleep(&self) -> Duration {
+        let until = match &self.attached {
+            None => self.spawn_at.saturating_duration_since(Instant::now()),
+            Some(_) => match self.next_sync {
+                Some(due) if self.can_send() => (due - Utc::now()).to_std().unwrap_or_default(),
+                _ => SLEEP_MAX,
+            },
+        };
+        until.clamp(Duration::from_millis(1), SLEEP_MAX)
+    }
+
+    fn can_send(&self) -> bool {
+        self.in_flight.is_none() && self.attached.as_ref().is_some_and(|attached| attached.ready)
+    }
+
+    /// Decides what to do next, when something can be done.
+    fn advance(&mut self) -> Result<(), QueueError> {
+        if self.attached.is_none() && !self.stopping && Instant::now() >= self.spawn_at {
+            self.spawn();
+        }
+        if self.stopping && self.attached.as_ref().is_some_and(|attached| !attached.ready) {
+            self.lose_child(State::Stopping, "stopped before it was ready".into());
+        }
+        if !self.can_send() {
+            return Ok(());
+        }
+        if self.stopping {
+            let sync = self.options.sync_on_shutdown && self.unsynced;
+            self.send(InFlight::Shutdown, &ToTrainer::Shutdown { sync });
+        } else if let Some((to, reply)) = self.wanted_rollback.take() {
+            self.send(InFlight::Rollback { reply }, &ToTrainer::Rollback { to });
+        } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
+            let request = ToTrainer::Sync { reason: reason.clone() };
+            self.send(InFlight::Sync { reason, waiting }, &request);
+        } else if self.paused.is_none()
+            && let Some(batch) = self.next_batch()?
+        {
+            let Batch { step, lr, examples } = batch.clone();
+            self.send(InFlight::Train { batch, started: Instant::now() }, &ToTrainer::Train { step, lr, examples });
+        }
+        Ok(())
+    }
+
+    /// The sync of the schedule, if one is due and there is something to write.
+    fn scheduled(&mut self) -> Option<WantedSync> {
+        let due = self.next_sync.is_some_and(|due| due <= Utc::now());
+        if !due || self.replay_from.is_some() {
+            return None;
+        }
+        self.next_sync = self.options.schedule.next_after(Utc::now());
+        self.unsynced.then(|| WantedSync { reason: "schedule".into(), waiting: Vec::new() })
+    }
+
+    fn next_batch(&mut self) -> Result<Option<Batch>, QueueError> {
+        if let Some(cursor) = self.replay_from {
+            match self.queue.replay(cursor)? {
+                Some(batch) => return Ok(Some(batch)),
+                None => self.replay_from = None,
+            }
+            if let Some(sync) = self.scheduled() {
+                self.wanted_sync = Some(sync);
+                self.events.send(Event::Wake).ok();
+                return Ok(None);
+            }
+        }
+        self.queue.take(self.options.batch_examples)
+    }
+
+    fn spawn(&mut self) {
+        self.children += 1;
+        let number = self.children;
+        let events = self.events.clone();
+        // The receiver ends with the supervisor; a child's last words are then nobody's.
+        let output = move |output| drop(events.send(Event::Child { number, output }));
+        match Child::spawn(&self.options.command, output) {
+            Ok(child) => {
+                tracing::info!("trainer {} started", child.pid());
+                self.attached = Some(Attached { child, number, ready: false });
+            }
+            Err(error) => {
+                let reason = format!("{} cannot be started: {error}", self.options.command.program.display());
+                self.back_off(State::Failed, reason);
+            }
+        }
+    }
+
+    fn send(&mut self, in_flight: InFlight, request: &ToTrainer) {
+        self.in_flight = Some(in_flight);
+        let Some(attached) = &mut self.attached else { return };
+        if let Err(error) = attached.child.send(request) {
+            // Its reader sees the end of its output, which says how it died.
+            tracing::warn!("trainer {}: {} could not be sent: {error}", attached.child.pid(), request.kind());
+        }
+    }
+
+    fn handle(&mut self, event: Event) -> Result<(), QueueError> {
+        match event {
+            Event::Wake => {}
+            Event::Shutdown => self.stopping = true,
+            Event::Pause(true) => self.paused = Some("on request".into()),
+            Event::Pause(false) => (self.paused, self.failures_in_a_row) = (None, 0),
+            Event::Sync { reason, reply } => self.want_sync(reason, reply),
+            Event::Rollback { to, reply } => self.want_rollback(to, reply),
+            Event::Child { number, output } => {
+                // What an earlier child still had to say no longer matters.
+                if self.attached.as_ref().is_some_and(|attached| attached.number == number) {
+                    self.hear(output)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn not_ready(&self) -> Option<ControlError> {
+        if self.stopping {
+            return Some(ControlError::Stopping);
+        }
+        let ready = self.attached.as_ref().is_some_and(|attached| attached.ready);
+        let (state, detail) = self.state();
+        (!ready).then_some(ControlError::NotReady { state, detail })
+    }
+
+    fn want_sync(&mut self, reason: String, reply: Option<Reply<Synced>>) {
+        if let Some(error) = self.not_ready() {
+            answer(reply, Err(error));
+        } else if let Some(InFlight::Sync { waiting, .. }) = &mut self.in_flight {
+            waiting.extend(reply);
+        } else {
+            let wanted = self.wanted_sync.get_or_insert_with(|| WantedSync { reason, waiting: Vec::new() });
+            wanted.waiting.extend(reply);
+        }
+    }
+
+    fn want_rollback(&mut self, to: u64, reply: Reply<(u64, u64)>) {
+        let error = self.not_ready().or_else(|| {
+            let busy = self.wanted_rollback.is_some() || matches!(self.in_flight, Some(InFlight::Rollback { .. }));
+            busy.then(|| ControlError::Failed("another rollback is under way".into()))
+        });
+        match error {
+            Some(error) => answer(Some(reply), Err(error)),
+            None => self.wanted_rollback = Some((to, reply)),
+        }
+    }
+
+    /// Takes in what the child says. Every request gets exactly one answer; anything else is a broken trainer.
+    fn hear(&mut self, output: Output) -> Result<(), QueueError> {
+        let message = match output {
+            Output::Message(message) => message,
+            Output::Nonsense(error) => {
+                self.kill_child(error.to_string());
+                return Ok(());
+            }
+            Output::Closed => {
+                let stopped = self.stopping && matches!(self.in_flight, None | Some(InFlight::Shutdown));
+                self.lose_child(if stopped { State::Stopping } else { State::Failed }, String::new());
+                return Ok(());
+            }
+        };
+        match (message, self.in_flight.take()) {
+            (FromTrainer::Ready(ready), None) => self.on_ready(ready),
+            (FromTrainer::Trained(trained), Some(InFlight::Train { batch, started })) => {
+                self.on_trained(trained, batch, started)
+            }
+            (FromTrainer::Synced(synced), Some(InFlight::Sync { reason, waiting })) => {
+                self.on_synced(reason, waiting, synced)
+            }
+            (FromTrainer::Synced(synced), Some(InFlight::Shutdown)) => {
+                self.in_flight = Some(InFlight::Shutdown);
+                self.on_synced("shutdown".into(), Vec::new(), synced)
+            }
+            (FromTrainer::RolledBack { generation, cursor }, Some(InFlight::Rollback { reply })) => {
+                self.on_rolled_back(generation, cursor, reply)
+            }
+            (FromTrainer::ServerGone { reason }, in_flight) => {
+                self.in_flight = in_flight;
+                tracing::warn!("the inference server is gone: {reason}");
+                self.lose_child(State::WaitingForServer, reason);
+                Ok(())
+            }
+            (FromTrainer::Failed { request, reason }, in_flight) => self.on_failed(request, reason, in_flight),
+            (message, in_flight) => {
+                self.in_flight = in_flight;
+                self.kill_child(format!("it broke the protocol with an answer out of turn: {message:?}"));
+                Ok(())
+            }
+        }
+    }
+
+    fn on_ready(&mut self, ready: Ready) -> Result<(), QueueError> {
+        let rolled_back = self.queue.reconcile(ready.generation, ready.cursor, ready.step)?;
+        if rolled_back > 0 {
+            tracing::warn!(
+                "the files are at generation {}, cursor {}: behind what was synced before. {rolled_back} later examples \
+                 count as rolled back and are not trained again",
+                ready.generation,
+                ready.cursor
+            );
+        }
+        self.replay_from = Some(ready.cursor);
+        (self.unsynced, self.absent) = (false, None);
+        if let Some(attached) = &mut self.attached {
+            attached.ready = true;
+        }
+        tracing::info!(
+            "trainer ready: generation {}, cursor {}, step {}{}{}",
+            ready.generation,
+            ready.cursor,
+            ready.step,
+            if ready.recovery.is_empty() { "" } else { "; " },
+            ready.recovery
+        );
+        self.update(|status| {
+            status.epoch = Some(ready.epoch);
+            status.server_pid = ready.server_pid;
+            status.weight_version = ready.weight_version;
+            (status.generation, status.cursor, status.step) = (ready.generation, ready.cursor, ready.step);
+            (status.parameters, status.trainable) = (ready.parameters, ready.trainable);
+            status.recovery = ready.recovery;
+        });
+        Ok(())
+    }
+
+    fn on_trained(&mut self, trained: Trained, batch: Batch, started: Instant) -> Result<(), QueueError> {
+        let sent: Vec<u64> = batch.examples.iter().map(|example| example.seq).collect();
+        let answered: Vec<u64> = trained.examples.iter().map(|example| example.seq).collect();
+        if trained.step != batch.step || answered != sent {
+            let reason = format!("it answered step {} {answered:?} to step {} {sent:?}", trained.step, batch.step);
+            self.in_flight = Some(InFlight::Train { batch, started });
+            self.kill_child(reason);
+            return Ok(());
+        }
+        self.queue.record_trained(&trained.examples, trained.weight_version, trained.skipped.as_deref())?;
+        self.unsynced = true;
+        self.replay_from = self.replay_from.and(sent.last().copied());
+        (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
+        let timings = Timings {
+            prefill_ms: trained.prefill_ms,
+            forward_ms: trained.forward_ms,
+            backward_ms: trained.backward_ms,
+            update_ms: trained.update_ms,
+            total_ms: started.elapsed().as_secs_f64() * 1e3,
+        };
+        tracing::info!(
+            "step {}: loss {}, {:.1} ms{}",
+            trained.step,
+            trained.loss.map_or_else(|| "not finite".into(), |loss| format!("{loss:.4}")),
+            timings.total_ms,
+            trained.skipped.as_ref().map(|why| format!("; skipped: {why}")).unwrap_or_default()
+        );
+        self.update(|status| {
+            (status.step, status.weight_version, status.timings) = (trained.step, trained.weight_version, Some(timings));
+            status.last_losses.push_back(StepLoss { step: trained.step, loss: trained.loss, skipped: trained.skipped });
+            while status.last_losses.len() > LOSSES_KEPT {
+                status.last_losses.pop_front();
+            }
+        });
+        Ok(())
+    }
+
+    fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) -> Result<(), QueueError> {
+        self.queue.record_synced(synced.cursor)?;
+        (self.unsynced, self.deaths_in_a_row) = (false, 0);
+        self.next_sync = self.options.schedule.next_after(Utc::now());
+        tracing::info!(
+            "sync ({reason}): generation {}, {} of {} blocks, {:.2} s",
+            synced.generation,
+            synced.blocks_changed,
+            synced.blocks_total,
+            synced.seconds
+        );
+        self.update(|status| {
+            (status.generation, status.cursor) = (synced.generation, synced.cursor);
+            status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
+        });
+        waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
+        Ok(())
+    }
+
+    fn on_rolled_back(&mut self, generation: u64, cursor: u64, reply: Reply<(u64, u64)>) -> Result<(), QueueError> {
+        let taken_back = self.queue.record_rolled_back(generation, cursor)?;
+        tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
+        (self.unsynced, self.replay_from) = (false, None);
+        self.update(|status| (status.generation, status.cursor) = (generation, cursor));
+        answer(Some(reply), Ok((generation, cursor)));
+        Ok(())
+    }
+
+    fn on_failed(
+        &mut self,
+        request: Request,
+        reason: String,
+        in_flight: Option<InFlight>,
+    ) -> Result<(), QueueError> {
+        tracing::error!("{request} failed: {reason}");
+        match (request, in_flight) {
+            (Request::Start, None) => self.lose_child(State::Failed, reason),
+            (Request::Train, Some(InFlight::Train { batch, .. })) => {
+                self.queue.record_failed(batch.step, &reason)?;
+                self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));
+                self.failures_in_a_row += 1;
+                if self.failures_in_a_row >= FAILURES_MAX {
+                    self.paused = Some(format!(
+                        "{FAILURES_MAX} steps failed in a row, the last because: {reason}; resume when that is mended"
+                    ));
+                }
+            }
+            (Request::Sync, Some(InFlight::Sync { reason: why, waiting })) => self.on_sync_failed(why, waiting, reason),
+            (Request::Shutdown | Request::Sync, Some(InFlight::Shutdown)) => {
+                self.in_flight = Some(InFlight::Shutdown);
+                self.on_sync_failed("shutdown".into(), Vec::new(), reason);
+            }
+            (Request::Rollback, Some(InFlight::Rollback { reply })) => {
+                answer(Some(reply), Err(ControlError::Failed(reason)));
+            }
+            (_, in_flight) => {
+                self.in_flight = in_flight;
+                self.kill_child(format!("it says that {request} failed, which was not asked: {reason}"));
+            }
+        }
+        Ok(())
+    }
+
+    fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String) {
+        self.next_sync = self.options.schedule.next_after(Utc::now());
+        self.update(|status| {
+            status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
+        });
+        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Failed(reason.clone()))));
+    }
+
+    /// Kills a child that can no longer be trusted, at once: it may be writing to the weights.
+    fn kill_child(&mut self, reason: String) {
+        self.lose_child_within(Duration::ZERO, State::Failed, reason);
+    }
+
+    /// Ends the child, or takes note of its end, and plans the next one. An empty reason stands for how it ended.
+    fn lose_child(&mut self, state: State, reason: String) {
+        self.lose_child_within(END_PATIENCE, state, reason);
+    }
+
+    fn lose_child_within(&mut self, patience: Duration, state: State, reason: String) {
+        let Some(attached) = self.attached.take() else {
+            return self.back_off(state, reason);
+        };
+        let was_told = !reason.is_empty() && state == State::Failed;
+        let pid = attached.child.pid();
+        let end = attached.child.end(patience);
+        let reason = match (reason.is_empty(), was_told) {
+            (true, _) => format!("trainer {pid} ended: {end}"),
+            (false, true) => format!("trainer {pid}: {reason} ({end})"),
+            (false, false) => reason,
+        };
+        let step = match &self.in_flight {
+            Some(InFlight::Train { batch, .. }) => Some(batch.step),
+            _ => None,
+        };
+        if let (State::Failed, Some(step)) = (state, step) {
+            self.note_death_of_step(step, &reason);
+        }
+        self.answer_waiting(&ControlError::Lost(reason.clone()));
+        if state == State::Stopping {
+            tracing::info!("{reason}");
+            return;
+        }
+        self.back_off(state, reason);
+    }
+
+    /// Counts the trainers that died on a step and gives it up when they were too many.
+    fn note_death_of_step(&mut self, step: u64, reason: &str) {
+        let deaths = if self.deaths_of_step.0 == step { self.deaths_of_step.1 + 1 } else { 1 };
+        self.deaths_of_step = (step, deaths);
+        if deaths >= DEATHS_MAX {
+            let reason = format!("{deaths} trainers in a row died on this step; the last: {reason}");
+            tracing::error!("step {step} is given up: {reason}");
+            if let Err(error) = self.queue.record_failed(step, &reason) {
+                tracing::error!("{error}");
+            }
+        }
+    }
+
+    fn back_off(&mut self, state: State, reason: String) {
+        let delay = match state {
+            State::WaitingForServer => self.options.server_delay,
+            _ => {
+                self.deaths_in_a_row += 1;
+                let doublings = self.deaths_in_a_row.saturating_sub(2).min(16);
+                let delay = self.options.restart_delay.saturating_mul(1 << doublings).min(RESTART_DELAY_MAX);
+                tracing::error!("{reason}");
+                self.update(|status| {
+                    status.restarts += 1;
+                    status.last_restart = Some(reason.clone());
+                });
+                if self.deaths_in_a_row == 1 { Duration::ZERO } else { delay }
+            }
+        };
+        self.spawn_at = Instant::now() + delay;
+        self.absent = Some((state, reason));
+        (self.replay_from, self.in_flight) = (None, None);
+    }
+
+    /// Tells everybody who waits for an outcome that there will be none.
+    fn answer_waiting(&mut self, error: &ControlError) {
+        let mut syncs = self.wanted_sync.take().map(|wanted| wanted.waiting).unwrap_or_default();
+        let mut rollbacks: Vec<_> = self.wanted_rollback.take().map(|(_, reply)| reply).into_iter().collect();
+        match self.in_flight.take() {
+            Some(InFlight::Sync { waiting, .. }) => syncs.extend(waiting),
+            Some(InFlight::Rollback { reply }) => rollbacks.push(reply),
+            _ => {}
+        }
+        syncs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+        rollbacks.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+    }
+
+    /// What the daemon is doing, and why where that needs saying.
+    fn state(&self) -> (State, Option<String>) {
+        if self.stopping {
+            return (State::Stopping, None);
+        }
+        let ready = self.attached.as_ref().is_some_and(|attached| attached.ready);
+        match (&self.absent, ready, &self.in_flight) {
+            (Some((state, reason)), false, _) => (*state, Some(reason.clone())),
+            (None, false, _) => (State::Starting, None),
+            (_, _, Some(InFlight::Train { .. })) => (State::Training, None),
+            (_, _, Some(InFlight::Sync { reason, .. })) => (State::Syncing, Some(reason.clone())),
+            (_, _, Some(InFlight::Rollback { .. })) => (State::RollingBack, None),
+            (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),
+            (_, _, None) => match &self.paused {
+                Some(why) => (State::Paused, Some(why.clone())),
+                None => (State::Idle, None),
+            },
+        }
+    }
+
+    fn publish(&self) {
+        let (state, detail) = self.state();
+        let trainer_pid = self.attached.as_ref().map(|attached| attached.child.pid());
+        let next_sync = self.next_sync.map(|due| due.to_rfc3339_opts(SecondsFormat::Secs, true));
+        let replaying = self.replay_from.is_some() && matches!(self.in_flight, Some(InFlight::Train { .. }));
+        self.update(|status| {
+            if status.state != state {
+                status.since = now();
+            }
+            (status.state, status.detail) = (state, detail);
+            (status.trainer_pid, status.next_sync, status.replaying) = (trainer_pid, next_sync, replaying);
+        });
+    }
+
+    fn update(&self, change: impl FnOnce(&mut Status)) {
+        change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+}
+
+fn answer<T>(reply: Option<Reply<T>>, outcome: Result<T, ControlError>) {
+    if let Some(reply) = reply {
+        // Whoever asked may have gone; the outcome is in the status too.
+        let _ = reply.send(outcome);
+    }
+}
+
+fn now() -> String {
+    Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true)
+}

@@ -1,0 +1,213 @@
+//! What the supervisor knows, as `/v1/status` serves it and as text for a bug report.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use crate::protocol::Synced;
+
+/// Steps whose losses are kept.
+pub const LOSSES_KEPT: usize = 32;
+
+/// What the daemon is doing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum State {
+    /// A trainer was started and is attaching and recovering.
+    #[default]
+    Starting,
+    /// A step is running.
+    Training,
+    /// Nothing to train.
+    Idle,
+    /// Told not to train, or stopped itself after failures in a row.
+    Paused,
+    /// Live weights are being written into the model directory.
+    Syncing,
+    /// Files and live weights are going back to an earlier generation.
+    RollingBack,
+    /// There is no inference server to attach to; tried again every second.
+    WaitingForServer,
+    /// The trainer cannot start or died; tried again.
+    Failed,
+    /// The last step and sync before the end.
+    Stopping,
+}
+
+impl State {
+    /// Whether a trainer is attached and can train.
+    pub fn is_ready(self) -> bool {
+        matches!(self, Self::Training | Self::Idle | Self::Paused | Self::Syncing | Self::RollingBack)
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Training => "training",
+            Self::Idle => "idle",
+            Self::Paused => "paused",
+            Self::Syncing => "syncing",
+            Self::RollingBack => "rolling back",
+            Self::WaitingForServer => "waiting for server",
+            Self::Failed => "failed",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
+/// One step's outcome.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct StepLoss {
+    /// The step.
+    pub step: u64,
+    /// Mean loss over its decision tokens, in nats.
+    pub loss: Option<f32>,
+    /// Why the weights were left alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub skipped: Option<String>,
+}
+
+/// Times of the last step, in ms.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Timings {
+    /// The contexts.
+    pub prefill_ms: f64,
+    /// The windows' forward passes.
+    pub forward_ms: f64,
+    /// The backward passes.
+    pub backward_ms: f64,
+    /// Optimizer and writes.
+    pub update_ms: f64,
+    /// From request to answer.
+    pub total_ms: f64,
+}
+
+/// The last sync.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastSync {
+    /// When it ended, RFC 3339.
+    pub at: String,
+    /// Why it was made.
+    pub reason: String,
+    /// What it did; `None` when it failed.
+    pub done: Option<Synced>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
+}
+
+/// Everything about the daemon at one moment. `None` and 0 stand for what no trainer has reported yet.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// apollod's version.
+    pub version: String,
+    /// What it is doing.
+    pub state: State,
+    /// Why, where the state alone does not say it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub detail: Option<String>,
+    /// Since when, RFC 3339.
+    pub since: String,
+    /// The model directory.
+    pub model: String,
+    /// Process id of the trainer.
+    pub trainer_pid: Option<u32>,
+    /// Process id of the inference server.
+    pub server_pid: Option<u32>,
+    /// Epoch of the server's weights.
+    pub epoch: Option<String>,
+    /// Updates that the live weights have had.
+    pub weight_version: u64,
+    /// The generation that the files hold.
+    pub generation: u64,
+    /// The highest seq whose effect the files hold.
+    pub cursor: u64,
+    /// The last step done.
+    pub step: u64,
+    /// Parameters of the model.
+    pub parameters: u64,
+    /// Of these, the ones that train.
+    pub trainable: u64,
+    /// What the trainer restored at its start.
+    pub recovery: String,
+    /// Whether steps after the cursor are being trained again.
+    pub replaying: bool,
+    /// Examples in each state.
+    pub queue: BTreeMap<String, u64>,
+    /// The last steps' losses, oldest first.
+    pub last_losses: VecDeque<StepLoss>,
+    /// Times of the last step.
+    pub timings: Option<Timings>,
+    /// The last sync since the daemon's start.
+    pub last_sync: Option<LastSync>,
+    /// When the next scheduled sync is due, RFC 3339.
+    pub next_sync: Option<String>,
+    /// Trainers that died since the daemon's start.
+    pub restarts: u64,
+    /// Why the last one did.
+    pub last_restart: Option<String>,
+}
+
+impl fmt::Display for Status {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let or_none = |value: Option<String>| value.unwrap_or_else(|| "none".into());
+        writeln!(f, "apollod {} · {} since {}", self.version, self.state, self.since)?;
+        if let Some(detail) = &self.detail {
+            writeln!(f, "  why         {detail}")?;
+        }
+        writeln!(f, "  model       {} ({} parameters, {} train)", self.model, self.parameters, self.trainable)?;
+        writeln!(
+            f,
+            "  server      pid {}, epoch {}",
+            or_none(self.server_pid.map(|pid| pid.to_string())),
+            or_none(self.epoch.clone())
+        )?;
+        writeln!(
+            f,
+            "  trainer     pid {}, {} restarts{}",
+            or_none(self.trainer_pid.map(|pid| pid.to_string())),
+            self.restarts,
+            self.last_restart.as_ref().map(|why| format!(", the last because: {why}")).unwrap_or_default()
+        )?;
+        if !self.recovery.is_empty() {
+            writeln!(f, "  recovery    {}", self.recovery)?;
+        }
+        writeln!(
+            f,
+            "  weights     version {}, step {}; files: generation {}, cursor {}{}",
+            self.weight_version,
+            self.step,
+            self.generation,
+            self.cursor,
+            if self.replaying { "; replaying what came after it" } else { "" }
+        )?;
+        let queue: Vec<String> = self.queue.iter().map(|(state, count)| format!("{count} {state}")).collect();
+        writeln!(f, "  queue       {}", queue.join(", "))?;
+        let losses: Vec<String> = self
+            .last_losses
+            .iter()
+            .rev()
+            .take(8)
+            .map(|step| step.loss.map_or_else(|| "not finite".into(), |loss| format!("{loss:.4}")))
+            .collect();
+        writeln!(f, "  losses      {} (newest first)", if losses.is_empty() { "none".into() } else { losses.join(" ") })?;
+        if let Some(t) = &self.timings {
+            writeln!(
+                f,
+                "  last step   {:.1} ms: prefill {:.1}, forward {:.1}, backward {:.1}, update {:.1}",
+                t.total_ms, t.prefill_ms, t.forward_ms, t.backward_ms, t.update_ms
+            )?;
+        }
+        let last_sync = self.last_sync.as_ref().map(|sync| match (&sync.done, &sync.failed) {
+            (Some(done), _) => format!(
+                "{} ({}): generation {}, {} of {} blocks, {:.2} s",
+                sync.at, sync.reason, done.generation, done.blocks_changed, done.blocks_total, done.seconds
+            ),
+            (None, failed) => format!("{} ({}) failed: {}", sync.at, sync.reason, failed.as_deref().unwrap_or("")),
+        });
+        write!(f, "  sync        last {}; next {}", or_none(last_sync), or_none(self.next_sync.clone()))
+    }
+}

@@ -1,0 +1,72 @@
+//! The trainer: a process of its own that owns the device, the live weights and the sync.
+//!
+//! Why a process: a CUDA error is sticky and a truncated file under a mapping raises SIGBUS; whatever
+//! happens here ends this process alone, and its end is also what lets go of the server's memory.
+//! Requests come as lines on stdin, one at a time; answers go to stdout (see `protocol`).
+
+mod restore;
+mod session;
+mod settings;
+
+use crate::config::Config;
+use crate::protocol::{self, FromTrainer, Request, ToTrainer};
+use anyhow::Result;
+use session::{Session, StartError};
+use std::io::{BufRead, stdin, stdout};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::time::Duration;
+
+pub use settings::{optimizer_settings, tensors};
+
+/// How often an idle trainer looks whether the server is still there.
+const WATCH: Duration = Duration::from_millis(200);
+
+/// Runs until told to stop, until stdin ends or until the server is gone.
+pub fn run(config: &Config) -> Result<()> {
+    let mut session = match Session::open(config) {
+        Ok(session) => session,
+        Err(StartError::ServerGone(reason)) => return say(&FromTrainer::ServerGone { reason }),
+        Err(StartError::Failed(error)) => {
+            return say(&FromTrainer::Failed { request: Request::Start, reason: format!("{error:#}") });
+        }
+    };
+    say(&FromTrainer::Ready(session.ready()))?;
+    let requests = requests();
+    loop {
+        let request = match requests.recv_timeout(WATCH) {
+            Ok(request) => request?,
+            Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) => match session.check() {
+                Ok(()) => continue,
+                Err(reason) => return say(&FromTrainer::ServerGone { reason }),
+            },
+        };
+        let stop = matches!(request, ToTrainer::Shutdown { .. });
+        if let Some(answer) = session.answer(request) {
+            say(&answer)?;
+            if matches!(answer, FromTrainer::ServerGone { .. }) {
+                return Ok(());
+            }
+        }
+        if stop {
+            return Ok(());
+        }
+    }
+}
+
+fn say(message: &FromTrainer) -> Result<()> {
+    Ok(protocol::send(&mut stdout().lock(), message)?)
+}
+
+/// Lines of stdin, parsed; the channel closes at their end.
+fn requests() -> Receiver<Result<ToTrainer, protocol::ProtocolError>> {
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        for line in stdin().lock().lines().map_while(Result::ok) {
+            if sender.send(protocol::parse(&line)).is_err() {
+                break;
+            }
+        }
+    });
+    receiver
+}

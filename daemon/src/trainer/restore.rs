@@ -1,0 +1,101 @@
+//! Live weights against files, at attach and after a rollback.
+//!
+//! A trainer may have died in the middle of a step: live weights are then ahead of the last generation,
+//! or half way. Whether that can be is known from `attached.json` in the state directory, which names
+//! the epoch that the last trainer wrote to:
+//!
+//! - the same epoch: the trainable tensors go back to the generation in the files, whatever they hold;
+//! - another epoch: the server has loaded its weights itself. They must equal the files; where they do
+//!   not, this is another model or another version, and nothing is written.
+
+use anyhow::{Context, Result, bail};
+use checkpoint::Checkpoint;
+use compute::cpu::Weight;
+use serde::{Deserialize, Serialize};
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::Path;
+
+/// Bytes compared at a time.
+const CHUNK: usize = 1 << 20;
+
+#[derive(Serialize, Deserialize)]
+struct Attached {
+    epoch: String,
+}
+
+/// Whether the last trainer of this model directory wrote to weights of this epoch.
+pub fn is_known_epoch(state_dir: &Path, epoch: &str) -> Result<bool> {
+    let path = state_dir.join("attached.json");
+    match fs::read(&path) {
+        Ok(bytes) => {
+            let attached: Attached = serde_json::from_slice(&bytes)
+                .with_context(|| format!("{} is damaged; restart the server and remove it", path.display()))?;
+            Ok(attached.epoch == epoch)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
+    }
+}
+
+/// Notes, before the first write, that weights of this epoch are about to be written.
+pub fn remember_epoch(state_dir: &Path, epoch: &str) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let temporary = state_dir.join("attached.json.tmp");
+        let mut file = File::create(&temporary)?;
+        file.write_all(&serde_json::to_vec(&Attached { epoch: epoch.into() })?)?;
+        file.sync_all()?;
+        fs::rename(&temporary, state_dir.join("attached.json"))?;
+        File::open(state_dir)?.sync_all()
+    };
+    write().with_context(|| format!("cannot note the server's epoch in {}", state_dir.display()))
+}
+
+/// Fails at the first tensor whose live bytes differ from the files.
+pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weight]) -> Result<()> {
+    for (name, weight) in names.iter().zip(weights) {
+        let same = compare(checkpoint, name, weight, |_, _| false)?;
+        if !same {
+            bail!(
+                "live tensor {name} differs from the model directory's: the server holds another model or another \
+                 version of it; nothing was written. Restart the server from this directory, or stage it again"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Writes the files' bytes over live bytes that differ; returns how many bytes that were.
+pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight) -> Result<u64> {
+    let mut written = 0;
+    compare(checkpoint, name, weight, |at, bytes| {
+        weight.write_bytes(at, bytes);
+        written += bytes.len() as u64;
+        true
+    })?;
+    Ok(written)
+}
+
+/// Calls `differs(offset, bytes of the file)` for every chunk that differs until it returns false;
+/// whether nothing differed.
+fn compare(
+    checkpoint: &Checkpoint,
+    name: &str,
+    weight: &Weight,
+    mut differs: impl FnMut(usize, &[u8]) -> bool,
+) -> Result<bool> {
+    let (mut file, mut live) = (vec![0; CHUNK], vec![0; CHUNK]);
+    let mut same = true;
+    for at in (0..weight.bytes()).step_by(CHUNK) {
+        let len = CHUNK.min(weight.bytes() - at);
+        checkpoint.read_tensor(name, at as u64, &mut file[..len])?;
+        weight.read_bytes(at, &mut live[..len]);
+        if file[..len] != live[..len] {
+            same = false;
+            if !differs(at, &file[..len]) {
+                break;
+            }
+        }
+    }
+    Ok(same)
+}

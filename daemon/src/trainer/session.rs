@@ -1,0 +1,338 @@
+//! One attachment from start to end: attach, restore, train, sync, roll back.
+
+use super::{restore, settings};
+use crate::config::{Attach, Config};
+use crate::protocol::{ExampleResult, FromTrainer, Ready, Synced, ToTrainer, Trained, Work};
+use crate::weights;
+use anyhow::{Context, Result, bail};
+use apollo::{Gates, Optimizer, Outcome, Rule};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
+use compute::Cpu;
+use compute::cpu::Weight;
+use ipc::{Attachment, SafetensorsDir, Source};
+use model::{Cache, Example, Model, Report, Timings};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+use weight_map::Role;
+
+/// Why a session did not begin.
+pub enum StartError {
+    /// No server to attach to; try again.
+    ServerGone(String),
+    /// Anything else; an operator has to look.
+    Failed(anyhow::Error),
+}
+
+impl<E: Into<anyhow::Error>> From<E> for StartError {
+    fn from(error: E) -> StartError {
+        StartError::Failed(error.into())
+    }
+}
+
+/// Live weights, their optimizer and their checkpoint.
+pub struct Session {
+    device: Arc<Cpu>,
+    attachment: Arc<Attachment>,
+    model: Model<Cpu>,
+    cache: Cache<Cpu>,
+    optimizer: Optimizer<Cpu>,
+    gates: Gates,
+    lr: f32,
+    checkpoint: Checkpoint,
+    /// Name of the head that the files hold although it is the embedding; it is written along.
+    head_copy: Option<String>,
+    /// Of the live weights; becomes the next generation's.
+    progress: Progress,
+    recovery: String,
+}
+
+impl Session {
+    /// Takes the model directory's lock, attaches, and brings live weights and optimizer to the last
+    /// generation. Nothing is written to live weights before everything was checked.
+    pub fn open(config: &Config) -> Result<Session, StartError> {
+        let model_config = model::Config::read(&config.model.dir)?;
+        let tensors = settings::tensors(&model_config, &config.train);
+        let options = Options { keep: config.sync.keep, ..Options::default() };
+        let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
+        let attachment = Arc::new(attach(config, &model_config)?);
+        same_directory(attachment.model_dir(), &config.model.dir)?;
+
+        let files = SafetensorsDir::open(&config.model.dir)?;
+        let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
+        let device = Arc::new(Cpu::new(config.train.threads)?);
+        let weights = weights::attached(&attachment);
+        let mut recovery = vec![recovery.to_string()];
+        let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+        if restore::is_known_epoch(&config.state_dir(), attachment.epoch())? {
+            let mut bytes = 0;
+            for (tensor, weight) in tensors.iter().zip(&weights) {
+                if tensor.effective_rule() != Rule::Frozen {
+                    bytes += restore::restore(&checkpoint, &tensor.name, weight)?;
+                }
+            }
+            if bytes > 0 {
+                recovery.push(format!("{bytes} bytes of live weights restored from the files"));
+            }
+        } else {
+            restore::require_equal(&checkpoint, &names, &weights)?;
+            restore::remember_epoch(&config.state_dir(), attachment.epoch())?;
+        }
+
+        let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
+        recovery.extend(load_state(&mut optimizer, &checkpoint)?);
+        let model = Model::new(device.clone(), model_config, weights, config.train.max_tokens);
+        let progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
+        Ok(Session {
+            cache: model.cache(config.train.max_tokens),
+            gates: settings::gates(&config.train),
+            lr: config.train.lr as f32,
+            recovery: recovery.join("; "),
+            device,
+            attachment,
+            model,
+            optimizer,
+            checkpoint,
+            head_copy,
+            progress,
+        })
+    }
+
+    /// The first answer.
+    pub fn ready(&self) -> Ready {
+        let count = |only_trained: bool| -> u64 {
+            let counted = self.optimizer.tensors().iter().filter(|t| !only_trained || t.effective_rule() != Rule::Frozen);
+            counted.map(|t| (t.rows * t.cols) as u64).sum()
+        };
+        Ready {
+            epoch: self.attachment.epoch().into(),
+            server_pid: self.attachment.pid(),
+            generation: self.checkpoint.current().generation,
+            cursor: self.progress.cursor,
+            step: self.progress.step,
+            weight_version: self.progress.weight_version,
+            parameters: count(false),
+            trainable: count(true),
+            recovery: self.recovery.clone(),
+        }
+    }
+
+    /// Whether the server is still there, in words if not.
+    pub fn check(&self) -> Result<(), String> {
+        self.attachment.check().map_err(|gone| gone.to_string())?;
+        if self.attachment.pid().is_none() {
+            // A staged copy: a server may have mapped it by now. That it has not is no reason to stop.
+            self.attachment.refresh_server().map_err(|e| e.to_string())?;
+        }
+        Ok(())
+    }
+
+    /// Does what is asked; `None` where the protocol has no answer.
+    pub fn answer(&mut self, request: ToTrainer) -> Option<FromTrainer> {
+        let kind = request.kind();
+        let needs_server = matches!(request, ToTrainer::Train { .. } | ToTrainer::Rollback { .. });
+        if let (true, Err(reason)) = (needs_server, self.check()) {
+            return Some(FromTrainer::ServerGone { reason });
+        }
+        let result = match request {
+            ToTrainer::Train { step, lr, examples } => self.train(step, lr, &examples),
+            ToTrainer::Sync { reason } => self.sync(&reason),
+            ToTrainer::Rollback { to } => self.rollback(to),
+            ToTrainer::Shutdown { sync: true } => self.sync("shutdown"),
+            ToTrainer::Shutdown { sync: false } => return None,
+        };
+        Some(result.unwrap_or_else(|error| match error.downcast::<ipc::Gone>() {
+            Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
+            Err(error) => FromTrainer::Failed { request: kind, reason: format!("{error:#}") },
+        }))
+    }
+
+    /// One step: all examples forward and backward, then one update or none.
+    fn train(&mut self, step: u64, lr: Option<f32>, work: &[Work]) -> Result<FromTrainer> {
+        let (Some(last), device) = (work.last(), self.device.clone()) else { bail!("a step without examples") };
+        let examples = work.iter().map(|w| self.example(w)).collect::<Result<Vec<_>>>()?;
+        let mut gradients = self.optimizer.gradients();
+        let mut timings = Timings::default();
+        let (reports, lr_scale) = device.run(|| {
+            // Loss of the step: Σ_i w_i Σ_tokens / Σ_i w_i·tokens_i. With one example the weight cancels
+            // out there and multiplies lr instead, to which APOLLO does listen.
+            let total: f32 = work.iter().zip(&examples).map(|(w, e)| w.weight * e.tokens() as f32).sum();
+            let reports: Vec<Report> = work
+                .iter()
+                .zip(&examples)
+                .map(|(w, e)| self.model.train(&mut self.cache, e, w.weight / total, &mut gradients, &mut timings))
+                .collect();
+            (reports, if work.len() == 1 { work[0].weight } else { 1.0 })
+        });
+        let tokens: usize = reports.iter().map(|r| r.tokens).sum();
+        let loss = (reports.iter().map(|r| r.loss_sum).sum::<f64>() / tokens as f64) as f32;
+        let lr_scale = lr_scale * lr.map_or(1.0, |lr| lr / self.lr);
+
+        self.attachment.check()?;
+        let clock = Instant::now();
+        let outcome =
+            device.run(|| self.optimizer.step(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
+        let update_ms = clock.elapsed().as_secs_f64() * 1e3;
+        let skipped = match outcome {
+            Outcome::Applied(_) => {
+                self.progress.weight_version += 1;
+                None
+            }
+            Outcome::Skipped(why) => Some(why.to_string()),
+        };
+        let finite = |loss: f32| Some(loss).filter(|l| l.is_finite());
+        self.progress.cursor = last.seq;
+        self.progress.step = step;
+        self.progress.examples += work.len() as u64;
+        self.progress.loss = finite(loss).or(self.progress.loss);
+        let result =
+            |(w, r): (&Work, &Report)| ExampleResult { seq: w.seq, loss: finite(r.loss()), tokens: r.tokens as u64 };
+        Ok(FromTrainer::Trained(Trained {
+            step,
+            examples: work.iter().zip(&reports).map(result).collect(),
+            loss: finite(loss),
+            weight_version: self.progress.weight_version,
+            skipped,
+            prefill_ms: timings.prefill_ms,
+            forward_ms: timings.forward_ms,
+            backward_ms: timings.backward_ms,
+            update_ms,
+        }))
+    }
+
+    fn example(&self, work: &Work) -> Result<Example> {
+        let example = Example::new(work.ids.clone(), work.spans.clone());
+        let checked = example.and_then(|e| self.model.check(&e).map(|()| e));
+        checked.with_context(|| format!("example {}", work.id))
+    }
+
+    fn sync(&mut self, reason: &str) -> Result<FromTrainer> {
+        let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref());
+        let optimizer = &self.optimizer;
+        let report = self.checkpoint.sync(
+            &live,
+            &mut |out| optimizer.save(out),
+            self.progress.clone(),
+            &mut |_, _| {},
+        )?;
+        tracing::info!(reason, "{report}");
+        Ok(FromTrainer::Synced(Synced {
+            generation: report.generation,
+            cursor: self.progress.cursor,
+            blocks_total: report.blocks_total,
+            blocks_changed: report.blocks_changed,
+            bytes_written: report.bytes_written,
+            bytes_journal: report.bytes_journal,
+            seconds: report.seconds,
+        }))
+    }
+
+    /// Files first, by the journal; then live weights and optimizer follow them.
+    fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
+        let report = self.checkpoint.rollback(to)?;
+        for (tensor, weight) in self.optimizer.tensors().iter().zip(self.model.weights()) {
+            if tensor.effective_rule() != Rule::Frozen {
+                restore::restore(&self.checkpoint, &tensor.name, weight)?;
+            }
+        }
+        let settings = self.optimizer.settings().clone();
+        self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
+        load_state(&mut self.optimizer, &self.checkpoint)?;
+        // Weights moved once more, so the version goes on rising.
+        let weight_version = self.progress.weight_version + 1;
+        let epoch = self.attachment.epoch().into();
+        self.progress = Progress { weight_version, epoch, ..self.checkpoint.current().progress.clone() };
+        tracing::info!("{report}");
+        Ok(FromTrainer::RolledBack {
+            generation: self.checkpoint.current().generation,
+            cursor: self.progress.cursor,
+        })
+    }
+}
+
+fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartError> {
+    let source = match config.server.attach().context("[server] names no way to the weights")? {
+        Attach::Socket(path) => Source::Socket(path.into()),
+        Attach::Manifest(path) => Source::Manifest(path.into()),
+        Attach::Live(path) => Source::Staged(path.into()),
+    };
+    Attachment::open(&source, &model.decoder.tensors()).map_err(|error| {
+        let absent = match &error {
+            ipc::Error::Io { error, .. } => {
+                matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused)
+            }
+            ipc::Error::Gone(_) => true,
+            _ => false,
+        };
+        if absent { StartError::ServerGone(error.to_string()) } else { StartError::Failed(error.into()) }
+    })
+}
+
+/// The server must serve the directory that sync will write.
+fn same_directory(served: &Path, configured: &Path) -> Result<()> {
+    let real = |path: &Path| path.canonicalize().with_context(|| format!("cannot find {}", path.display()));
+    let (served, configured) = (real(served)?, real(configured)?);
+    if served != configured {
+        bail!(
+            "the server loaded {}, model.dir is {}: point one of them at the other, nothing was written",
+            served.display(),
+            configured.display()
+        );
+    }
+    Ok(())
+}
+
+/// Takes over the optimizer state of the current generation; what there is to say about it.
+fn load_state(optimizer: &mut Optimizer<Cpu>, checkpoint: &Checkpoint) -> Result<Option<String>> {
+    let Some(mut state) = checkpoint.state()? else { return Ok(None) };
+    let restored = optimizer.load(&mut state)?;
+    if restored.reset.is_empty() {
+        return Ok(Some(format!("optimizer state of {} steps restored", restored.steps)));
+    }
+    Ok(Some(format!(
+        "optimizer state of {} steps restored; fresh moments for {} tensors whose rank or rule changed ({}, ...)",
+        restored.steps,
+        restored.reset.len(),
+        restored.reset[0]
+    )))
+}
+
+/// The trained tensors, as sync reads them.
+struct Live<'a> {
+    tensors: Vec<LiveTensor>,
+    weights: Vec<&'a Weight>,
+}
+
+impl<'a> Live<'a> {
+    fn new(model: &'a Model<Cpu>, optimizer: &Optimizer<Cpu>, head_copy: Option<&str>) -> Live<'a> {
+        let mut live = Live { tensors: Vec::new(), weights: Vec::new() };
+        for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
+            if spec.effective_rule() != Rule::Frozen {
+                live.push(&tensor.name, &tensor.shape, weight);
+                if let (Role::Embedding, Some(head)) = (tensor.role, head_copy) {
+                    live.push(head, &tensor.shape, weight);
+                }
+            }
+        }
+        live
+    }
+
+    fn push(&mut self, name: &str, shape: &[usize], weight: &'a Weight) {
+        self.tensors.push(LiveTensor {
+            name: name.into(),
+            dtype: weight.dtype().to_string(),
+            shape: shape.to_vec(),
+            bytes: weight.bytes() as u64,
+        });
+        self.weights.push(weight);
+    }
+}
+
+impl LiveWeights for Live<'_> {
+    fn tensors(&self) -> &[LiveTensor] {
+        &self.tensors
+    }
+    fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
+        self.weights[tensor].read_bytes(offset as usize, buf);
+    }
+}

@@ -1,0 +1,69 @@
+//! From tensors that somebody holds to the weights that `compute` works on.
+
+use anyhow::{Context, Result};
+use compute::Dtype;
+use compute::cpu::Weight;
+use ipc::{Attachment, SafetensorsDir, SharedWeights};
+use model::Config;
+use std::path::Path;
+use std::sync::Arc;
+use weight_map::{HfTensor, View};
+
+/// (rows, cols) of a tensor; a vector is one row.
+pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
+    match *shape {
+        [n] => (1, n),
+        [m, n] => (m, n),
+        _ => unreachable!("a decoder has vectors and matrices"),
+    }
+}
+
+/// The weights of an attached server, in the model's order.
+pub fn attached(attachment: &Arc<Attachment>) -> Vec<Weight> {
+    let tensor = |i| {
+        let live = attachment.tensor(i);
+        let (rows, cols) = matrix_shape(live.shape);
+        // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
+        // that the weight keeps holds the mapping, and nobody makes references into it.
+        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, attachment.clone()) }
+    };
+    (0..attachment.len()).map(tensor).collect()
+}
+
+/// The weights that the embedded engine serves, in the model's order.
+pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
+    let tensor = |i| {
+        let live = weights.tensor(i);
+        let (rows, cols) = matrix_shape(live.shape);
+        // SAFETY: as in `attached`: the Arc holds the shared memory that the tensor lies in.
+        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, weights.clone()) }
+    };
+    (0..weights.len()).map(tensor).collect()
+}
+
+/// A private copy of a model directory's weights, as they are or widened to f32.
+pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
+    let files = SafetensorsDir::open(dir)?;
+    let expected = config.decoder.tensors();
+    let map = weight_map::map(&expected, &files.server_tensors()?, &[])
+        .with_context(|| format!("{} does not hold the model that its config.json describes", dir.display()))?;
+    let server = files.tensors();
+    expected.iter().zip(&map.views).map(|(tensor, view)| load_one(&files, server, tensor, view, widen)).collect()
+}
+
+fn load_one(
+    files: &SafetensorsDir,
+    server: &[ipc::FileTensor],
+    tensor: &HfTensor,
+    view: &View,
+    widen: bool,
+) -> Result<Weight> {
+    let (rows, cols) = matrix_shape(&tensor.shape);
+    let bytes = files.bytes(&server[view.server_tensor].name)?;
+    let weight = Weight::zeros(view.dtype, rows, cols);
+    weight.write_bytes(0, &bytes[..weight.bytes()]);
+    if !widen || view.dtype == Dtype::F32 {
+        return Ok(weight);
+    }
+    Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))
+}

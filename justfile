@@ -1,0 +1,18 @@
+# Short names for what is done often; .ci/run is what must pass.
+default:
+    @just --list
+# the main job, end to end
+demo:
+    cargo run --release -- demo
+# all tests
+test:
+    cargo test --workspace
+# what has to hold before a change lands
+ci:
+    .ci/run
+# one training step by phase, beside the machine's floor
+bench shape="qwen3-0.6b":
+    cargo run --release -- bench step --shape {{shape}} --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5
+# licences and advisories of the dependencies
+deny:
+    cargo deny check
