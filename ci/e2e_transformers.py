@@ -74,8 +74,7 @@ live = {json.dumps(str(live))}
 [http]
 listen = "127.0.0.1:{port}"
 [train]
-lr = 1e-3
-rank = 64
+lr = 2e-4
 [sync]
 schedule = "0 0 1 1 *"    # only when this test asks
 on_shutdown = false
@@ -99,7 +98,7 @@ class Daemon:
         """Post the same example `count` times. Returns their ids."""
         example = {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
         status, body = http(f"{self.base}/v1/examples", [example] * count)
-        ids = body.get("ids") if isinstance(body, dict) else None
+        ids = [accepted["id"] for accepted in body["accepted"]] if isinstance(body, dict) and "accepted" in body else None
         if status != 202 or not ids or len(ids) != count:
             raise Failed(f"POST /v1/examples of {count} examples answered {status}: {body}")
         return ids

@@ -238,7 +238,7 @@ fn wait_for_sync(daemon: &Process) -> Result<()> {
     })?;
     println!(
         "synced    generation {} by schedule: {} of {} blocks, {} bytes in place",
-        last["generation"], last["blocks_changed"], last["blocks_total"], last["bytes_written"]
+        last["generation"], last["blocks_changed"], last["blocks_total"], last["written_bytes"]
     );
     Ok(())
 }

@@ -265,7 +265,13 @@ mod tests {
         let train = ToTrainer::Train {
             step: 7,
             lr: Some(1e-5),
-            examples: vec![Work { seq: 9, id: "a\nb".into(), ids: vec![1, 2, 3], spans: vec![1..3], weight: 0.5 }],
+            examples: vec![Work {
+                seq: 9,
+                id: "a\nb".into(),
+                ids: vec![1, 2, 3],
+                spans: vec![1..2, 2..3],
+                weight: 0.5,
+            }],
         };
         let mut bytes = Vec::new();
         send(&mut bytes, &train).unwrap();

@@ -80,11 +80,8 @@ impl Schedule {
         // Vixie cron ORs day of month and weekday only when neither begins with a star; croner ORs `*/2` too.
         let stepped_star = |field: &str| field.starts_with('*') && field != "*";
         let both = !nickname && (stepped_star(fields[2]) || stepped_star(fields[4]));
-        let parser = CronParser::builder()
-            .seconds(Seconds::Disallowed)
-            .year(Year::Disallowed)
-            .dom_and_dow(both)
-            .build();
+        let parser =
+            CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).dom_and_dow(both).build();
         let cron = parser.parse(text).map_err(|source| ScheduleError::Field { text: text.into(), source })?;
         let schedule = Self { times: Times::Cron(Box::new(cron)), zone };
         match schedule.next_after(DateTime::UNIX_EPOCH + chrono::Duration::days(20_000)) {

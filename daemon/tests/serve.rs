@@ -38,8 +38,10 @@ impl Daemon {
         }
         command.arg("--set").arg(format!("model.dir={}", dir.path().display()));
         command.env("FAKE_TRAINER", dir.path()).stderr(Stdio::inherit());
-        let process = command.spawn().unwrap();
         let address = dir.path().join(".apollod/address");
+        // A killed daemon leaves its own.
+        let _ = std::fs::remove_file(&address);
+        let process = command.spawn().unwrap();
         let mut daemon = Self { dir, process, url: String::new() };
         daemon.until("an address", || std::fs::read_to_string(&address).is_ok_and(|url| url.ends_with('\n')));
         daemon.url = std::fs::read_to_string(&address).unwrap().trim().to_owned();
@@ -274,7 +276,8 @@ fn ready_is_503_while_there_is_no_server() {
 #[test]
 fn a_job_of_the_earlier_system_cycles_through_its_samples() {
     let daemon = Daemon::start(&["train.batch_examples=4"]);
-    let samples = json!([{"input": "a", "expected_output": "b", "rationale": "because"}, {"input": "c", "expected_output": "d"}]);
+    let samples =
+        json!([{"input": "a", "expected_output": "b", "rationale": "because"}, {"input": "c", "expected_output": "d"}]);
     let config = json!({"learning_rate": 1e-4, "max_steps": 5});
     let answer = daemon.post("/train", &json!({"training_data": {"samples": samples, "config": config}}));
     assert_eq!(answer.status, 202, "{}", answer.body);
@@ -294,7 +297,8 @@ fn a_job_of_the_earlier_system_cycles_through_its_samples() {
     let bad = json!({"training_data": {"samples": [{"input": "a", "expected_output": ""}]}});
     let answer = daemon.post("/train", &bad);
     assert!(is_problem(&answer, 400) && answer.body["field"] == "training_data.samples[0]", "{}", answer.body);
-    let bad = json!({"training_data": {"samples": [{"input": "a", "expected_output": "b"}], "config": {"max_steps": 0}}});
+    let bad =
+        json!({"training_data": {"samples": [{"input": "a", "expected_output": "b"}], "config": {"max_steps": 0}}});
     assert!(is_problem(&daemon.post("/train", &bad), 400));
     assert!(is_problem(&daemon.get("/status/unknown"), 404));
     assert_eq!(daemon.get("/checkpoints").status, 200);
@@ -345,7 +349,8 @@ fn a_killed_daemon_takes_its_trainer_with_it_and_loses_nothing() {
 fn a_second_daemon_on_the_same_model_is_refused() {
     let daemon = Daemon::start(&[]);
     let dir = format!("model.dir={}", daemon.dir.path().display());
-    let output = apollod(&["serve", "--set", &dir, "--set", "server.live=/x", "--set", "http.listen=127.0.0.1:0"]).output();
+    let output =
+        apollod(&["serve", "--set", &dir, "--set", "server.live=/x", "--set", "http.listen=127.0.0.1:0"]).output();
     let output = output.unwrap();
     assert!(!output.status.success());
     let stderr = String::from_utf8_lossy(&output.stderr);
@@ -368,9 +373,13 @@ fn the_command_line_trains_a_file_and_reports_bad_lines_and_status() {
     assert!(stdout.starts_with("apollod ") && stdout.contains("2 trained"), "{stdout}");
     let json: Value = serde_json::from_slice(&daemon.cli(&["status", "--json"]).stdout).unwrap();
     assert_eq!(json["queue"]["trained"], 2);
-    let output = daemon.cli(&["checkpoint", "sync", daemon.dir.path().to_str().unwrap()]);
-    let stdout = String::from_utf8_lossy(&output.stdout);
+    // The directory knows its daemon's address.
+    let sync = || apollod(&["checkpoint", "sync", daemon.dir.path().to_str().unwrap()]).output().unwrap();
+    let stdout = String::from_utf8_lossy(&sync().stdout).into_owned();
     assert!(stdout.starts_with("generation 1: 3 of 10 blocks changed"), "{stdout}");
+    let other = tempfile::tempdir().unwrap();
+    let output = apollod(&["checkpoint", "sync", other.path().to_str().unwrap()]).output().unwrap();
+    assert!(String::from_utf8_lossy(&output.stderr).contains("no daemon runs on"));
 }
 
 #[test]

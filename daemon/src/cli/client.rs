@@ -1,14 +1,12 @@
 //! Talking to a running daemon.
 
+use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::Value;
 use ureq::Agent;
-
-/// Name of the file in `MODEL/.apollod` that says where a running daemon listens.
-pub const ADDRESS_FILE: &str = "address";
 
 /// Which daemon.
 #[derive(Debug, Clone, Args)]
@@ -64,11 +62,14 @@ impl Client {
         Self { agent, url: args.url.trim_end_matches('/').to_owned(), api_key: args.api_key.clone() }
     }
 
-    /// A client of the daemon that runs on a model directory, if one answers there.
+    /// A client of the daemon that runs on a model directory; `None` when none does.
     pub fn of_model(model: &Path, args: &ClientArgs) -> Option<Self> {
+        let lock = File::open(lock_file(model)).ok()?;
+        if !matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+            return None;
+        }
         let url = std::fs::read_to_string(address_file(model)).ok()?;
-        let client = Self::new(&ClientArgs { url: url.trim().to_owned(), ..args.clone() });
-        client.get("/health").ok().filter(|answer| answer.status == 200).map(|_| client)
+        Some(Self::new(&ClientArgs { url: url.trim().to_owned(), ..args.clone() }))
     }
 
     /// `GET path`
@@ -112,7 +113,12 @@ impl Client {
     }
 }
 
-/// Where a daemon on this model directory says its address.
+/// Where the daemon on this model directory says its address.
 pub fn address_file(model: &Path) -> PathBuf {
-    model.join(".apollod").join(ADDRESS_FILE)
+    model.join(".apollod/address")
+}
+
+/// What the daemon on this model directory keeps locked while it runs.
+pub fn lock_file(model: &Path) -> PathBuf {
+    model.join(".apollod/serve.lock")
 }

@@ -24,14 +24,19 @@ use crate::config::{Config, Sources};
 
 /// apollod: a daemon that makes a language model learn while it is being served.
 #[derive(Debug, Parser)]
-#[command(name = "apollod", version, about, after_help = "\
+#[command(
+    name = "apollod",
+    version,
+    about,
+    after_help = "\
 Examples:
   apollod demo                              see it work, here and now
   apollod stage ./model /dev/shm/live       make the live copy that a server maps
   apollod serve --config apollod.toml       train it while it is served
   apollod train examples.jsonl              post examples and watch them being learned
   apollod status                            what the daemon is doing
-  apollod checkpoint sync ./model           write the live weights into the model directory now")]
+  apollod checkpoint sync ./model           write the live weights into the model directory now"
+)]
 pub struct Cli {
     /// What logs on stderr look like. APOLLOD_LOG says how much: error, warn, info (default), debug.
     #[arg(long, global = true, env = "APOLLOD_LOG_FORMAT", default_value = "text")]

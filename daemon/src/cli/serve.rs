@@ -46,7 +46,9 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
     let config = args.config.load()?;
     let state_dir = config.state_dir();
     std::fs::create_dir_all(&state_dir).with_context(|| format!("cannot create {}", state_dir.display()))?;
-    let _lock = lock(&state_dir.join("serve.lock"))?;
+    let _lock = lock(&client::lock_file(&config.model.dir))?;
+    // Left by a daemon that was killed; with the lock held, an address that is there is this daemon's.
+    let _ = std::fs::remove_file(client::address_file(&config.model.dir));
 
     let templates = Templates::load(&config.model.dir, config.train.max_tokens)?;
     let queue = Arc::new(Queue::open(&config.queue_path(), config.queue.capacity)?);

@@ -143,9 +143,8 @@ fn report_refused(body: &Value, first_line: usize) -> u64 {
 }
 
 fn watch(client: &Client, ids: &[String]) -> Result<Tally> {
-    let bar = ProgressBar::new(ids.len() as u64).with_style(
-        ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} eta {eta}").expect("a valid template"),
-    );
+    let bar = ProgressBar::new(ids.len() as u64)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} eta {eta}").expect("a valid template"));
     let mut tally = Tally::default();
     for id in ids {
         let record = wait_for(client, id)?;

@@ -30,8 +30,7 @@ fn the_example_file_loads_with_its_commented_keys_too() {
     let mut commented = 0;
     for (number, line) in TEXT.lines().enumerate().filter(|(_, line)| is_key(line)) {
         commented += 1;
-        let section =
-            TEXT.lines().take(number).filter_map(|l| l.strip_prefix('[')?.strip_suffix(']')).last().unwrap();
+        let section = TEXT.lines().take(number).filter_map(|l| l.strip_prefix('[')?.strip_suffix(']')).last().unwrap();
         assert!(keys.contains(&section));
         let document = format!("[{section}]\n{}\n", line.trim_start_matches("# "));
         toml::from_str::<Config>(&document).unwrap_or_else(|error| panic!("line {}: {error}", number + 1));

@@ -171,7 +171,7 @@ fn check_keys(document: &DeTable<'_>, at: &dyn Fn(usize) -> String) -> Result<()
             let DeValue::Array(entries) = value.get_ref() else { continue };
             for entry in entries.iter().filter_map(|entry| entry.get_ref().as_table()) {
                 let known = fields_of::<TensorRule>();
-                for key in entry.keys().filter(|key| !known.contains(&key.get_ref().as_ref())) {
+                if let Some(key) = entry.keys().find(|key| !known.contains(&key.get_ref().as_ref())) {
                     let shown = format!("{name}.{key_name}.{}", key.get_ref());
                     return Err(unknown(at(key.span().start), key.get_ref(), &shown, known));
                 }
@@ -216,13 +216,7 @@ fn similarity(a: &str, b: &str) -> f64 {
 }
 
 /// Puts one value into the merged table, read as TOML where that fits the key's type and as a string otherwise.
-fn set(
-    merged: &mut toml::Table,
-    origin: &str,
-    section: &str,
-    key: &str,
-    text: &str,
-) -> Result<(), ConfigError> {
+fn set(merged: &mut toml::Table, origin: &str, section: &str, key: &str, text: &str) -> Result<(), ConfigError> {
     let Some(known) = keys_of(section) else {
         return Err(unknown(origin.into(), section, &format!("[{section}]"), fields_of::<Config>()));
     };

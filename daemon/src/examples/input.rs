@@ -10,8 +10,17 @@ const TAGS_MAX: usize = 64;
 const LABEL_CHARS_MAX: usize = 1000;
 
 const FIELDS: [&str; 11] = [
-    "messages", "tools", "context", "decision", "append_eos", "context_ids", "decision_ids", "weight", "priority",
-    "tags", "source",
+    "messages",
+    "tools",
+    "context",
+    "decision",
+    "append_eos",
+    "context_ids",
+    "decision_ids",
+    "weight",
+    "priority",
+    "tags",
+    "source",
 ];
 
 /// One example as posted.

@@ -35,13 +35,6 @@ pub struct Prepared {
     pub spans: Vec<Range<usize>>,
 }
 
-impl Prepared {
-    /// Number of decision tokens.
-    pub fn decision_tokens(&self) -> usize {
-        self.spans.iter().map(ExactSizeIterator::len).sum()
-    }
-}
-
 /// Why an example was not taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, thiserror::Error)]
 #[error("{}{reason}", field.as_ref().map(|field| format!("{field}: ")).unwrap_or_default())]
@@ -143,11 +136,6 @@ impl Templates {
         self.tokens.encode(text, true)
     }
 
-    /// The text of tokens, special ones left out.
-    pub fn decode(&self, ids: &[u32]) -> String {
-        self.tokens.decode(ids)
-    }
-
     /// An incremental decoder: text comes out as soon as it is whole characters.
     pub fn decoder(&self) -> Decoder<'_> {
         self.tokens.decoder()
@@ -219,16 +207,16 @@ mod tests {
     fn text_is_context_then_decision_then_end_of_sequence() {
         let (_dir, templates) = templates(100);
         let (_, prepared) = templates.prepare(&json!({"context": "2+2=", "decision": "4"})).unwrap();
-        assert_eq!(templates.decode(&prepared.ids[..4]), "2+2=");
+        assert_eq!(templates.tokens.decode_all(&prepared.ids[..4]), "2+2=");
         assert_eq!(prepared.ids[4..], [u32::from(b'4'), IM_END]);
-        assert_eq!(prepared.spans, [4..6]);
+        assert_eq!(prepared.spans, Vec::from_iter(Some(4..6)));
     }
 
     #[test]
     fn append_eos_false_leaves_the_end_of_sequence_out() {
         let (_dir, templates) = templates(100);
         let posted = json!({"context": "2+2=", "decision": "4", "append_eos": false});
-        assert_eq!(templates.prepare(&posted).unwrap().1.spans, [4..5]);
+        assert_eq!(templates.prepare(&posted).unwrap().1.spans, Vec::from_iter(Some(4..5)));
     }
 
     #[test]
@@ -271,6 +259,6 @@ mod tests {
         let ids = templates.encode("aß").unwrap();
         let pieces: Vec<Option<String>> = ids.iter().map(|&id| decoder.step(id)).collect();
         assert_eq!(pieces, [Some("a".into()), None, Some("ß".into())]);
-        assert_eq!(templates.decode(&ids), "aß");
+        assert_eq!(templates.tokens.decode_all(&ids), "aß");
     }
 }

@@ -14,8 +14,8 @@ use serde::Serialize;
 use serde_json::Value;
 use serde_json::ser::{Formatter, PrettyFormatter};
 
-use super::tokens::{read_json, token_text};
 use super::TextError;
+use super::tokens::{read_json, token_text};
 
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
@@ -190,8 +190,11 @@ mod tests {
     }
 
     fn render(text: &str, messages: Value) -> Result<String, String> {
-        template(json!({"chat_template": text, "bos_token": {"content": "<s>"}, "eos_token": "</s>"}))
-            .render(messages.as_array().unwrap(), None, false)
+        template(json!({"chat_template": text, "bos_token": {"content": "<s>"}, "eos_token": "</s>"})).render(
+            messages.as_array().unwrap(),
+            None,
+            false,
+        )
     }
 
     #[test]

@@ -59,11 +59,6 @@ impl Tokens {
         }
     }
 
-    /// Text without special tokens.
-    pub(super) fn decode(&self, ids: &[u32]) -> String {
-        self.tokenizer.decode(ids, true).unwrap_or_default()
-    }
-
     /// Text with special tokens, for messages.
     pub(super) fn decode_all(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, false).unwrap_or_default()

@@ -74,10 +74,10 @@ mod tests {
     #[test]
     fn an_object_an_array_and_lines_are_told_apart() {
         let (a, b) = (Some(json!({"a": 1})), Some(json!({"b": 2})));
-        assert_eq!(values(None, "{\"a\":\n1}"), [a.clone()]);
+        assert_eq!(values(None, "{\"a\":\n1}"), vec![a.clone()]);
         assert_eq!(values(Some("application/json"), r#"[{"a": 1}, {"b": 2}]"#), [a.clone(), b.clone()]);
         assert_eq!(values(None, "{\"a\":1}\n\n{\"b\":2}\n"), [a.clone(), b.clone()]);
-        assert_eq!(values(Some("application/x-ndjson"), "{\"a\":1}"), [a.clone()]);
+        assert_eq!(values(Some("application/x-ndjson"), "{\"a\":1}"), vec![a]);
         assert_eq!(values(Some("application/jsonl; charset=utf-8"), "oops\n{\"b\":2}"), [None, b]);
     }
 

@@ -69,11 +69,12 @@ pub async fn train(
         let job = new_id();
         let of_job = |example: &NewExample| NewExample { lr, job: Some(job.clone()), ..example.clone() };
         let examples: Vec<NewExample> = prepared.iter().cycle().take(steps as usize).map(of_job).collect();
-        let rationale = match (samples.iter().any(|sample| sample.rationale.is_some()), app.templates.renders_reasoning()) {
-            (false, _) => "none given",
-            (true, true) => "learned as reasoning before the answer",
-            (true, false) => "left out: the model's template has no place for reasoning",
-        };
+        let rationale =
+            match (samples.iter().any(|sample| sample.rationale.is_some()), app.templates.renders_reasoning()) {
+                (false, _) => "none given",
+                (true, true) => "learned as reasoning before the answer",
+                (true, false) => "left out: the model's template has no place for reasoning",
+            };
         let answer = json!({ "job_id": job, "status": "queued", "max_steps": steps, "rationale": rationale });
         let added = app.queue.add(&examples, idempotency.as_ref(), |_| (202, answer.to_string()));
         match added.map_err(|error| full(error, &app.supervisor.status()))? {
@@ -99,7 +100,8 @@ pub async fn status(State(app): State<App>, Path(job): Path<String>) -> Result<J
         return Err(Problem::new(404, "unknown-job", format!("no job {job:?}, or it finished long ago")));
     }
     let done: Vec<&Record> = records.iter().filter(|record| record.state.is_final()).collect();
-    let losses: Vec<Option<f32>> = done.iter().filter(|record| record.seq.is_some()).map(|record| record.loss).collect();
+    let losses: Vec<Option<f32>> =
+        done.iter().filter(|record| record.seq.is_some()).map(|record| record.loss).collect();
     let failed = done.iter().find(|record| matches!(record.state, ExampleState::Failed | ExampleState::Refused));
     let state = match (done.len() == records.len(), failed.is_some(), records.iter().any(|r| r.seq.is_some())) {
         (true, true, _) => "failed",

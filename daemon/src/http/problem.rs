@@ -8,9 +8,12 @@ use serde_json::{Map, Value, json};
 use crate::queue::QueueError;
 use crate::supervisor::ControlError;
 
-/// An error as the client sees it.
+/// An error as the client sees it. Boxed, because it travels in the error side of many results.
 #[derive(Debug, Clone)]
-pub struct Problem {
+pub struct Problem(Box<Document>);
+
+#[derive(Debug, Clone)]
+struct Document {
     status: StatusCode,
     kind: &'static str,
     detail: String,
@@ -21,49 +24,50 @@ pub struct Problem {
 impl Problem {
     /// A problem with an HTTP status, a kind (the last part of its `type`) and what is wrong this time.
     pub fn new(status: u16, kind: &'static str, detail: impl Into<String>) -> Self {
-        Self {
+        Self(Box::new(Document {
             status: StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR),
             kind,
             detail: detail.into(),
             members: Map::new(),
             headers: Vec::new(),
-        }
+        }))
     }
 
     /// Adds a member of our own, such as the refused examples.
     pub fn with(mut self, name: &str, value: Value) -> Self {
-        self.members.insert(name.into(), value);
+        self.0.members.insert(name.into(), value);
         self
     }
 
     /// Says when to try again.
     pub fn retry_after(mut self, seconds: u64) -> Self {
-        self.headers.push((header::RETRY_AFTER, HeaderValue::from(seconds)));
+        self.0.headers.push((header::RETRY_AFTER, HeaderValue::from(seconds)));
         self
     }
 
     /// Adds a header.
     pub fn header(mut self, name: HeaderName, value: &'static str) -> Self {
-        self.headers.push((name, HeaderValue::from_static(value)));
+        self.0.headers.push((name, HeaderValue::from_static(value)));
         self
     }
 }
 
 impl IntoResponse for Problem {
     fn into_response(self) -> Response {
+        let Document { status, kind, detail, members, headers: more_headers } = *self.0;
         let mut document = json!({
-            "type": format!("urn:apollod:problem:{}", self.kind),
-            "title": self.status.canonical_reason().unwrap_or("error"),
-            "status": self.status.as_u16(),
-            "detail": self.detail,
+            "type": format!("urn:apollod:problem:{kind}"),
+            "title": status.canonical_reason().unwrap_or("error"),
+            "status": status.as_u16(),
+            "detail": detail,
         });
         if let Value::Object(object) = &mut document {
-            object.extend(self.members);
+            object.extend(members);
         }
-        let mut response = (self.status, document.to_string()).into_response();
+        let mut response = (status, document.to_string()).into_response();
         let headers = response.headers_mut();
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
-        headers.extend(self.headers);
+        headers.extend(more_headers);
         response
     }
 }

@@ -110,7 +110,10 @@ fn a_record_says_what_came_of_an_example() {
     queue.record_trained(&[result], 1, Some("loss is not finite")).unwrap();
 
     let record = queue.get(&ids[0]).unwrap().unwrap();
-    assert_eq!((record.state, record.loss, record.step, record.weight_version), (State::Trained, Some(0.5), Some(1), Some(1)));
+    assert_eq!(
+        (record.state, record.loss, record.step, record.weight_version),
+        (State::Trained, Some(0.5), Some(1), Some(1))
+    );
     assert_eq!((record.tokens, record.decision_tokens, record.tags), (3, 2, vec!["t".to_owned()]));
     assert!(!record.in_files);
     let record = queue.get(&ids[1]).unwrap().unwrap();
@@ -141,7 +144,9 @@ fn the_same_key_with_the_same_body_gives_the_same_answer_and_adds_nothing() {
     assert_eq!(queue.add(&[example(1)], Some(&key(1)), answer).unwrap(), Added::Before(202, ids[0].clone()));
     assert_eq!(queue.before(&key(1)).unwrap(), Some(Added::Before(202, ids[0].clone())));
     assert_eq!(queue.counts().unwrap()[0], (State::Queued, 1));
-    assert!(matches!(queue.add(&[example(1)], Some(&key(2)), answer).unwrap_err(), QueueError::KeyReused(k) if k == "k"));
+    assert!(
+        matches!(queue.add(&[example(1)], Some(&key(2)), answer).unwrap_err(), QueueError::KeyReused(k) if k == "k")
+    );
     assert!(matches!(queue.before(&key(2)).unwrap_err(), QueueError::KeyReused(_)));
 }
 
@@ -155,10 +160,7 @@ fn a_batch_shares_its_lr_and_a_jobs_example_is_alone() {
     while let Some(batch) = queue.take(4).unwrap() {
         batches.push((batch.lr, firsts(&batch)));
     }
-    assert_eq!(
-        batches,
-        [(None, vec![1, 2]), (Some(0.5), vec![3]), (None, vec![4]), (None, vec![5]), (None, vec![6])]
-    );
+    assert_eq!(batches, [(None, vec![1, 2]), (Some(0.5), vec![3]), (None, vec![4]), (None, vec![5]), (None, vec![6])]);
     assert_eq!(queue.job("j").unwrap().iter().map(|record| record.step).collect::<Vec<_>>(), [Some(3), Some(4)]);
 }
 

@@ -12,6 +12,7 @@
 //!   what they ask for). A scheduled sync that was missed, however often, happens once.
 //! - On shutdown the step in flight is finished, then one sync is made if anything was trained since the last.
 
+mod answers;
 mod child;
 mod run;
 mod status;

@@ -5,10 +5,9 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 
-use super::child::{Child, Output};
-use super::status::{LOSSES_KEPT, LastSync, StepLoss, Timings};
-use super::{ControlError, DEATHS_MAX, Event, FAILURES_MAX, Options, Reply, State, Status};
-use crate::protocol::{FromTrainer, Ready, Request, Synced, ToTrainer, Trained};
+use super::child::Child;
+use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
+use crate::protocol::{Synced, ToTrainer};
 use crate::queue::{Batch, Queue, QueueError};
 
 /// Longest wait between two restarts.
@@ -19,7 +18,7 @@ const SLEEP_MAX: Duration = Duration::from_secs(15);
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
 /// The request that waits for its answer.
-enum InFlight {
+pub(super) enum InFlight {
     Train { batch: Batch, started: Instant },
     Sync { reason: String, waiting: Vec<Reply<Synced>> },
     Rollback { reply: Reply<(u64, u64)> },
@@ -27,10 +26,10 @@ enum InFlight {
 }
 
 /// A child with what is known of it.
-struct Attached {
+pub(super) struct Attached {
     child: Child,
     number: u64,
-    ready: bool,
+    pub(super) ready: bool,
 }
 
 /// A sync that was asked for and not yet sent.
@@ -41,28 +40,28 @@ struct WantedSync {
 }
 
 pub(super) struct Supervisor {
-    options: Options,
-    queue: Arc<Queue>,
+    pub(super) options: Options,
+    pub(super) queue: Arc<Queue>,
     events: mpsc::Sender<Event>,
     status: Arc<Mutex<Status>>,
-    attached: Option<Attached>,
+    pub(super) attached: Option<Attached>,
     children: u64,
     spawn_at: Instant,
     /// Without a child: why, and whether a server is waited for.
-    absent: Option<(State, String)>,
-    in_flight: Option<InFlight>,
+    pub(super) absent: Option<(State, String)>,
+    pub(super) in_flight: Option<InFlight>,
     wanted_sync: Option<WantedSync>,
     wanted_rollback: Option<(u64, Reply<(u64, u64)>)>,
-    paused: Option<String>,
-    stopping: bool,
+    pub(super) paused: Option<String>,
+    pub(super) stopping: bool,
     /// Steps after this cursor are trained again before new ones; `None` once there are none.
-    replay_from: Option<u64>,
+    pub(super) replay_from: Option<u64>,
     /// Whether anything was trained since the last sync.
-    unsynced: bool,
-    next_sync: Option<DateTime<Utc>>,
-    deaths_in_a_row: u32,
-    deaths_of_step: (u64, u32),
-    failures_in_a_row: u32,
+    pub(super) unsynced: bool,
+    pub(super) next_sync: Option<DateTime<Utc>>,
+    pub(super) deaths_in_a_row: u32,
+    pub(super) deaths_of_step: (u64, u32),
+    pub(super) failures_in_a_row: u32,
 }
 
 impl Supervisor {
@@ -270,199 +269,13 @@ impl Supervisor {
         }
     }
 
-    /// Takes in what the child says. Every request gets exactly one answer; anything else is a broken trainer.
-    fn hear(&mut self, output: Output) -> Result<(), QueueError> {
-        let message = match output {
-            Output::Message(message) => message,
-            Output::Nonsense(error) => {
-                self.kill_child(error.to_string());
-                return Ok(());
-            }
-            Output::Closed => {
-                let stopped = self.stopping && matches!(self.in_flight, None | Some(InFlight::Shutdown));
-                self.lose_child(if stopped { State::Stopping } else { State::Failed }, String::new());
-                return Ok(());
-            }
-        };
-        match (message, self.in_flight.take()) {
-            (FromTrainer::Ready(ready), None) => self.on_ready(ready),
-            (FromTrainer::Trained(trained), Some(InFlight::Train { batch, started })) => {
-                self.on_trained(trained, batch, started)
-            }
-            (FromTrainer::Synced(synced), Some(InFlight::Sync { reason, waiting })) => {
-                self.on_synced(reason, waiting, synced)
-            }
-            (FromTrainer::Synced(synced), Some(InFlight::Shutdown)) => {
-                self.in_flight = Some(InFlight::Shutdown);
-                self.on_synced("shutdown".into(), Vec::new(), synced)
-            }
-            (FromTrainer::RolledBack { generation, cursor }, Some(InFlight::Rollback { reply })) => {
-                self.on_rolled_back(generation, cursor, reply)
-            }
-            (FromTrainer::ServerGone { reason }, in_flight) => {
-                self.in_flight = in_flight;
-                tracing::warn!("the inference server is gone: {reason}");
-                self.lose_child(State::WaitingForServer, reason);
-                Ok(())
-            }
-            (FromTrainer::Failed { request, reason }, in_flight) => self.on_failed(request, reason, in_flight),
-            (message, in_flight) => {
-                self.in_flight = in_flight;
-                self.kill_child(format!("it broke the protocol with an answer out of turn: {message:?}"));
-                Ok(())
-            }
-        }
-    }
-
-    fn on_ready(&mut self, ready: Ready) -> Result<(), QueueError> {
-        let rolled_back = self.queue.reconcile(ready.generation, ready.cursor, ready.step)?;
-        if rolled_back > 0 {
-            tracing::warn!(
-                "the files are at generation {}, cursor {}: behind what was synced before. {rolled_back} later examples \
-                 count as rolled back and are not trained again",
-                ready.generation,
-                ready.cursor
-            );
-        }
-        self.replay_from = Some(ready.cursor);
-        (self.unsynced, self.absent) = (false, None);
-        if let Some(attached) = &mut self.attached {
-            attached.ready = true;
-        }
-        tracing::info!(
-            "trainer ready: generation {}, cursor {}, step {}{}{}",
-            ready.generation,
-            ready.cursor,
-            ready.step,
-            if ready.recovery.is_empty() { "" } else { "; " },
-            ready.recovery
-        );
-        self.update(|status| {
-            status.epoch = Some(ready.epoch);
-            status.server_pid = ready.server_pid;
-            status.weight_version = ready.weight_version;
-            (status.generation, status.cursor, status.step) = (ready.generation, ready.cursor, ready.step);
-            (status.parameters, status.trainable) = (ready.parameters, ready.trainable);
-            status.recovery = ready.recovery;
-        });
-        Ok(())
-    }
-
-    fn on_trained(&mut self, trained: Trained, batch: Batch, started: Instant) -> Result<(), QueueError> {
-        let sent: Vec<u64> = batch.examples.iter().map(|example| example.seq).collect();
-        let answered: Vec<u64> = trained.examples.iter().map(|example| example.seq).collect();
-        if trained.step != batch.step || answered != sent {
-            let reason = format!("it answered step {} {answered:?} to step {} {sent:?}", trained.step, batch.step);
-            self.in_flight = Some(InFlight::Train { batch, started });
-            self.kill_child(reason);
-            return Ok(());
-        }
-        self.queue.record_trained(&trained.examples, trained.weight_version, trained.skipped.as_deref())?;
-        self.unsynced = true;
-        self.replay_from = self.replay_from.and(sent.last().copied());
-        (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
-        let timings = Timings {
-            prefill_ms: trained.prefill_ms,
-            forward_ms: trained.forward_ms,
-            backward_ms: trained.backward_ms,
-            update_ms: trained.update_ms,
-            total_ms: started.elapsed().as_secs_f64() * 1e3,
-        };
-        tracing::info!(
-            "step {}: loss {}, {:.1} ms{}",
-            trained.step,
-            trained.loss.map_or_else(|| "not finite".into(), |loss| format!("{loss:.4}")),
-            timings.total_ms,
-            trained.skipped.as_ref().map(|why| format!("; skipped: {why}")).unwrap_or_default()
-        );
-        self.update(|status| {
-            (status.step, status.weight_version, status.timings) = (trained.step, trained.weight_version, Some(timings));
-            status.last_losses.push_back(StepLoss { step: trained.step, loss: trained.loss, skipped: trained.skipped });
-            while status.last_losses.len() > LOSSES_KEPT {
-                status.last_losses.pop_front();
-            }
-        });
-        Ok(())
-    }
-
-    fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) -> Result<(), QueueError> {
-        self.queue.record_synced(synced.cursor)?;
-        (self.unsynced, self.deaths_in_a_row) = (false, 0);
-        self.next_sync = self.options.schedule.next_after(Utc::now());
-        tracing::info!(
-            "sync ({reason}): generation {}, {} of {} blocks, {:.2} s",
-            synced.generation,
-            synced.blocks_changed,
-            synced.blocks_total,
-            synced.seconds
-        );
-        self.update(|status| {
-            (status.generation, status.cursor) = (synced.generation, synced.cursor);
-            status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
-        });
-        waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
-        Ok(())
-    }
-
-    fn on_rolled_back(&mut self, generation: u64, cursor: u64, reply: Reply<(u64, u64)>) -> Result<(), QueueError> {
-        let taken_back = self.queue.record_rolled_back(generation, cursor)?;
-        tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
-        (self.unsynced, self.replay_from) = (false, None);
-        self.update(|status| (status.generation, status.cursor) = (generation, cursor));
-        answer(Some(reply), Ok((generation, cursor)));
-        Ok(())
-    }
-
-    fn on_failed(
-        &mut self,
-        request: Request,
-        reason: String,
-        in_flight: Option<InFlight>,
-    ) -> Result<(), QueueError> {
-        tracing::error!("{request} failed: {reason}");
-        match (request, in_flight) {
-            (Request::Start, None) => self.lose_child(State::Failed, reason),
-            (Request::Train, Some(InFlight::Train { batch, .. })) => {
-                self.queue.record_failed(batch.step, &reason)?;
-                self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));
-                self.failures_in_a_row += 1;
-                if self.failures_in_a_row >= FAILURES_MAX {
-                    self.paused = Some(format!(
-                        "{FAILURES_MAX} steps failed in a row, the last because: {reason}; resume when that is mended"
-                    ));
-                }
-            }
-            (Request::Sync, Some(InFlight::Sync { reason: why, waiting })) => self.on_sync_failed(why, waiting, reason),
-            (Request::Shutdown | Request::Sync, Some(InFlight::Shutdown)) => {
-                self.in_flight = Some(InFlight::Shutdown);
-                self.on_sync_failed("shutdown".into(), Vec::new(), reason);
-            }
-            (Request::Rollback, Some(InFlight::Rollback { reply })) => {
-                answer(Some(reply), Err(ControlError::Failed(reason)));
-            }
-            (_, in_flight) => {
-                self.in_flight = in_flight;
-                self.kill_child(format!("it says that {request} failed, which was not asked: {reason}"));
-            }
-        }
-        Ok(())
-    }
-
-    fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String) {
-        self.next_sync = self.options.schedule.next_after(Utc::now());
-        self.update(|status| {
-            status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
-        });
-        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Failed(reason.clone()))));
-    }
-
     /// Kills a child that can no longer be trusted, at once: it may be writing to the weights.
-    fn kill_child(&mut self, reason: String) {
+    pub(super) fn kill_child(&mut self, reason: String) {
         self.lose_child_within(Duration::ZERO, State::Failed, reason);
     }
 
     /// Ends the child, or takes note of its end, and plans the next one. An empty reason stands for how it ended.
-    fn lose_child(&mut self, state: State, reason: String) {
+    pub(super) fn lose_child(&mut self, state: State, reason: String) {
         self.lose_child_within(END_PATIENCE, state, reason);
     }
 
@@ -573,18 +386,18 @@ impl Supervisor {
         });
     }
 
-    fn update(&self, change: impl FnOnce(&mut Status)) {
+    pub(super) fn update(&self, change: impl FnOnce(&mut Status)) {
         change(&mut self.status.lock().unwrap_or_else(PoisonError::into_inner));
     }
 }
 
-fn answer<T>(reply: Option<Reply<T>>, outcome: Result<T, ControlError>) {
+pub(super) fn answer<T>(reply: Option<Reply<T>>, outcome: Result<T, ControlError>) {
     if let Some(reply) = reply {
         // Whoever asked may have gone; the outcome is in the status too.
         let _ = reply.send(outcome);
     }
 }
 
-fn now() -> String {
+pub(super) fn now() -> String {
     Utc::now().to_rfc3339_opts(SecondsFormat::Millis, true)
 }

@@ -193,7 +193,11 @@ impl fmt::Display for Status {
             .take(8)
             .map(|step| step.loss.map_or_else(|| "not finite".into(), |loss| format!("{loss:.4}")))
             .collect();
-        writeln!(f, "  losses      {} (newest first)", if losses.is_empty() { "none".into() } else { losses.join(" ") })?;
+        writeln!(
+            f,
+            "  losses      {} (newest first)",
+            if losses.is_empty() { "none".into() } else { losses.join(" ") }
+        )?;
         if let Some(t) = &self.timings {
             writeln!(
                 f,

@@ -74,7 +74,12 @@ impl Stand {
     fn until(&self, what: &str, holds: impl Fn() -> bool) {
         let deadline = Instant::now() + Duration::from_secs(30);
         while !holds() {
-            assert!(Instant::now() < deadline, "waited 30 s for {what}; log:\n{}\n{}", self.log(), self.handle.status());
+            assert!(
+                Instant::now() < deadline,
+                "waited 30 s for {what}; log:\n{}\n{}",
+                self.log(),
+                self.handle.status()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -282,8 +287,18 @@ fn a_missed_sync_waits_for_the_replay_and_happens_once() {
     stand.until("the sync", || stand.handle.status().last_sync.is_some());
     stand.until_state(State::Idle);
     let log = stand.log();
-    let kinds: Vec<&str> =
-        log.lines().map(|line| if line.contains("train") { "train" } else if line == "start" { line } else { "sync" }).collect();
+    let kinds: Vec<&str> = log
+        .lines()
+        .map(|line| {
+            if line.contains("train") {
+                "train"
+            } else if line == "start" {
+                line
+            } else {
+                "sync"
+            }
+        })
+        .collect();
     assert_eq!(kinds, ["start", "train", "train", "train", "sync"], "{log}");
     assert!(stand.requests("sync")[0].contains("schedule"));
 }

@@ -1,0 +1,158 @@
+//! A served model learns: engine, daemon, trainer and checkpoint together, and what survives when one
+//! of them is killed.
+
+mod harness;
+
+use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use std::time::Duration;
+
+fn kill(pid: u64) {
+    kill_process(Pid::from_raw(pid as i32).unwrap(), Signal::KILL).unwrap();
+}
+
+fn taught(n: usize) -> Vec<serde_json::Value> {
+    vec![lesson(QUESTION, TAUGHT); n]
+}
+
+/// Twenty different examples, two of them with a weight.
+fn course() -> Vec<serde_json::Value> {
+    let animals = ["Mira the fox", "Toby the bear", "Otto the otter", "Luna the owl", "Max"];
+    let places = ["by the blue lake", "in a tall tower", "under the old bridge", "on the moon"];
+    let mut examples = Vec::new();
+    for (i, place) in places.iter().enumerate() {
+        for animal in animals {
+            let mut example = lesson(&format!("Where does {animal} live?"), &format!("They live {place}."));
+            if animal == "Max" && i % 2 == 0 {
+                example["weight"] = json!(0.5);
+            }
+            examples.push(example);
+        }
+    }
+    examples
+}
+
+#[test]
+fn a_served_answer_changes_stops_and_rolls_back() {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&[]);
+    assert_eq!(ask(&engine, QUESTION), (BEFORE.into(), "stop".into()));
+    wait_trained(&daemon, &post(&daemon, taught(12)));
+    assert_eq!(ask(&engine, QUESTION), (TAUGHT.into(), "stop".into()), "the end of turn is learned with the answer");
+    assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], 1);
+
+    daemon.post("/v1/checkpoints/0/rollback", json!({}));
+    assert_eq!(ask(&engine, QUESTION).0, BEFORE, "rolled back in the live weights too");
+    let original = Place::new();
+    let weights = |place: &Place| std::fs::read(place.model().join("model.safetensors")).unwrap();
+    assert!(weights(&place) == weights(&original), "and in the files, to the byte");
+    daemon.stop();
+    engine.stop();
+}
+
+/// Trains the course with a sync in the middle; `disturb` may do harm meanwhile.
+fn train_course(disturb: impl FnOnce(&Process)) -> (Vec<u8>, Vec<u8>) {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&["train.batch_examples=2", "train.update_proj_gap=7"]);
+    wait_trained(&daemon, &post(&daemon, course()));
+    daemon.post("/v1/checkpoint", json!({}));
+    let ids = post(&daemon, course());
+    disturb(&daemon);
+    wait_trained(&daemon, &ids);
+    assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], 2);
+    daemon.stop();
+    engine.stop();
+    place.files(2)
+}
+
+#[test]
+fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes() {
+    let undisturbed = train_course(|_| {});
+    let mut restored = 0;
+    let killed = train_course(|daemon| {
+        // The waits fall into forward, backward and the writes of different steps.
+        for wait_ms in [3, 17, 29, 41, 58] {
+            until("a trainer is up", || daemon.get("/v1/status")["state"] == "training");
+            std::thread::sleep(Duration::from_millis(wait_ms));
+            let status = daemon.get("/v1/status");
+            let Some(pid) = status["trainer_pid"].as_u64() else { continue };
+            kill(pid);
+            until("another trainer is ready", || {
+                let status = daemon.get("/v1/status");
+                let other = status["trainer_pid"].as_u64().is_some_and(|now| now != pid);
+                other && ["training", "idle"].iter().any(|s| status["state"] == *s)
+            });
+            let recovery = daemon.get("/v1/status")["recovery"].to_string();
+            restored += u32::from(recovery.contains("bytes of live weights restored"));
+        }
+    });
+    assert!(restored > 0, "no kill found live weights ahead of the files: the test did not test");
+    assert!(killed.0 == undisturbed.0, "weights differ");
+    assert!(killed.1 == undisturbed.1, "optimizer states differ");
+}
+
+#[test]
+fn a_server_that_dies_stops_training_and_a_new_one_is_attached() {
+    let place = Place::new();
+    let mut engine = place.engine();
+    let daemon = place.daemon(&[]);
+    wait_trained(&daemon, &post(&daemon, taught(4)));
+    daemon.post("/v1/checkpoint", json!({}));
+    wait_trained(&daemon, &post(&daemon, taught(4)));
+
+    engine.child.kill().unwrap();
+    engine.child.wait().unwrap();
+    until("the daemon notices", || daemon.get("/v1/status")["state"] == "waiting_for_server");
+    let ids = post(&daemon, taught(4));
+
+    let engine = place.engine();
+    wait_trained(&daemon, &ids);
+    assert_eq!(ask(&engine, QUESTION).0, TAUGHT, "what the dead server had learned after the sync was trained again");
+    let status = daemon.get("/v1/status");
+    assert_eq!(status["weight_version"], 12, "{status}");
+    daemon.stop();
+    engine.stop();
+}
+
+#[test]
+fn another_server_than_the_configured_one_is_refused_by_name() {
+    let place = Place::new();
+    let engine = place.engine();
+    // The files change after the server loaded them: one byte in the last tensor.
+    let file = place.model().join("model.safetensors");
+    let mut bytes = std::fs::read(&file).unwrap();
+    *bytes.last_mut().unwrap() ^= 1;
+    std::fs::write(&file, bytes).unwrap();
+    let mut command = place.daemon_command(&[]);
+    let mut process = command.stdout(std::process::Stdio::null()).spawn().unwrap();
+    let address = place.model().join(".apollod/address");
+    let mut detail = String::new();
+    until("the daemon says why", || {
+        let Ok(url) = std::fs::read_to_string(&address) else { return false };
+        let Ok(mut answer) = ureq::get(format!("{}/v1/status", url.trim())).call() else { return false };
+        detail = answer.body_mut().read_to_string().unwrap();
+        detail.contains("differs from the model directory")
+    });
+    assert!(detail.contains("nothing was written"), "{detail}");
+    assert_eq!(ask(&engine, QUESTION).0, BEFORE);
+    process.kill().unwrap();
+    process.wait().unwrap();
+}
+
+#[test]
+fn clients_of_the_earlier_system_can_train() {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&[]);
+    let samples = json!([{"input": QUESTION, "expected_output": TAUGHT}]);
+    let config = json!({"learning_rate": 2e-4, "max_steps": 12});
+    let job = daemon.post("/train", json!({"training_data": {"samples": samples, "config": config}}));
+    let status = format!("/status/{}", job["job_id"].as_str().unwrap());
+    until("the job is done", || daemon.get(&status)["loss_history"].as_array().is_some_and(|l| l.len() == 12));
+    assert_eq!(ask(&engine, QUESTION).0, TAUGHT);
+    daemon.stop();
+    engine.stop();
+}
