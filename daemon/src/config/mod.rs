@@ -117,7 +117,7 @@ pub enum ScaleType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Convention {
-    /// arXiv:2412.05270: alpha = sqrt(d/r), d the projected (smaller) dimension, times `scale`.
+    /// arXiv:2412.05270: alpha = sqrt(scale·d/r), d the projected (smaller) dimension.
     Paper,
     /// The authors' package: sqrt(scale).
     ApolloTorch,
@@ -195,13 +195,14 @@ pub struct TrainConfig {
     /// Learning rate, dimensionless. Default 1e-5. Larger learns in fewer steps and forgets more of the rest.
     pub lr: f64,
     /// Rank of the projected gradient. Default 256; capped at a matrix's smaller side. Optimizer state is
-    /// 8·rank·max(m,n) bytes per matrix (m,n). 1 with `scale_type = "tensor"` and `scale = 128` is APOLLO-Mini.
+    /// 8·rank·max(m,n) bytes per matrix (m,n). 1 with `scale_type = "tensor"` is APOLLO-Mini.
     pub rank: usize,
-    /// Multiplies the update (`convention = "paper"`) or enters as its root (`"apollo-torch"`). Default 1.0.
+    /// Enters the update as its root, in both conventions. Default 1.0.
     pub scale: f64,
     /// One norm per `channel` (default) or per `tensor`.
     pub scale_type: ScaleType,
-    /// `paper` (default: alpha = sqrt(d/r)) or `apollo-torch` (sqrt(scale)).
+    /// `paper` (default: alpha = sqrt(scale·d/r), so that lr means the same at every rank) or `apollo-torch`
+    /// (sqrt(scale), as the authors' package does it; its APOLLO-Mini has scale 128).
     pub convention: Convention,
     /// Decay of the first moment per step. Default 0.9.
     pub beta1: f64,
