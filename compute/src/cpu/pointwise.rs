@@ -87,11 +87,15 @@ pub fn swiglu(h: &mut [f32], gate: &[f32], up: &[f32]) {
     h.par_chunks_mut(ELEMENTS_PER_TASK)
         .zip(gate.par_chunks(ELEMENTS_PER_TASK))
         .zip(up.par_chunks(ELEMENTS_PER_TASK))
-        .for_each(|((h, gate), up)| {
-            for i in 0..h.len() {
-                h[i] = gate[i] * sigmoid(gate[i]) * up[i];
-            }
-        });
+        .for_each(|((h, gate), up)| swiglu_piece(h, gate, up));
+}
+
+multiversion! {
+    fn swiglu_piece(h: &mut [f32], gate: &[f32], up: &[f32]) {
+        for ((h, &gate), &up) in h.iter_mut().zip(gate).zip(up) {
+            *h = gate * sigmoid(gate) * up;
+        }
+    }
 }
 
 /// dup = dh·silu(g); dgate = dh·up·σ(g)·(1 + g·(1 - σ(g))).
@@ -101,17 +105,22 @@ pub fn swiglu_backward(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f
         .zip(dup.par_chunks_mut(ELEMENTS_PER_TASK))
         .zip(dh.par_chunks(ELEMENTS_PER_TASK))
         .zip(gate.par_chunks(ELEMENTS_PER_TASK).zip(up.par_chunks(ELEMENTS_PER_TASK)))
-        .for_each(|(((dgate, dup), dh), (gate, up))| {
-            for i in 0..dh.len() {
-                let s = sigmoid(gate[i]);
-                dup[i] = dh[i] * gate[i] * s;
-                dgate[i] = dh[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
-            }
-        });
+        .for_each(|(((dgate, dup), dh), (gate, up))| swiglu_backward_piece(dgate, dup, dh, gate, up));
 }
 
+multiversion! {
+    fn swiglu_backward_piece(dgate: &mut [f32], dup: &mut [f32], dh: &[f32], gate: &[f32], up: &[f32]) {
+        for ((((dgate, dup), &dh), &gate), &up) in dgate.iter_mut().zip(dup).zip(dh).zip(gate).zip(up) {
+            let s = sigmoid(gate);
+            *dup = dh * gate * s;
+            *dgate = dh * up * s * (1.0 + gate * (1.0 - s));
+        }
+    }
+}
+
+#[inline(always)]
 fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
+    1.0 / (1.0 + simd::exp(-x))
 }
 
 /// Rows of logits become scale·(softmax - onehot(target)); losses\[i\] = log Σ exp - logit\[target\].
@@ -120,17 +129,10 @@ pub fn cross_entropy(losses: &mut [f32], logits: &mut [f32], targets: &[u32], v:
     losses[..t].par_iter_mut().zip(logits[..t * v].par_chunks_mut(v)).zip(targets).for_each(
         |((loss, row), &target)| {
             let target = target as usize;
-            let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let top = simd::max(row);
             let chosen = row[target];
-            let mut sum = 0f64;
-            for chunk in row.chunks_mut(1024) {
-                let mut part = 0f32;
-                for x in chunk {
-                    *x = (*x - top).exp();
-                    part += *x;
-                }
-                sum += part as f64;
-            }
+            // Parts in f32, their sum in f64: a vocabulary has up to some hundred thousand tokens.
+            let sum: f64 = row.chunks_mut(1024).map(|part| simd::exp_in_place(part, top) as f64).sum();
             *loss = (sum.ln() + (top - chosen) as f64) as f32;
             let inv = (scale as f64 / sum) as f32;
             row.iter_mut().for_each(|x| *x *= inv);
