@@ -125,8 +125,11 @@ impl Process {
 
     /// Both say on the first line of stdout where they listen.
     fn start(name: &'static str, mut command: Command, socket: PathBuf) -> Result<Process> {
-        let mut child =
-            command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start the {name}"))?;
+        let mut child = command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start the {name}"))?;
         let stdout = child.stdout.take().context("stdout was piped")?;
         let mut process = Process { name, child, address: String::new(), socket };
         let mut line = String::new();
@@ -231,9 +234,9 @@ fn teach(daemon: &Process) -> Result<()> {
 fn wait_for_sync(daemon: &Process) -> Result<()> {
     let last = until("a scheduled sync", || {
         let checkpoints = daemon.get("/v1/checkpoints")?;
-        let newest = checkpoints["checkpoints"].as_array().and_then(|list| {
-            list.iter().max_by_key(|g| g["generation"].as_u64()).cloned()
-        });
+        let newest = checkpoints["checkpoints"]
+            .as_array()
+            .and_then(|list| list.iter().max_by_key(|g| g["generation"].as_u64()).cloned());
         Ok(newest.filter(|g| g["cursor"].as_u64() == Some(STEPS as u64)))
     })?;
     println!(

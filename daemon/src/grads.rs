@@ -25,8 +25,7 @@ pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: 
         model.check(example).with_context(|| format!("example {i}"))?;
         let mut collector = Collector::new(device.clone(), &model.shapes());
         let scale = 1.0 / example.tokens() as f32;
-        let report =
-            device.run(|| model.train(&mut cache, example, scale, &mut collector, &mut Timings::default()));
+        let report = device.run(|| model.train(&mut cache, example, scale, &mut collector, &mut Timings::default()));
         reports.push(json!({"loss": report.loss(), "tokens": report.tokens}));
         for (tensor, gradient) in model.tensors().iter().zip(collector.gradients) {
             let bytes: Vec<u8> = gradient.iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -7,7 +7,7 @@ use ipc::{Attachment, SafetensorsDir, SharedWeights};
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
-use weight_map::{HfTensor, View};
+use weight_map::{HfTensor, WeightMap};
 
 /// (rows, cols) of a tensor; a vector is one row.
 pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
@@ -41,29 +41,38 @@ pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
     (0..weights.len()).map(tensor).collect()
 }
 
-/// A private copy of a model directory's weights, as they are or widened to f32.
-pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
-    let files = SafetensorsDir::open(dir)?;
-    let expected = config.decoder.tensors();
-    let map = weight_map::map(&expected, &files.server_tensors()?, &[])
-        .with_context(|| format!("{} does not hold the model that its config.json describes", dir.display()))?;
-    let server = files.tensors();
-    expected.iter().zip(&map.views).map(|(tensor, view)| load_one(&files, server, tensor, view, widen)).collect()
+/// A model directory's tensors, mapped to the names that its config expects.
+pub struct ModelFiles {
+    files: SafetensorsDir,
+    map: WeightMap,
 }
 
-fn load_one(
-    files: &SafetensorsDir,
-    server: &[ipc::FileTensor],
-    tensor: &HfTensor,
-    view: &View,
-    widen: bool,
-) -> Result<Weight> {
-    let (rows, cols) = matrix_shape(&tensor.shape);
-    let bytes = files.bytes(&server[view.server_tensor].name)?;
-    let weight = Weight::zeros(view.dtype, rows, cols);
-    weight.write_bytes(0, &bytes[..weight.bytes()]);
-    if !widen || view.dtype == Dtype::F32 {
-        return Ok(weight);
+impl ModelFiles {
+    /// Reads the headers and checks that the files hold the model.
+    pub fn open(dir: &Path, config: &Config) -> Result<ModelFiles> {
+        let files = SafetensorsDir::open(dir)?;
+        let map = weight_map::map(&config.decoder.tensors(), &files.server_tensors()?, &[])
+            .with_context(|| format!("{} does not hold the model that its config.json describes", dir.display()))?;
+        Ok(ModelFiles { files, map })
     }
-    Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))
+
+    /// A private copy of the first `rows` rows of a tensor, as it is or widened to f32.
+    pub fn weight(&self, name: &str, rows: usize, widen: bool) -> Result<Weight> {
+        let view = &self.map.views[self.map.find(name).with_context(|| format!("no tensor {name}"))?];
+        let cols = matrix_shape(&view.shape).1;
+        let bytes = self.files.bytes(&self.files.tensors()[view.server_tensor].name)?;
+        let weight = Weight::zeros(view.dtype, rows, cols);
+        weight.write_bytes(0, &bytes[..weight.bytes()]);
+        if !widen || view.dtype == Dtype::F32 {
+            return Ok(weight);
+        }
+        Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))
+    }
+}
+
+/// A private copy of all of a model directory's weights, in the model's order.
+pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
+    let files = ModelFiles::open(dir, config)?;
+    let weight = |t: HfTensor| files.weight(&t.name, matrix_shape(&t.shape).0, widen);
+    config.decoder.tensors().into_iter().map(weight).collect()
 }

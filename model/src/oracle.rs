@@ -1,4 +1,5 @@
-//! The independent reference: one layer, or the head, by plain formulas under candle's autograd in f64.
+//! The independent reference: one layer, or the head, by plain formulas under candle's autograd in f64 (or f32
+//! where that would not fit).
 //!
 //! Tests and `apollod doctor` run the same random inputs through this and through the kernels, on any
 //! device and on an operator's own weights. candle's fused `rms_norm`, `softmax_last_dim` and `rope`
@@ -28,6 +29,26 @@ pub struct Probe {
     pub window: usize,
     /// Of the random inputs.
     pub seed: u64,
+    /// Of the reference.
+    pub precision: Precision,
+}
+
+/// What the reference computes in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 8 bytes a value: differences are the kernels' own.
+    F64,
+    /// 4 bytes a value, for layers that would not fit.
+    F32,
+}
+
+impl Precision {
+    fn dtype(self) -> DType {
+        match self {
+            Precision::F64 => DType::F64,
+            Precision::F32 => DType::F32,
+        }
+    }
 }
 
 /// One layer: output, gradient of its input, and gradient of each of its tensors.
@@ -44,11 +65,11 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
     let dx = model.layer_backward(layer, &saved, Arc::new(upload(&**device, &dy)), past, t, &mut sink);
 
-    let mut reference = Reference::new(model, layer_tensors(model, layer))?;
-    let (keys, values) = reference.keys_and_values(layer, &matrix(&context, probe.context)?, 0)?;
-    let x_var = Var::from_tensor(&matrix(&x, t)?)?;
+    let mut reference = Reference::new(model, layer_tensors(model, layer), probe.precision)?;
+    let (keys, values) = reference.keys_and_values(layer, &matrix(&context, probe.context, probe.precision)?, 0)?;
+    let x_var = Var::from_tensor(&matrix(&x, t, probe.precision)?)?;
     let output = reference.layer(layer, x_var.as_tensor(), &keys.detach(), &values.detach(), probe.context)?;
-    let gradients = (&output * matrix(&dy, t)?)?.sum_all()?.backward()?;
+    let gradients = (&output * matrix(&dy, t, probe.precision)?)?.sum_all()?.backward()?;
 
     let mut differences = vec![difference("output", &download(&**device, &y), &host(&output)?)];
     let reference_dx = gradients.get(&x_var).expect("the output depends on the input");
@@ -76,8 +97,8 @@ pub fn compare_head<D: Device>(model: &Model<D>, probe: Probe) -> Result<Vec<Dif
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
     let dx = model.head_backward(&x_device, &Arc::new(normed), &Arc::new(logits), t, &mut sink);
 
-    let reference = Reference::new(model, vec![model.norm, model.head])?;
-    let x_var = Var::from_tensor(&matrix(&x, t)?)?;
+    let reference = Reference::new(model, vec![model.norm, model.head], probe.precision)?;
+    let x_var = Var::from_tensor(&matrix(&x, t, probe.precision)?)?;
     let normed = rms_norm(x_var.as_tensor(), reference.get(model.norm), reference.eps)?;
     let logits = normed.matmul(&reference.get(model.head).t()?)?;
     let log_sum = log_sum_exp(&logits)?;
@@ -150,19 +171,20 @@ fn layer_tensors<D: Device>(model: &Model<D>, layer: usize) -> Vec<TensorId> {
 struct Reference<'a, D: Device> {
     model: &'a Model<D>,
     vars: HashMap<TensorId, Var>,
+    dtype: DType,
     eps: f64,
 }
 
 impl<'a, D: Device> Reference<'a, D> {
-    fn new(model: &'a Model<D>, tensors: Vec<TensorId>) -> Result<Reference<'a, D>> {
+    fn new(model: &'a Model<D>, tensors: Vec<TensorId>, precision: Precision) -> Result<Reference<'a, D>> {
         let mut vars = HashMap::new();
         for id in tensors {
             let values = model.device.weight_values(&model.weights()[id]);
             let shape = model.tensors()[id].shape.clone();
-            let tensor = Tensor::from_vec(values, shape, &CandleDevice::Cpu)?.to_dtype(DType::F64)?;
+            let tensor = Tensor::from_vec(values, shape, &CandleDevice::Cpu)?.to_dtype(precision.dtype())?;
             vars.insert(id, Var::from_tensor(&tensor)?);
         }
-        Ok(Reference { model, vars, eps: model.config().rms_norm_eps as f64 })
+        Ok(Reference { model, vars, dtype: precision.dtype(), eps: model.config().rms_norm_eps as f64 })
     }
 
     fn get(&self, id: TensorId) -> &Tensor {
@@ -185,7 +207,7 @@ impl<'a, D: Device> Reference<'a, D> {
             x = rms_norm(&x, self.get(norm), self.eps)?;
         }
         let table = self.model.config().rope.table(position, t);
-        let table = Tensor::from_vec(table, (t, 1, d), &CandleDevice::Cpu)?.to_dtype(DType::F64)?;
+        let table = Tensor::from_vec(table, (t, 1, d), &CandleDevice::Cpu)?.to_dtype(self.dtype)?;
         let (cos, sin) = (table.narrow(2, 0, d / 2)?, table.narrow(2, d / 2, d / 2)?);
         let (a, b) = (x.narrow(2, 0, d / 2)?, x.narrow(2, d / 2, d / 2)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
@@ -198,7 +220,7 @@ impl<'a, D: Device> Reference<'a, D> {
         let l = &self.model.layers[layer];
         let (g, d) = (l.attention.kv_heads, l.attention.head_dim);
         if x.dim(0)? == 0 {
-            let none = Tensor::zeros((0, g, d), DType::F64, &CandleDevice::Cpu)?;
+            let none = Tensor::zeros((0, g, d), self.dtype, &CandleDevice::Cpu)?;
             return Ok((none.clone(), none));
         }
         let normed = rms_norm(x, self.get(l.input_norm), self.eps)?;
@@ -225,7 +247,8 @@ impl<'a, D: Device> Reference<'a, D> {
             kv.expand((shape.kv_heads, group, total, d))?.contiguous()?.reshape((shape.heads, total, d))
         };
         let scores = q.transpose(0, 1)?.contiguous()?.matmul(&spread(&keys)?.transpose(1, 2)?.contiguous()?)?;
-        let scores = (scores * shape.scale as f64)?.broadcast_add(&mask(t, total, position, shape.window)?)?;
+        let scores = (scores * shape.scale as f64)?
+            .broadcast_add(&mask(t, total, position, shape.window)?.to_dtype(self.dtype)?)?;
         let out = softmax(&scores)?.matmul(&spread(&values)?)?;
         let out = out.transpose(0, 1)?.contiguous()?.reshape((t, shape.heads * d))?;
         let mid = (x + self.linear(&out, l.o)?)?;
@@ -240,7 +263,7 @@ impl<'a, D: Device> Reference<'a, D> {
 fn mask(t: usize, total: usize, position: usize, window: Option<usize>) -> Result<Tensor> {
     let seen = |i: usize, key: usize| key <= position + i && window.is_none_or(|w| key + w > position + i);
     let values: Vec<f64> =
-        (0..t).flat_map(|i| (0..total).map(move |key| if seen(i, key) { 0.0 } else { -1e300 })).collect();
+        (0..t).flat_map(|i| (0..total).map(move |key| if seen(i, key) { 0.0 } else { -1e30 })).collect();
     Tensor::from_vec(values, (t, total), &CandleDevice::Cpu)
 }
 
@@ -267,13 +290,13 @@ fn noise(seed: u64, stream: u64, len: usize) -> Vec<f32> {
     values
 }
 
-fn matrix(values: &[f32], rows: usize) -> Result<Tensor> {
+fn matrix(values: &[f32], rows: usize, precision: Precision) -> Result<Tensor> {
     let shape = (rows, values.len().checked_div(rows).unwrap_or(0));
-    Tensor::from_vec(values.to_vec(), shape, &CandleDevice::Cpu)?.to_dtype(DType::F64)
+    Tensor::from_vec(values.to_vec(), shape, &CandleDevice::Cpu)?.to_dtype(precision.dtype())
 }
 
 fn host(tensor: &Tensor) -> Result<Vec<f64>> {
-    tensor.flatten_all()?.to_vec1()
+    tensor.flatten_all()?.to_dtype(DType::F64)?.to_vec1()
 }
 
 fn upload<D: Device>(device: &D, values: &[f32]) -> D::Buffer {

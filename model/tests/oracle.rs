@@ -6,7 +6,7 @@ use anyhow::Result;
 use common::{cases, load};
 use compute::Cpu;
 use model::Config;
-use model::oracle::{Difference, Probe, compare_head, compare_layer};
+use model::oracle::{Difference, Precision, Probe, compare_head, compare_layer};
 use std::sync::Arc;
 
 /// The kernels sum in f32: observed differences are below 1e-6.
@@ -26,7 +26,7 @@ fn every_layer_agrees_with_autograd() -> Result<()> {
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         let model = load(&device, &dir, Config::read(&dir)?)?;
         for (seed, (context, window)) in [(0, 5), (19, 1), (11, 7), (3, 70)].into_iter().enumerate() {
-            let probe = Probe { context, window, seed: seed as u64 };
+            let probe = Probe { context, window, seed: seed as u64, precision: Precision::F64 };
             for layer in 0..model.config().decoder.layers {
                 let name = format!("{name} layer {layer}, {probe:?}");
                 check(&name, device.run(|| compare_layer(&model, layer, probe))?);

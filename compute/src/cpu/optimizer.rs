@@ -99,23 +99,37 @@ pub fn prepare(
 multiversion! {
     /// (‖N_c‖², ‖R_c‖²) with the moments as this step would leave them.
     fn channel_squares(r: &[f32], exp_avg: &[f32], exp_avg_sq: &[f32], k: Moments) -> [f32; 2] {
-        let mut sums = [[0.0f32; LANES]; 2];
-        for i in 0..r.len() {
-            let m = k.beta1 * exp_avg[i] + (1.0 - k.beta1) * r[i];
-            let v = k.beta2 * exp_avg_sq[i] + (1.0 - k.beta2) * (r[i] * r[i]);
-            let n = m / (v.sqrt() + k.eps);
-            sums[0][i % LANES] += n * n;
-            sums[1][i % LANES] += r[i] * r[i];
+        let ((r, r_rest), (m, m_rest), (v, v_rest)) =
+            (r.as_chunks::<LANES>(), exp_avg.as_chunks::<LANES>(), exp_avg_sq.as_chunks::<LANES>());
+        let (mut n_lanes, mut r_lanes) = ([0.0f32; LANES], [0.0f32; LANES]);
+        for ((r, m), v) in r.iter().zip(m).zip(v) {
+            for i in 0..LANES {
+                n_lanes[i] += normalised(r[i], m[i], v[i], k).powi(2);
+                r_lanes[i] += r[i] * r[i];
+            }
         }
-        [simd::fold(sums[0]), simd::fold(sums[1])]
+        let (mut n_sum, mut r_sum) = (simd::fold(n_lanes), simd::fold(r_lanes));
+        for ((&r, &m), &v) in r_rest.iter().zip(m_rest).zip(v_rest) {
+            n_sum += normalised(r, m, v, k).powi(2);
+            r_sum += r * r;
+        }
+        [n_sum, r_sum]
     }
+}
+
+/// N of one element, from the moments as this step would leave them.
+#[inline(always)]
+fn normalised(r: f32, exp_avg: f32, exp_avg_sq: f32, k: Moments) -> f32 {
+    let m = k.beta1 * exp_avg + (1.0 - k.beta1) * r;
+    let v = k.beta2 * exp_avg_sq + (1.0 - k.beta2) * (r * r);
+    m / (v.sqrt() + k.eps)
 }
 
 multiversion! {
     fn update_moments(r: &[f32], exp_avg: &mut [f32], exp_avg_sq: &mut [f32], k: Moments) {
-        for i in 0..r.len() {
-            exp_avg[i] = k.beta1 * exp_avg[i] + (1.0 - k.beta1) * r[i];
-            exp_avg_sq[i] = k.beta2 * exp_avg_sq[i] + (1.0 - k.beta2) * (r[i] * r[i]);
+        for ((&r, m), v) in r.iter().zip(exp_avg).zip(exp_avg_sq) {
+            *m = k.beta1 * *m + (1.0 - k.beta1) * r;
+            *v = k.beta2 * *v + (1.0 - k.beta2) * (r * r);
         }
     }
 }

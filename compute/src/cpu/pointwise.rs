@@ -1,10 +1,10 @@
 //! Operations that work row by row or element by element, each with its backward.
 //!
-//! Reductions use [`simd::LANES`] partial sums in a fixed order.
+//! Reductions use a fixed number of partial sums in a fixed order (`simd`).
 
 use super::Weight;
 use super::gemm::Shared;
-use super::simd::{self, LANES, multiversion};
+use super::simd::{self, multiversion};
 use rayon::prelude::*;
 
 /// Rows or elements handled by one task where a single one is too little work.
@@ -54,14 +54,10 @@ multiversion! {
     fn norm_row_backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &[f32], eps: f32) {
         let n = x.len();
         let inv = 1.0 / (simd::dot(x, x) / n as f32 + eps).sqrt();
-        let mut lanes = [0.0; LANES];
-        for i in 0..n {
-            lanes[i % LANES] += dy[i] * w[i] * x[i];
-        }
-        let pull = simd::fold(lanes) * inv * inv * inv / n as f32;
-        for i in 0..n {
-            dx[i] += dy[i] * w[i] * inv - x[i] * pull;
-            dw[i] += dy[i] * x[i] * inv;
+        let pull = simd::dot_of_products(dy, w, x) * inv * inv * inv / n as f32;
+        for ((((dx, dw), &dy), &x), &w) in dx.iter_mut().zip(dw).zip(dy).zip(x).zip(w) {
+            *dx += dy * w * inv - x * pull;
+            *dw += dy * x * inv;
         }
     }
 }

@@ -63,6 +63,21 @@ pub fn dot(a: &[f32], b: &[f32]) -> f32 {
     fold(lanes) + rest
 }
 
+/// Sum of a(i)·b(i)·c(i) in f32 with a fixed order.
+#[inline(always)]
+pub fn dot_of_products(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest), (c, c_rest)) =
+        (a.as_chunks::<LANES>(), b.as_chunks::<LANES>(), c.as_chunks::<LANES>());
+    let mut lanes = [0.0f32; LANES];
+    for ((a, b), c) in a.iter().zip(b).zip(c) {
+        for i in 0..LANES {
+            lanes[i] += a[i] * b[i] * c[i];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).zip(c_rest).map(|((a, b), c)| a * b * c).sum();
+    fold(lanes) + rest
+}
+
 /// Sum of the lanes as a tree, the same order everywhere.
 #[inline(always)]
 pub fn fold(lanes: [f32; LANES]) -> f32 {

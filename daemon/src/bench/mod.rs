@@ -60,7 +60,10 @@ fn shape(name: &str) -> Result<Value> {
 
 /// Runs the benchmark and prints it.
 pub fn step(options: &Options) -> Result<()> {
-    ensure!(options.context > 0 && options.decision > 0 && options.steps > 0, "context, decision and steps are at least 1");
+    ensure!(
+        options.context > 0 && options.decision > 0 && options.steps > 0,
+        "context, decision and steps are at least 1"
+    );
     let config = Config::parse(&shape(&options.shape)?.to_string())?;
     let device = Arc::new(Cpu::new(options.train.threads)?);
     let tokens = options.context + options.decision;
@@ -99,9 +102,7 @@ fn one_step(model: &Model<Cpu>, optimizer: &mut Optimizer<Cpu>, options: &Option
     let outcome = optimizer.step(model.weights(), &gradients, report.loss(), 1.0, &Gates::default());
     let (total_ms, update_ms) = (clock.elapsed().as_secs_f64() * 1e3, update.elapsed().as_secs_f64() * 1e3);
     match outcome {
-        Outcome::Applied(_) => {
-            Ok([timings.prefill_ms, timings.forward_ms, timings.backward_ms, update_ms, total_ms])
-        }
+        Outcome::Applied(_) => Ok([timings.prefill_ms, timings.forward_ms, timings.backward_ms, update_ms, total_ms]),
         Outcome::Skipped(why) => bail!("the step was skipped: {why}"),
     }
 }
@@ -186,14 +187,20 @@ fn print(
         println!("{out}");
         return;
     }
-    println!("{} {}, context {}, decision {}, rank {}, {threads} threads, median of {} steps (least - most)",
-        options.shape, options.dtype, options.context, options.decision, options.train.rank, options.steps);
+    println!(
+        "{} {}, context {}, decision {}, rank {}, {threads} threads, median of {} steps (least - most)",
+        options.shape, options.dtype, options.context, options.decision, options.train.rank, options.steps
+    );
     for (name, (median, min, max)) in names.iter().zip(&spread) {
         println!("  {:<10} {median:>9.1} ms  ({min:.1} - {max:.1})", name.trim_end_matches("_ms"));
     }
     println!("  floor      {floor_prefill:>9.1} ms prefill, {floor_decision:.1} ms decision");
     println!("             at {:.0} GFLOP/s dot products and {:.1} GB/s", machine.dot_flops / 1e9, machine.bytes / 1e9);
-    println!("  private    {:>9.0} MB, of which moments {:.0} MB", private as f64 / 1e6, optimizer.state_bytes() as f64 / 1e6);
+    println!(
+        "  private    {:>9.0} MB, of which moments {:.0} MB",
+        private as f64 / 1e6,
+        optimizer.state_bytes() as f64 / 1e6
+    );
 }
 
 fn round(value: f64) -> Value {

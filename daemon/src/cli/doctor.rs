@@ -9,8 +9,8 @@ use clap::Args;
 /// `apollod doctor`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-One layer of each kind and the head run on random inputs through the kernels and through candle's autograd in f64.
-Nothing is written. Needs the memory of the model and of one layer in f64 three times.
+One layer of each kind, and norm and head over a slice of the vocabulary, run on random inputs through the kernels and
+through candle's autograd. Nothing is written; one layer is in memory at a time.
 
 Examples:
   apollod doctor --model ./model")]

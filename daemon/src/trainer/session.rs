@@ -101,7 +101,8 @@ impl Session {
     /// The first answer.
     pub fn ready(&self) -> Ready {
         let count = |only_trained: bool| -> u64 {
-            let counted = self.optimizer.tensors().iter().filter(|t| !only_trained || t.effective_rule() != Rule::Frozen);
+            let counted =
+                self.optimizer.tensors().iter().filter(|t| !only_trained || t.effective_rule() != Rule::Frozen);
             counted.map(|t| (t.rows * t.cols) as u64).sum()
         };
         Ready {
@@ -170,8 +171,7 @@ impl Session {
 
         self.attachment.check()?;
         let clock = Instant::now();
-        let outcome =
-            device.run(|| self.optimizer.step(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
+        let outcome = device.run(|| self.optimizer.step(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
         let update_ms = clock.elapsed().as_secs_f64() * 1e3;
         let skipped = match outcome {
             Outcome::Applied(_) => {
@@ -209,12 +209,8 @@ impl Session {
     fn sync(&mut self, reason: &str) -> Result<FromTrainer> {
         let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref());
         let optimizer = &self.optimizer;
-        let report = self.checkpoint.sync(
-            &live,
-            &mut |out| optimizer.save(out),
-            self.progress.clone(),
-            &mut |_, _| {},
-        )?;
+        let report =
+            self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
         tracing::info!(reason, "{report}");
         Ok(FromTrainer::Synced(Synced {
             generation: report.generation,
@@ -243,10 +239,7 @@ impl Session {
         let epoch = self.attachment.epoch().into();
         self.progress = Progress { weight_version, epoch, ..self.checkpoint.current().progress.clone() };
         tracing::info!("{report}");
-        Ok(FromTrainer::RolledBack {
-            generation: self.checkpoint.current().generation,
-            cursor: self.progress.cursor,
-        })
+        Ok(FromTrainer::RolledBack { generation: self.checkpoint.current().generation, cursor: self.progress.cursor })
     }
 }
 
