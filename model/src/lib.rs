@@ -1,7 +1,7 @@
 //! Decoder language models as explicit forward and backward passes over foreign weights.
 //!
 //! A training example is *context-frozen*: the context runs without gradients and leaves keys and
-//! values, the decision tokens run with gradients on top of them ([`window`]). Gradients leave as
+//! values, the decision tokens run with gradients on top of them (`window.rs`). Gradients leave as
 //! factors through `compute::Sink` and are never formed.
 //!
 //! Families: Llama, Mistral, Qwen2 and Qwen3 (dense), from `config.json` as Hugging Face writes it.
