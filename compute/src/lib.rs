@@ -191,7 +191,7 @@ pub trait Device: Send + Sync + 'static {
     fn shape(&self, w: &Self::Weight) -> (usize, usize);
     /// All values of a weight as f32 on the host, row-major: for checks.
     fn weight_values(&self, w: &Self::Weight) -> Vec<f32>;
-    /// dst[dst_at..][..len] = src[src_at..][..len].
+    /// `dst[dst_at..][..len] = src[src_at..][..len]`.
     fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
 
     /// x (t,n): row i is row ids\[i\] of W (vocab,n). Ids beyond W are the caller's mistake.
@@ -204,7 +204,7 @@ pub trait Device: Send + Sync + 'static {
     fn sum_rows(&self, db: &mut Self::Buffer, dy: &Self::Buffer, t: usize, m: usize);
     /// g (rows·cols) of G = dyᵀ x, added: the stored gradient, for collectors and checks only.
     fn outer_accumulate(&self, g: &mut Self::Buffer, f: &Factors<Self::Buffer>);
-    /// x[i] += y[i] for i < len.
+    /// `x[i] += y[i]` for i < len.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
 
     /// y = x / rms(x) · w over rows of w's length; rms = sqrt(mean(x²) + eps).
