@@ -14,6 +14,12 @@ use std::sync::Arc;
 /// Prints the losses as JSON and writes the f32 gradient of each example i as `{i}.{hf name}`.
 /// `widen` computes with weights in f32 whatever the files hold.
 pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: usize) -> Result<()> {
+    if out.symlink_metadata().is_ok() {
+        bail!("{} exists already; name another file or remove it", out.display());
+    }
+    if let Some(folder) = out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        bail!("--out {}: there is no folder {}", out.display(), folder.display());
+    }
     let config = Config::read(model_dir)?;
     let examples = read(model_dir, &config, examples)?;
     let longest = examples.iter().map(|e| e.ids().len()).max().unwrap_or(1);

@@ -25,9 +25,8 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     let cli = cli::Cli::parse();
-    cli::start_logging(cli.log_format);
-    cli.run().unwrap_or_else(|error| {
-        eprintln!("apollod: {error:#}");
+    cli::start_logging(cli.log_format).and_then(|()| cli.run()).unwrap_or_else(|error| {
+        eprintln!("apollod: {}", cli::words(&error));
         ExitCode::FAILURE
     })
 }

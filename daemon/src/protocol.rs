@@ -141,6 +141,9 @@ pub struct Trained {
     pub loss: Option<f32>,
     /// How many updates the live weights have had, this one included when there was one.
     pub weight_version: u64,
+    /// The server's process id; `None` when no process maps a staged copy.
+    #[serde(default)]
+    pub server_pid: Option<u32>,
     /// Why the weights were left alone (a gate, a non-finite gradient); `None` when the step was applied.
     pub skipped: Option<String>,
     /// Time to run the contexts, in ms.

@@ -1,17 +1,17 @@
 //! `apollod checkpoint`: the generations of a model directory.
 //!
 //! `sync` and `rollback` go through the daemon that runs on the directory, which says its address there; `verify`,
-//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon works on the files alone.
+//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon, and `adopt`, work on the files alone.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use checkpoint::Checkpoint;
+use checkpoint::{Checkpoint, Generation};
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::client::{Client, ClientArgs};
+use super::client::{Client, ClientArgs, is_served};
 use crate::http::GenerationView;
 use crate::protocol::Synced;
 
@@ -21,7 +21,8 @@ use crate::protocol::Synced;
 Examples:
   apollod checkpoint list ./model
   apollod checkpoint rollback ./model 12
-  apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs")]
+  apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs
+  apollod checkpoint adopt ./model                             after files were changed on purpose")]
 pub struct CheckpointArgs {
     #[command(subcommand)]
     action: Action,
@@ -32,16 +33,19 @@ pub struct CheckpointArgs {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Write the live weights of the running daemon into its model directory now.
+    #[command(after_help = "Example:\n  apollod checkpoint sync ./model")]
     Sync {
         /// The model directory; without it the daemon at --url.
         dir: Option<PathBuf>,
     },
     /// Compare every byte with the checksums of its generation. Exit status 1 when something differs.
+    #[command(after_help = "Example:\n  apollod checkpoint verify ./model && echo intact")]
     Verify {
         /// The model directory.
         dir: PathBuf,
     },
     /// List the generations, newest first.
+    #[command(after_help = "Example:\n  apollod checkpoint list ./model --json | jq '.[0].generation'")]
     List {
         /// The model directory.
         dir: PathBuf,
@@ -50,6 +54,7 @@ enum Action {
         json: bool,
     },
     /// Go back to the content of an earlier generation, as a new one.
+    #[command(after_help = "Example:\n  apollod checkpoint rollback ./model 12")]
     Rollback {
         /// The model directory.
         dir: PathBuf,
@@ -57,11 +62,23 @@ enum Action {
         generation: u64,
     },
     /// Copy the directory as one generation, without .apollod, even while syncs go on.
+    #[command(after_help = "Example:\n  apollod checkpoint export ./model /backup/model-2026-11-20")]
     Export {
         /// The model directory.
         dir: PathBuf,
         /// The copy, which must not exist.
         to: PathBuf,
+    },
+    /// Take the files as they are as a new generation, after somebody changed them on purpose.
+    #[command(after_help = "\
+The optimizer starts afresh and no earlier generation can be restored. Not while a daemon serves the directory; a staged
+copy of it has to be staged again.
+
+Example:
+  apollod checkpoint adopt ./model")]
+    Adopt {
+        /// The model directory.
+        dir: PathBuf,
     },
 }
 
@@ -71,14 +88,37 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
         Action::Sync { dir } => sync(dir.as_deref(), &args.client)?,
         Action::List { dir, json } => list(dir, *json)?,
         Action::Rollback { dir, generation } => rollback(dir, *generation, &args.client)?,
-        Action::Export { dir, to } => println!("{}: {}", to.display(), checkpoint::export(dir, to)?),
+        Action::Export { dir, to } => {
+            need_directory(dir)?;
+            println!("{}: {}", to.display(), checkpoint::export(dir, to)?);
+        }
+        Action::Adopt { dir } => adopt(dir)?,
         Action::Verify { dir } => {
+            if generations(dir)?.is_empty() {
+                bail!(
+                    "{}: no generations, so no checksums to compare with: an export carries none, and a model has \
+                     them from the first `apollod serve` on it",
+                    dir.display()
+                );
+            }
             let report = checkpoint::verify(dir)?;
             println!("{report}");
             return Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn need_directory(dir: &Path) -> Result<()> {
+    match dir.is_dir() {
+        true => Ok(()),
+        false => bail!("{}: no such directory", dir.display()),
+    }
+}
+
+fn generations(dir: &Path) -> Result<Vec<Generation>> {
+    need_directory(dir)?;
+    Ok(checkpoint::list(dir)?)
 }
 
 fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
@@ -98,19 +138,22 @@ fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
 }
 
 fn list(dir: &Path, json: bool) -> Result<()> {
-    let generations = checkpoint::list(dir)?;
+    let generations = generations(dir)?;
     if json {
         let views: Vec<GenerationView> = generations.iter().rev().map(GenerationView::from).collect();
         println!("{}", serde_json::to_string_pretty(&views)?);
         return Ok(());
     }
+    if generations.is_empty() {
+        println!("no generations yet: the first `apollod serve` on it makes one");
+        return Ok(());
+    }
     println!("{:>10}  {:20}  {:>8}  {:>8}  {:>17}  {:>8}", "generation", "created", "cursor", "step", "blocks", "loss");
     for of in generations.iter().rev() {
-        let note = match (of.rollback_of, of.restorable) {
-            (Some(to), _) => format!("  content of {to}"),
-            (None, false) => "  no longer restorable".into(),
-            (None, true) => String::new(),
-        };
+        let mut note = of.rollback_of.map_or_else(String::new, |to| format!("  content of {to}"));
+        if !of.restorable {
+            note.push_str("  no longer restorable");
+        }
         let blocks = format!("{}/{}", of.blocks_changed, of.blocks_total);
         let loss = of.progress.loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}"));
         let (cursor, step) = (of.progress.cursor, of.progress.step);
@@ -128,5 +171,17 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
     println!("{}; files only: no daemon runs on {}", checkpoint.rollback(to)?, dir.display());
+    Ok(())
+}
+
+fn adopt(dir: &Path) -> Result<()> {
+    need_directory(dir)?;
+    if is_served(dir) {
+        bail!("a daemon serves {}: stop it first, it holds the weights that the files had", dir.display());
+    }
+    let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
+    eprintln!("{recovery}");
+    let progress = checkpoint.current().progress.clone();
+    println!("adopted the files as they are: {}", checkpoint.adopt(progress)?);
     Ok(())
 }

@@ -12,10 +12,10 @@ use ureq::Agent;
 #[derive(Debug, Clone, Args)]
 pub struct ClientArgs {
     /// The daemon's address.
-    #[arg(long, env = "APOLLOD_URL", default_value = "http://127.0.0.1:8844")]
+    #[arg(long, env = "APOLLOD_URL", default_value = "http://127.0.0.1:8844", global = true)]
     pub url: String,
     /// Its API key, where it asks for one. Better given by the environment than on the command line.
-    #[arg(long, env = "APOLLOD_API_KEY", hide_env_values = true)]
+    #[arg(long, env = "APOLLOD_API_KEY", hide_env_values = true, global = true)]
     pub api_key: Option<String>,
 }
 
@@ -34,6 +34,8 @@ pub struct Answer {
     pub body: Value,
     /// Seconds after which to try again, where the daemon says so.
     pub retry_after: Option<u64>,
+    /// Who answered.
+    url: String,
 }
 
 impl Answer {
@@ -50,8 +52,12 @@ impl Answer {
 
     /// What a problem document says.
     pub fn problem(&self) -> String {
-        let detail = self.body["detail"].as_str().unwrap_or("no reason given");
-        format!("the daemon answered {}: {detail}", self.status)
+        let ours = self.body["type"].as_str().is_some_and(|kind| kind.starts_with("urn:apollod:problem:"));
+        let (true, Some(detail)) = (ours, self.body["detail"].as_str()) else {
+            return format!("what answers at {} is not apollod (HTTP {})", self.url, self.status);
+        };
+        let hint = if self.status == 401 { "; give the key with --api-key or APOLLOD_API_KEY" } else { "" };
+        format!("the daemon answered {}: {detail}{hint}", self.status)
     }
 }
 
@@ -59,13 +65,14 @@ impl Client {
     /// A client of the daemon that the arguments name.
     pub fn new(args: &ClientArgs) -> Self {
         let agent = Agent::config_builder().http_status_as_error(false).build().new_agent();
-        Self { agent, url: args.url.trim_end_matches('/').to_owned(), api_key: args.api_key.clone() }
+        let scheme = if args.url.contains("://") { "" } else { "http://" };
+        let url = format!("{scheme}{}", args.url.trim_end_matches('/'));
+        Self { agent, url, api_key: args.api_key.clone() }
     }
 
     /// A client of the daemon that runs on a model directory; `None` when none does.
     pub fn of_model(model: &Path, args: &ClientArgs) -> Option<Self> {
-        let lock = File::open(lock_file(model)).ok()?;
-        if !matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)) {
+        if !is_served(model) {
             return None;
         }
         let url = std::fs::read_to_string(address_file(model)).ok()?;
@@ -109,8 +116,20 @@ impl Client {
             status: response.status().as_u16(),
             body: serde_json::from_str(&text).unwrap_or_default(),
             retry_after,
+            url: self.url.clone(),
         })
     }
+
+    /// The address.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+/// Whether a daemon runs on a model directory.
+pub fn is_served(model: &Path) -> bool {
+    let Ok(lock) = File::open(lock_file(model)) else { return false };
+    matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
 /// Where the daemon on this model directory says its address.

@@ -9,7 +9,7 @@ use clap::Args;
 /// `apollod demo`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exits with 0 only if the served answer changed as taught, unrelated answers did not, and the model directory's files
+Takes a few seconds. Exits with 0 only if the served answer changed as taught, unrelated answers did not, and the model directory's files
 equal the live weights byte for byte.
 
 Examples:

@@ -42,6 +42,7 @@ pub fn run(args: EngineArgs) -> Result<ExitCode> {
     if !listen.ip().is_loopback() {
         anyhow::bail!("--listen {listen}: the embedded engine has no access control and stays on loopback");
     }
+    super::need_tokenizer(&model)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     runtime.block_on(engine::run(Options { model, listen, socket, max_tokens, threads }))?;
     Ok(ExitCode::SUCCESS)

@@ -21,7 +21,7 @@ pub struct GradsArgs {
     /// Examples as POST /v1/examples takes them, one JSON object a line.
     #[arg(long, value_name = "FILE.jsonl")]
     examples: PathBuf,
-    /// Where the gradients go.
+    /// Where the gradients go; a file that must not exist.
     #[arg(long, value_name = "OUT.safetensors")]
     out: PathBuf,
     /// Compute with the weights as they are in the files, or widened to f32.

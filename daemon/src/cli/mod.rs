@@ -8,17 +8,19 @@ mod demo;
 mod doctor;
 mod engine;
 mod grads;
+mod pause;
 mod serve;
 mod stage;
 mod status;
 mod train;
 mod trainer;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use tracing::level_filters::LevelFilter;
 
 use crate::config::{Config, Sources};
 
@@ -38,7 +40,8 @@ Examples:
   apollod checkpoint sync ./model           write the live weights into the model directory now"
 )]
 pub struct Cli {
-    /// What logs on stderr look like. APOLLOD_LOG says how much: error, warn, info (default), debug.
+    /// What logs on stderr look like. APOLLOD_LOG says how much: off, error, warn, info (default), debug,
+    /// trace.
     #[arg(long, global = true, env = "APOLLOD_LOG_FORMAT", default_value = "text")]
     pub log_format: LogFormat,
     /// What to do.
@@ -66,9 +69,13 @@ pub enum Command {
     Train(train::TrainArgs),
     /// Say what a running daemon is doing.
     Status(status::StatusArgs),
+    /// Stop training; what is posted waits.
+    Pause(pause::PauseArgs),
+    /// Go on training after `pause`, or after failures that made the daemon pause itself.
+    Resume(pause::PauseArgs),
     /// Write, check, list, restore and copy the generations of a model directory.
     Checkpoint(checkpoints::CheckpointArgs),
-    /// The main job from end to end on an embedded model: about half a minute.
+    /// The main job from end to end on an embedded model: a few seconds.
     Demo(demo::DemoArgs),
     /// Serve a model with the embedded engine, its weights in shared memory.
     Engine(engine::EngineArgs),
@@ -100,8 +107,23 @@ impl ConfigArgs {
     fn load(&self) -> Result<Config> {
         let config = Sources::of_process(self.config.clone(), self.set.clone()).load()?.absolute()?;
         config.validate()?;
+        need_tokenizer(&config.model.dir)?;
         Ok(config)
     }
+}
+
+/// Refuses a model directory without the tokenizer that makes tokens of texts.
+fn need_tokenizer(model: &Path) -> Result<()> {
+    let path = model.join("tokenizer.json");
+    if !path.exists() {
+        bail!(
+            "{} is missing: copy it from where the model came from, or write it with \
+             `AutoTokenizer.from_pretrained(...).save_pretrained({:?})`",
+            path.display(),
+            model.display().to_string()
+        );
+    }
+    Ok(())
 }
 
 impl Cli {
@@ -110,11 +132,16 @@ impl Cli {
     /// # Errors
     /// What the operator has to know, in words.
     pub fn run(self) -> Result<ExitCode> {
+        if !matches!(self.command, Command::Serve(_) | Command::Engine(_) | Command::Trainer(_) | Command::Demo(_)) {
+            end_on_closed_pipe();
+        }
         match self.command {
             Command::Serve(args) => serve::run(&args, self.log_format),
             Command::Stage(args) => stage::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Status(args) => status::run(&args),
+            Command::Pause(args) => pause::run(&args, true),
+            Command::Resume(args) => pause::run(&args, false),
             Command::Checkpoint(args) => checkpoints::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Engine(args) => engine::run(args),
@@ -127,14 +154,49 @@ impl Cli {
 }
 
 /// Logs go to stderr: stdout belongs to results and, in the trainer, to the protocol.
-pub fn start_logging(format: LogFormat) {
-    use tracing_subscriber::EnvFilter;
-    let filter = EnvFilter::try_from_env("APOLLOD_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+///
+/// # Errors
+/// APOLLOD_LOG is no level.
+pub fn start_logging(format: LogFormat) -> Result<()> {
+    let level = std::env::var_os("APOLLOD_LOG").map(|level| level.to_string_lossy().into_owned());
+    let level = log_level(level.as_deref())?;
+    let builder = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr).with_target(false);
     match format {
         LogFormat::Text => builder.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).init(),
         LogFormat::Json => builder.json().init(),
     }
+    Ok(())
+}
+
+fn log_level(name: Option<&str>) -> Result<LevelFilter> {
+    let Some(name) = name else { return Ok(LevelFilter::INFO) };
+    // LevelFilter also reads numbers and nothing at all, which would be levels by accident.
+    let named = ["off", "error", "warn", "info", "debug", "trace"].contains(&name.to_ascii_lowercase().as_str());
+    match name.parse() {
+        Ok(level) if named => Ok(level),
+        _ => bail!("APOLLOD_LOG={name}: use off, error, warn, info, debug or trace"),
+    }
+}
+
+/// An error with its causes, each said once: many of ours already quote the system's words.
+pub fn words(error: &anyhow::Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text.push_str(": ");
+            text.push_str(&cause);
+        }
+    }
+    text
+}
+
+/// Lets a reader that has seen enough (`apollod status | head -1`) end the command, as it ends others; Rust's runtime
+/// ignores the signal, and printing would panic.
+fn end_on_closed_pipe() {
+    // SAFETY: SIG_DFL installs no handler, so nothing runs in a signal's context; no other thread runs yet.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
 }
 
 #[cfg(test)]
@@ -145,5 +207,25 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn only_levels_by_name_are_taken_for_logs() {
+        assert_eq!(log_level(None).unwrap(), LevelFilter::INFO);
+        assert_eq!(log_level(Some("Debug")).unwrap(), LevelFilter::DEBUG);
+        assert_eq!(log_level(Some("off")).unwrap(), LevelFilter::OFF);
+        for bad in ["bogus", "", "3", "apollod=debug"] {
+            let error = log_level(Some(bad)).unwrap_err().to_string();
+            assert!(error.contains("off, error, warn, info, debug or trace"), "{bad}: {error}");
+        }
+    }
+
+    #[test]
+    fn each_cause_is_said_once() {
+        let io = || std::io::Error::from_raw_os_error(2);
+        let error = crate::config::ConfigError::Read { path: "x.toml".into(), source: io() };
+        assert_eq!(words(&error.into()).matches("No such file").count(), 1);
+        let error = anyhow::Error::from(io()).context("cannot read x");
+        assert_eq!(words(&error), "cannot read x: No such file or directory (os error 2)");
     }
 }

@@ -19,6 +19,7 @@ use crate::http::{App, router};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
 use crate::supervisor::{self, ChildCommand};
+use crate::trainer;
 
 /// How long open connections may take once the trainer is done.
 const CONNECTIONS_PATIENCE: Duration = Duration::from_secs(2);
@@ -50,11 +51,13 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
     // Left by a daemon that was killed; with the lock held, an address that is there is this daemon's.
     let _ = std::fs::remove_file(client::address_file(&config.model.dir));
 
-    let templates = Templates::load(&config.model.dir, config.train.max_tokens)?;
+    // Another trainer's model may be anything.
+    let longest = if args.trainer.is_some() { config.train.max_tokens } else { check(&config)? };
+    let templates = Templates::load(&config.model.dir, longest)?;
     let queue = Arc::new(Queue::open(&config.queue_path(), config.queue.capacity)?);
-    let refused = queue.refuse_longer_than(config.train.max_tokens)?;
+    let refused = queue.refuse_longer_than(longest)?;
     if refused > 0 {
-        tracing::warn!("{refused} waiting examples are longer than train.max_tokens and were refused");
+        tracing::warn!("{refused} waiting examples are longer than {longest} tokens and were refused");
     }
     let options = supervisor::Options {
         command: trainer_command(args, &config, log_format)?,
@@ -111,9 +114,29 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         }
         // A stale address would send the next command to whoever listens there then.
         let _ = std::fs::remove_file(&address_file);
+        if let Some(reason) = handle.status().last_sync.filter(|s| s.reason == "shutdown").and_then(|s| s.failed) {
+            bail!("the last sync failed, what was not synced is trained again at the next start: {reason}");
+        }
         tracing::info!("stopped");
         Ok(ExitCode::SUCCESS)
     })
+}
+
+/// What will not get better by trying again, before anything is listened to: an unsupported model, files that are
+/// not it, a live copy that is none, rules for tensors that are not there. Returns the longest example in tokens.
+fn check(config: &Config) -> Result<usize> {
+    let model = model::Config::read(&config.model.dir)?;
+    crate::weights::ModelFiles::open(&config.model.dir, &model)?;
+    if let Some(live) = &config.server.live
+        && ipc::StageMarker::read(live)?.is_none()
+    {
+        bail!("{} is no live copy: make it with `apollod stage {} {0}`", live.display(), config.model.dir.display());
+    }
+    let unmatched = trainer::unmatched_rules(&model, &config.train);
+    if !unmatched.is_empty() {
+        bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
+    }
+    Ok(trainer::longest(&model, &config.train))
 }
 
 async fn wait_for_signal() -> Result<()> {

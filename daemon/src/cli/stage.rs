@@ -1,6 +1,6 @@
 //! `apollod stage`: a live copy on tmpfs.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -12,10 +12,11 @@ use indicatif::{ProgressBar, ProgressStyle};
 #[command(after_help = "\
 Example:
   apollod stage ./model /dev/shm/live
-  transformers serve --force-model /dev/shm/live --dtype bfloat16 &
+  transformers serve /dev/shm/live --host 127.0.0.1 --port 8000 --device cpu --dtype auto &
   apollod serve --set model.dir=./model --set server.live=/dev/shm/live
 
-The copy is memory: server and trainer see the same pages. The model directory is only written by sync.")]
+The copy is memory: server and trainer see the same pages. The model directory is only written by sync.
+After a reboot tmpfs is empty: stage again before the server starts.")]
 pub struct StageArgs {
     /// Model directory as Hugging Face writes it.
     model: PathBuf,
@@ -25,6 +26,14 @@ pub struct StageArgs {
 
 /// Copies and says what was copied.
 pub fn run(args: &StageArgs) -> Result<ExitCode> {
+    model::Config::read(&args.model)?;
+    if !is_memory(&args.live) {
+        eprintln!(
+            "warning: {} is not on tmpfs: every trained weight is then also written to its disk; use a folder of \
+             /dev/shm",
+            args.live.display()
+        );
+    }
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec}").expect("a valid template"),
     );
@@ -44,4 +53,24 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
         println!("left out, as the model ties them to its embedding: {}", report.left_out.join(", "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Whether a folder, which need not be there yet, is or would be on tmpfs. What cannot be told counts as such.
+fn is_memory(live: &Path) -> bool {
+    /// TMPFS_MAGIC of linux/magic.h.
+    const TMPFS_MAGIC: i64 = 0x0102_1994;
+    let Ok(live) = std::path::absolute(live) else { return true };
+    let there = live.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
+    rustix::fs::statfs(there).map_or(true, |stat| stat.f_type as i64 == TMPFS_MAGIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_memory_is_told_from_disk_before_the_folder_is_there() {
+        assert!(is_memory(Path::new("/dev/shm/apollod-not-there/live")));
+        assert!(!is_memory(Path::new("/proc/self")));
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 
 use super::client::{Client, ClientArgs};
@@ -10,6 +10,9 @@ use crate::supervisor::Status;
 
 /// `apollod status`
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Example:
+  apollod status --json | jq .queue")]
 pub struct StatusArgs {
     #[command(flatten)]
     client: ClientArgs,
@@ -20,7 +23,11 @@ pub struct StatusArgs {
 
 /// Asks and prints.
 pub fn run(args: &StatusArgs) -> Result<ExitCode> {
-    let body = Client::new(&args.client).get("/v1/status")?.ok()?;
+    let client = Client::new(&args.client);
+    let body = client.get("/v1/status")?.ok()?;
+    if !(body["version"].is_string() && body["state"].is_string()) {
+        bail!("what answers at {} is not apollod", client.url());
+    }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&body)?);
     } else {

@@ -120,6 +120,7 @@ impl Supervisor {
         self.update(|status| {
             (status.step, status.weight_version, status.timings) =
                 (trained.step, trained.weight_version, Some(timings));
+            status.server_pid = trained.server_pid;
             status.last_losses.push_back(StepLoss { step: trained.step, loss: trained.loss, skipped: trained.skipped });
             while status.last_losses.len() > LOSSES_KEPT {
                 status.last_losses.pop_front();
@@ -157,7 +158,9 @@ impl Supervisor {
     }
 
     fn on_failed(&mut self, request: Request, reason: String, in_flight: Option<InFlight>) -> Result<(), QueueError> {
-        tracing::error!("{request} failed: {reason}");
+        if request != Request::Start {
+            tracing::error!("{request} failed: {reason}");
+        }
         match (request, in_flight) {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
             (Request::Train, Some(InFlight::Train { batch, .. })) => {

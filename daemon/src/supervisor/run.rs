@@ -288,7 +288,7 @@ impl Supervisor {
         let end = attached.child.end(patience);
         let reason = match (reason.is_empty(), was_told) {
             (true, _) => format!("trainer {pid} ended: {end}"),
-            (false, true) => format!("trainer {pid}: {reason} ({end})"),
+            (false, true) => format!("trainer {pid}: {reason}"),
             (false, false) => reason,
         };
         let step = match &self.in_flight {
@@ -383,6 +383,7 @@ impl Supervisor {
             }
             (status.state, status.detail) = (state, detail);
             (status.trainer_pid, status.next_sync, status.replaying) = (trainer_pid, next_sync, replaying);
+            status.warning = status.reason_to_warn();
         });
     }
 

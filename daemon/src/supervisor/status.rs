@@ -109,6 +109,9 @@ pub struct Status {
     /// Why, where the state alone does not say it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub detail: Option<String>,
+    /// What an operator should look at although training goes on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub warning: Option<String>,
     /// Since when, RFC 3339.
     pub since: String,
     /// The model directory.
@@ -151,12 +154,31 @@ pub struct Status {
     pub last_restart: Option<String>,
 }
 
+impl Status {
+    /// What is wrong although the trainer is attached.
+    pub(super) fn reason_to_warn(&self) -> Option<String> {
+        if !self.state.is_ready() {
+            return None;
+        }
+        if self.server_pid.is_none() {
+            let hint = "no process maps the live copy, so nobody is served what is learned: is the server running, \
+                        with its dtype at auto?";
+            return Some(hint.into());
+        }
+        let failed = self.last_sync.as_ref().and_then(|sync| sync.failed.as_ref());
+        failed.map(|reason| format!("the last sync failed: {reason}"))
+    }
+}
+
 impl fmt::Display for Status {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let or_none = |value: Option<String>| value.unwrap_or_else(|| "none".into());
         writeln!(f, "apollod {} · {} since {}", self.version, self.state, self.since)?;
         if let Some(detail) = &self.detail {
             writeln!(f, "  why         {detail}")?;
+        }
+        if let Some(warning) = &self.warning {
+            writeln!(f, "  WARNING     {warning}")?;
         }
         writeln!(f, "  model       {} ({} parameters, {} train)", self.model, self.parameters, self.trainable)?;
         writeln!(

@@ -16,7 +16,7 @@ use std::io::{BufRead, stdin, stdout};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
-pub use settings::{optimizer_settings, tensors};
+pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 
 /// How often an idle trainer looks whether the server is still there.
 const WATCH: Duration = Duration::from_millis(200);

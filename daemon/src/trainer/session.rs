@@ -53,8 +53,10 @@ impl Session {
     pub fn open(config: &Config) -> Result<Session, StartError> {
         let model_config = model::Config::read(&config.model.dir)?;
         let tensors = settings::tensors(&model_config, &config.train);
-        let options = Options { keep: config.sync.keep, ..Options::default() };
+        // The configuration counts the current generation, the library those before it.
+        let options = Options { keep: config.sync.keep.saturating_sub(1), ..Options::default() };
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
+        require_intact(&checkpoint)?;
         let attachment = Arc::new(attach(config, &model_config)?);
         same_directory(attachment.model_dir(), &config.model.dir)?;
 
@@ -81,10 +83,11 @@ impl Session {
 
         let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
-        let model = Model::new(device.clone(), model_config, weights, config.train.max_tokens);
+        let longest = settings::longest(&model_config, &config.train);
+        let model = Model::new(device.clone(), model_config, weights, longest);
         let progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
         Ok(Session {
-            cache: model.cache(config.train.max_tokens),
+            cache: model.cache(longest),
             gates: settings::gates(&config.train),
             lr: config.train.lr as f32,
             recovery: recovery.join("; "),
@@ -192,6 +195,7 @@ impl Session {
             examples: work.iter().zip(&reports).map(result).collect(),
             loss: finite(loss),
             weight_version: self.progress.weight_version,
+            server_pid: self.attachment.pid(),
             skipped,
             prefill_ms: timings.prefill_ms,
             forward_ms: timings.forward_ms,
@@ -259,6 +263,19 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
         };
         if absent { StartError::ServerGone(error.to_string()) } else { StartError::Failed(error.into()) }
     })
+}
+
+/// Files that somebody changed since the last generation would make every sync fail, and a restore of
+/// live weights wrong.
+fn require_intact(checkpoint: &Checkpoint) -> Result<()> {
+    let report = checkpoint.verify()?;
+    if !report.is_ok() {
+        bail!(
+            "{report}; the files were changed by somebody else: put them back, or accept them as they are with \
+             `apollod checkpoint adopt`, and restart the server"
+        );
+    }
+    Ok(())
 }
 
 /// The server must serve the directory that sync will write.

@@ -45,6 +45,18 @@ pub fn gates(train: &TrainConfig) -> Gates {
     }
 }
 
+/// Tokens of the longest example: what the operator allows, and no more than the model has positions.
+pub fn longest(model: &ModelConfig, train: &TrainConfig) -> usize {
+    train.max_tokens.min(model.max_position_embeddings)
+}
+
+/// The patterns of `train.rules` that match no tensor: probably mistyped.
+pub fn unmatched_rules<'a>(model: &ModelConfig, train: &'a TrainConfig) -> Vec<&'a str> {
+    let names: Vec<String> = model.decoder.tensors().into_iter().map(|t| t.name).collect();
+    let matches = |pattern: &str| names.iter().any(|name| config::glob_matches(pattern, name));
+    train.rules.iter().map(|rule| rule.pattern.as_str()).filter(|pattern| !matches(pattern)).collect()
+}
+
 /// The model's tensors with the rules that the configuration gives them. Without a rule of its own, a
 /// matrix trains by APOLLO, the rest by AdamW.
 pub fn tensors(model: &ModelConfig, train: &TrainConfig) -> Vec<Tensor> {
