@@ -369,9 +369,9 @@ pub struct AttentionGrads<'a, B> {
 pub struct AttentionSaved<'a, B> {
     /// Gradient of out, (t, heads·head_dim).
     pub dout: &'a B,
-    /// Forward's output.
+    /// Forward's output; a backend may compute what it needs of it again.
     pub out: &'a B,
-    /// Forward's log-sum-exp, (heads, t).
+    /// Forward's log-sum-exp, (heads, t); likewise.
     pub lse: &'a B,
     /// Queries after rope.
     pub q: &'a B,

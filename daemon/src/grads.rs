@@ -66,6 +66,7 @@ fn read(model_dir: &Path, config: &Config, path: &Path) -> Result<Vec<Example>> 
             (all, vec![start..end])
         } else {
             if templates.is_none() {
+                crate::cli::need_tokenizer(model_dir)?;
                 templates = Some(Templates::load(model_dir, config.max_position_embeddings)?);
             }
             let (_, prepared) = templates.as_ref().expect("just loaded").prepare(&json).with_context(place)?;

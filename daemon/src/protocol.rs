@@ -20,7 +20,9 @@
 //! 4. `ServerGone` may come at any time. It takes the place of the answer that was due, nothing follows it, and the
 //!    child exits: nothing is written to the weights of a server that is gone.
 //! 5. `Failed` to a `Train` means that no weight was changed by it.
-//! 6. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
+//! 6. `Alive` comes every second from a thread of its own, before `Ready` and during requests too; it answers
+//!    nothing. A trainer that has sent one and then says nothing for long is stopped or hangs, and is killed.
+//! 7. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
 //!
 //! Why sequence numbers: an example gets a durable `seq` (1, 2, 3, ...) before it is sent. A generation's cursor is
 //! the highest `seq` whose effect its files hold. After a restart the child reports that cursor and the supervisor
@@ -216,6 +218,8 @@ pub enum FromTrainer {
         /// Its cursor.
         cursor: u64,
     },
+    /// A sign of life.
+    Alive,
     /// The inference server is not there, or no longer.
     ServerGone {
         /// What was seen.

@@ -39,7 +39,10 @@ pub enum ScheduleError {
         fields: usize,
     },
     /// A field that does not parse.
-    #[error("`{text}`: {source}; the fields are minute hour day-of-month month day-of-week")]
+    #[error(
+        "`{text}`: {}; the fields are minute hour day-of-month month day-of-week",
+        culprit(text).unwrap_or_else(|| source.to_string())
+    )]
     Field {
         /// What was written.
         text: String,
@@ -100,6 +103,26 @@ impl Schedule {
             }
         }
     }
+}
+
+/// The first field that does not parse by itself, with its range.
+fn culprit(text: &str) -> Option<String> {
+    let known = [
+        ("minute", "0 to 59"),
+        ("hour", "0 to 23"),
+        ("day-of-month", "1 to 31"),
+        ("month", "1 to 12"),
+        ("day-of-week", "0 to 7"),
+    ];
+    let parser = CronParser::builder().seconds(Seconds::Disallowed).year(Year::Disallowed).build();
+    for (place, (field, (name, range))) in text.split_whitespace().zip(known).enumerate() {
+        let mut alone = ["*"; 5];
+        alone[place] = field;
+        if parser.parse(&alone.join(" ")).is_err() {
+            return Some(format!("{name} `{field}` is none: {range}, or *, lists, ranges and steps of these"));
+        }
+    }
+    None
 }
 
 /// `30s`, `5m` or `2h`; at most a year.
@@ -245,7 +268,8 @@ mod tests {
     #[test]
     fn an_unknown_zone_and_a_value_out_of_range_are_refused() {
         assert!(Schedule::parse("* * * * *", "Berlin").unwrap_err().to_string().contains("`Berlin`"));
-        assert!(Schedule::parse("60 * * * *", "UTC").is_err());
+        let error = Schedule::parse("60 * * * *", "UTC").unwrap_err().to_string();
+        assert!(error.contains("minute `60` is none: 0 to 59"), "{error}");
         assert!(Schedule::parse("0 0 * * 8", "UTC").is_err());
     }
 

@@ -7,7 +7,7 @@ use ipc::{Attachment, SafetensorsDir, SharedWeights};
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
-use weight_map::{HfTensor, WeightMap};
+use weight_map::{HfTensor, View, WeightMap};
 
 /// (rows, cols) of a tensor; a vector is one row.
 pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
@@ -45,24 +45,36 @@ pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
 pub struct ModelFiles {
     files: SafetensorsDir,
     map: WeightMap,
+    /// For each view the tensor in the files that holds it, and where in its bytes the view begins.
+    places: Vec<(String, usize)>,
 }
 
 impl ModelFiles {
     /// Reads the headers and checks that the files hold the model.
     pub fn open(dir: &Path, config: &Config) -> Result<ModelFiles> {
         let files = SafetensorsDir::open(dir)?;
-        let map = weight_map::map(&config.decoder.tensors(), &files.server_tensors()?, &[])
+        // A head that the files hold beside an embedding it is tied to is no tensor of the model.
+        let copy = ipc::tied_head_copy(&files, config.decoder.tied)?;
+        let mut tensors = files.server_tensors()?;
+        tensors.retain(|t| Some(&t.name) != copy.as_ref());
+        let map = weight_map::map(&config.decoder.tensors(), &tensors, &[])
             .with_context(|| format!("{} does not hold the model that its config.json describes", dir.display()))?;
-        Ok(ModelFiles { files, map })
+        let place = |view: &View| {
+            let tensor = &tensors[view.server_tensor];
+            (tensor.name.clone(), (view.offset - tensor.offset) as usize)
+        };
+        let places = map.views.iter().map(place).collect();
+        Ok(ModelFiles { files, map, places })
     }
 
     /// A private copy of the first `rows` rows of a tensor, as it is or widened to f32.
     pub fn weight(&self, name: &str, rows: usize, widen: bool) -> Result<Weight> {
-        let view = &self.map.views[self.map.find(name).with_context(|| format!("no tensor {name}"))?];
+        let index = self.map.find(name).with_context(|| format!("no tensor {name}"))?;
+        let view = &self.map.views[index];
         let cols = matrix_shape(&view.shape).1;
-        let bytes = self.files.bytes(&self.files.tensors()[view.server_tensor].name)?;
+        let (tensor, start) = &self.places[index];
         let weight = Weight::zeros(view.dtype, rows, cols);
-        weight.write_bytes(0, &bytes[..weight.bytes()]);
+        weight.write_bytes(0, &self.files.bytes(tensor)?[*start..][..weight.bytes()]);
         if !widen || view.dtype == Dtype::F32 {
             return Ok(weight);
         }

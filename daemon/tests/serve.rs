@@ -158,7 +158,9 @@ fn an_example_is_accepted_trained_and_can_be_asked_about() {
     assert!(is_problem(&daemon.get("/v1/examples/unknown"), 404));
     assert!(is_problem(&daemon.get("/nothing"), 404));
     assert!(is_problem(&daemon.get("/v1/pause"), 405));
-    assert!(is_problem(&daemon.post("/v1/checkpoints/7/rollback", &json!({})), 500));
+    let answer = daemon.post("/v1/checkpoints/7/rollback", &json!({}));
+    assert!(is_problem(&answer, 404), "{}", answer.body);
+    assert!(answer.body["detail"].as_str().unwrap().contains("there is no generation 7"), "{}", answer.body);
     assert!(is_problem(&daemon.post("/v1/checkpoints/x/rollback", &json!({})), 400));
 }
 
@@ -212,7 +214,10 @@ fn a_full_queue_answers_429_with_retry_after_and_takes_nothing() {
     assert!(answer.retry_after.unwrap().parse::<u64>().unwrap() >= 1);
     assert_eq!(daemon.get("/v1/status").body["queue"]["queued"], 2);
     let many: Vec<Value> = (0..4).map(|_| text("e")).collect();
-    assert!(is_problem(&daemon.post("/v1/examples", &json!(many)), 413), "more than ever fit");
+    let answer = daemon.post("/v1/examples", &json!(many));
+    assert!(is_problem(&answer, 413), "more than ever fit");
+    let detail = answer.body["detail"].as_str().unwrap();
+    assert!(detail.contains("4 examples were posted at once and queue.capacity is 3"), "{detail}");
     assert_eq!(daemon.post("/v1/resume", &json!({})).status, 200);
     daemon.until("room", || daemon.get("/v1/status").body["queue"]["trained"] == 2);
     assert_eq!(daemon.post("/v1/examples", &json!([text("c"), text("d")])).status, 202);
@@ -248,6 +253,10 @@ fn a_configured_key_is_asked_for_except_by_health_and_ready() {
     let daemon = Daemon::start(&["http.api_key=0123456789abcdef"]);
     assert!(is_problem(&daemon.get("/v1/status"), 401));
     assert!(is_problem(&daemon.post("/train", &json!({})), 401));
+    let stderr = String::from_utf8(daemon.cli(&["status"]).stderr).unwrap();
+    assert!(stderr.contains("no API key was sent") && stderr.contains("APOLLOD_API_KEY"), "{stderr}");
+    let stderr = String::from_utf8(daemon.cli(&["status", "--api-key", "0123456789abcdeX"]).stderr).unwrap();
+    assert!(stderr.contains("the API key is wrong") && stderr.contains("--api-key"), "{stderr}");
     let with = |key: &str| daemon.request("GET", "/v1/status", &[("authorization", key)], b"").status;
     assert_eq!(with("Bearer 0123456789abcdeX"), 401);
     assert_eq!(with("Bearer 0123456789abcdef"), 200);
@@ -300,6 +309,21 @@ fn a_job_of_the_earlier_system_cycles_through_its_samples() {
     let bad =
         json!({"training_data": {"samples": [{"input": "a", "expected_output": "b"}], "config": {"max_steps": 0}}});
     assert!(is_problem(&daemon.post("/train", &bad), 400));
+    let sample = json!({"input": "a", "expected_output": "b"});
+    for (bad, field) in [
+        (json!({"training_data": {"samples": [sample]}, "epochs": 3}), "epochs"),
+        (json!({"training_data": {"samples": [sample], "config": {"max_step": 3}}}), "training_data.config.max_step"),
+        (
+            json!({"training_data": {"samples": [sample], "config": {"max_steps": "3"}}}),
+            "training_data.config.max_steps",
+        ),
+        (json!({"training_data": {"samples": [{"input": "a"}]}}), "training_data.samples[0].expected_output"),
+        (json!({"training_data": {"samples": [sample], "config": 3}}), "training_data.config"),
+        (json!({}), "training_data"),
+    ] {
+        let answer = daemon.post("/train", &bad);
+        assert!(is_problem(&answer, 400) && answer.body["field"] == field, "{field}: {}", answer.body);
+    }
     assert!(is_problem(&daemon.get("/status/unknown"), 404));
     assert_eq!(daemon.get("/checkpoints").status, 200);
 }
@@ -393,4 +417,97 @@ fn an_unknown_configuration_key_ends_the_start_with_the_nearest_one() {
     assert!(stderr.contains("apollod.toml:") && stderr.contains("unknown key"), "{stderr}");
     let output = apollod(&["status"]).env("APOLLOD_URL", "http://127.0.0.1:9").output().unwrap();
     assert!(String::from_utf8_lossy(&output.stderr).contains("start one with `apollod serve`"));
+}
+
+#[test]
+fn train_says_why_nothing_moves_and_posts_in_parts_that_fit() {
+    let daemon = Daemon::start(&["queue.capacity=3"]);
+    daemon.pause();
+    let file = daemon.file("examples.json");
+    let list: Vec<Value> = (0..7).map(|i| text(&format!("example {i}"))).collect();
+    std::fs::write(&file, serde_json::to_string_pretty(&list).unwrap()).unwrap();
+    // Without http://, as one types it.
+    let mut train = apollod(&["train", file.to_str().unwrap()]);
+    train.env("APOLLOD_URL", daemon.url.trim_start_matches("http://"));
+    let train = train.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    daemon.until("a full queue", || daemon.get("/v1/status").body["queue"]["queued"] == 3);
+    std::thread::sleep(Duration::from_secs(4));
+    assert!(daemon.cli(&["resume"]).status.success());
+    let output = train.wait_with_output().unwrap();
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{stderr}");
+    assert!(stdout.contains("7 trained, 0 skipped, 0 failed, 0 refused"), "{stdout}");
+    assert_eq!(stderr.matches("the queue is full").count(), 1, "{stderr}");
+    assert_eq!(stderr.matches("the daemon is paused").count(), 1, "{stderr}");
+    assert!(stderr.contains("7/7, loss 0.5000"), "{stderr}");
+
+    std::fs::write(&file, "\n").unwrap();
+    let output = daemon.cli(&["train", file.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&output.stderr).contains("holds no examples"));
+    assert!(daemon.cli(&["pause"]).status.success());
+    daemon.until("paused", || daemon.get("/v1/status").body["state"] == "paused");
+}
+
+#[test]
+fn commands_on_a_directory_say_what_is_missing() {
+    let stderr = |arguments: &[&str]| {
+        let output = apollod(arguments).output().unwrap();
+        assert!(!output.status.success(), "{arguments:?}");
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().to_str().unwrap();
+    for action in ["list", "verify", "adopt"] {
+        assert!(stderr(&["checkpoint", action, "/nonexistent"]).contains("/nonexistent: no such directory"));
+    }
+    assert!(stderr(&["checkpoint", "verify", path]).contains("an export carries none"));
+    let list = apollod(&["checkpoint", "list", path]).output().unwrap();
+    assert!(String::from_utf8_lossy(&list.stdout).starts_with("no generations yet"));
+    let there = dir.path().join("model.safetensors");
+    std::fs::write(&there, "weights").unwrap();
+    let grads = stderr(&["grads", "--model", path, "--examples", "x", "--out", there.to_str().unwrap()]);
+    assert!(grads.contains("exists already"), "{grads}");
+    assert_eq!(std::fs::read(&there).unwrap(), b"weights");
+    let error = stderr(&["serve", "--config", "/nonexistent.toml"]);
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    std::fs::write(dir.path().join("config.json"), r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap();
+    let live = dir.path().join("live");
+    let stage = stderr(&["stage", path, live.to_str().unwrap()]);
+    assert!(stage.contains("GPT2LMHeadModel") && !live.exists(), "{stage}");
+    let engine = stderr(&["engine", path, "--socket", live.to_str().unwrap()]);
+    assert!(engine.contains("tokenizer.json is missing: copy it"), "{engine}");
+    let bogus = apollod(&["status"]).env("APOLLOD_LOG", "bogus").output().unwrap();
+    assert!(String::from_utf8_lossy(&bogus.stderr).contains("use off, error, warn"));
+}
+
+#[test]
+fn adopting_makes_a_generation_of_files_that_were_changed() {
+    let mut daemon = Daemon::start(&[]);
+    let path = daemon.dir.path().to_str().unwrap().to_owned();
+    let weights = daemon.file("model.safetensors");
+    let header = br#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+    let file = |value: u8| [&(header.len() as u64).to_le_bytes()[..], header, &[value; 8]].concat();
+    std::fs::write(&weights, file(1)).unwrap();
+    let run = |action: &str| apollod(&["checkpoint", action, &path]).output().unwrap();
+    let refused = run("adopt");
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("a daemon serves"), "{refused:?}");
+    daemon.terminate();
+    assert!(run("adopt").status.success());
+    assert!(run("verify").status.success());
+    std::fs::write(&weights, file(2)).unwrap();
+    assert_eq!(run("verify").status.code(), Some(1));
+    assert!(run("adopt").status.success());
+    assert!(run("verify").status.success());
+    let list = String::from_utf8(run("list").stdout).unwrap();
+    assert_eq!(list.matches("no longer restorable").count(), 2, "{list}");
+}
+
+#[test]
+fn a_reader_that_leaves_early_ends_the_command_without_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut list = apollod(&["checkpoint", "list", dir.path().to_str().unwrap()]);
+    let mut list = list.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(list.stdout.take());
+    let output = list.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }

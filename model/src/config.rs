@@ -94,9 +94,9 @@ impl Config {
         let family = family(&keys)?;
         refuse_unsupported(&keys)?;
         let decoder = decoder(&keys, family)?;
-        let max_position_embeddings = keys.size_or("max_position_embeddings", 2048)?;
+        let max_position_embeddings = keys.size_or("max_position_embeddings", positions_default(family))?;
         let config = Config {
-            rms_norm_eps: keys.float_or("rms_norm_eps", 1e-6)? as f32,
+            rms_norm_eps: keys.not_negative_or("rms_norm_eps", 1e-6)? as f32,
             rope: Rope::parse(&keys, decoder.head_dim, max_position_embeddings)?,
             windows: windows(&keys, family, decoder.layers)?,
             eos_token_ids: eos(&keys)?,
@@ -121,6 +121,15 @@ fn family(keys: &Keys) -> Result<Family, ConfigError> {
             found: found.to_string(),
             supported: SUPPORTED,
         }),
+    }
+}
+
+/// What transformers assumes where the key is absent.
+fn positions_default(family: Family) -> usize {
+    match family {
+        Family::Llama => 2048,
+        Family::Mistral => 131_072,
+        Family::Qwen2 | Family::Qwen3 => 32_768,
     }
 }
 
@@ -183,9 +192,15 @@ fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usiz
         Family::Llama => false,
         Family::Qwen2 | Family::Qwen3 => keys.flag("use_sliding_window")?,
     };
-    let window = if slides && keys.get("sliding_window").is_some() { Some(keys.size("sliding_window")?) } else { None };
+    // Absent means transformers' default, null means none.
+    let window = match keys.map.get("sliding_window") {
+        _ if !slides => None,
+        None => Some(4096),
+        Some(Value::Null) => None,
+        Some(_) => Some(keys.size("sliding_window")?),
+    };
     let Some(types) = keys.get("layer_types") else {
-        let first = if family == Family::Mistral { 0 } else { keys.size_or("max_window_layers", 28)? };
+        let first = if family == Family::Mistral { 0 } else { keys.count_or("max_window_layers", 28)? };
         return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
     };
     let names = types.as_array().filter(|a| a.len() == layers);
@@ -233,6 +248,15 @@ impl<'a> Keys<'a> {
     pub fn size(&self, key: &str) -> Result<usize, ConfigError> {
         let value = self.get(key).and_then(Value::as_u64).filter(|v| (1..1 << 32).contains(v));
         value.map_or_else(|| self.wrong(key, "a positive whole number"), |v| Ok(v as usize))
+    }
+
+    /// A whole number, 0 included.
+    pub fn count_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
+        if self.get(key).and_then(Value::as_u64) == Some(0) { Ok(0) } else { self.size_or(key, default) }
+    }
+
+    pub fn not_negative_or(&self, key: &str, default: f64) -> Result<f64, ConfigError> {
+        if self.get(key).and_then(Value::as_f64) == Some(0.0) { Ok(0.0) } else { self.float_or(key, default) }
     }
 
     pub fn size_or(&self, key: &str, default: usize) -> Result<usize, ConfigError> {
@@ -320,5 +344,34 @@ mod tests {
         assert_eq!((windows[19], windows[20]), (None, Some(64)));
         json["architectures"] = serde_json::json!(["MistralForCausalLM"]);
         assert_eq!(Config::parse(&json.to_string()).unwrap().windows, vec![Some(64); 28]);
+    }
+
+    /// As transformers 5.23 was seen to read them.
+    #[test]
+    fn keys_that_stand_twice_or_not_at_all_are_read_as_transformers_does() {
+        let base = r#"{"architectures":["Qwen2ForCausalLM"],"hidden_size":64,"num_attention_heads":4,
+            "intermediate_size":64,"num_hidden_layers":2,"vocab_size":9,"max_position_embeddings":128}"#;
+        let with = |changes: Value| {
+            let mut json: Value = serde_json::from_str(base).unwrap();
+            changes.as_object().unwrap().iter().for_each(|(k, v)| json[k] = v.clone());
+            Config::parse(&json.to_string()).unwrap()
+        };
+        let yarn = |original: u64| serde_json::json!({"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":original});
+        let inside = with(serde_json::json!({"rope_scaling": yarn(32)}));
+        let above = with(serde_json::json!({"rope_scaling": yarn(64), "original_max_position_embeddings": 32}));
+        assert_eq!(inside.rope, above.rope, "the one above counts");
+        let both =
+            with(serde_json::json!({"rope_scaling": yarn(32), "rope_parameters": {"rope_type":"linear","factor":2.0}}));
+        assert_eq!(inside.rope, both.rope, "rope_scaling counts");
+        let sliding = |window: Value| {
+            let mut json = serde_json::json!({"use_sliding_window": true, "max_window_layers": 0});
+            if !window.is_string() {
+                json["sliding_window"] = window;
+            }
+            with(json).windows
+        };
+        assert_eq!(sliding("absent".into()), [Some(4096); 2]);
+        assert_eq!(sliding(Value::Null), [None; 2]);
+        assert_eq!(sliding(5.into()), [Some(5); 2]);
     }
 }

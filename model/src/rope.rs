@@ -18,11 +18,18 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4).
+    /// From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4). Where both stand,
+    /// `rope_scaling` counts, and `original_max_position_embeddings` beside them counts before one
+    /// inside: as transformers 5.23 reads them.
     pub(crate) fn parse(keys: &Keys, head_dim: usize, max_positions: usize) -> Result<Rope, ConfigError> {
-        let parameters = match keys.object("rope_parameters", "rope_parameters.")? {
-            Some(parameters) => Some(parameters),
-            None => keys.object("rope_scaling", "rope_scaling.")?,
+        let scaling = keys.object("rope_scaling", "rope_scaling.")?.filter(|p| !p.map.is_empty());
+        let parameters = match scaling {
+            Some(scaling) => Some(scaling),
+            None => keys.object("rope_parameters", "rope_parameters.")?,
+        };
+        let original = |p: &Keys| match keys.get("original_max_position_embeddings") {
+            Some(_) => keys.size("original_max_position_embeddings"),
+            None => p.size_or("original_max_position_embeddings", max_positions),
         };
         let theta = match &parameters {
             Some(p) if p.get("rope_theta").is_some() => p.float("rope_theta")?,
@@ -40,8 +47,8 @@ impl Rope {
                 let factor = p.float("factor")?;
                 Ok(Rope::new(base.iter().map(|f| f / factor).collect(), 1.0))
             }
-            Some("llama3") => llama3(base, &p),
-            Some("yarn") => yarn(base, &p, theta, head_dim, max_positions),
+            Some("llama3") => llama3(base, &p, original(&p)? as f64),
+            Some("yarn") => yarn(base, &p, theta, max_positions as f64, original(&p)? as f64),
             _ => Err(ConfigError::Unsupported {
                 key: format!("{}rope_type", p.prefix),
                 found: kind.to_string(),
@@ -68,9 +75,8 @@ impl Rope {
     }
 }
 
-fn llama3(base: Vec<f64>, p: &Keys) -> Result<Rope, ConfigError> {
+fn llama3(base: Vec<f64>, p: &Keys, original: f64) -> Result<Rope, ConfigError> {
     let (factor, low, high) = (p.float("factor")?, p.float("low_freq_factor")?, p.float("high_freq_factor")?);
-    let original = p.size("original_max_position_embeddings")? as f64;
     let scaled = base.into_iter().map(|f| {
         let turns = original * f / TAU;
         if turns < low {
@@ -85,9 +91,8 @@ fn llama3(base: Vec<f64>, p: &Keys) -> Result<Rope, ConfigError> {
     Ok(Rope::new(scaled.collect(), 1.0))
 }
 
-fn yarn(base: Vec<f64>, p: &Keys, theta: f64, head_dim: usize, max_positions: usize) -> Result<Rope, ConfigError> {
-    let original = p.size_or("original_max_position_embeddings", max_positions)? as f64;
-    let factor = p.float_or("factor", max_positions as f64 / original)?;
+fn yarn(base: Vec<f64>, p: &Keys, theta: f64, max_positions: f64, original: f64) -> Result<Rope, ConfigError> {
+    let factor = p.float_or("factor", max_positions / original)?;
     let mscale = |scale: f64, m: f64| if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 };
     let attention_factor = match (p.get("attention_factor"), p.get("mscale"), p.get("mscale_all_dim")) {
         (Some(_), _, _) => p.float("attention_factor")?,
@@ -95,7 +100,7 @@ fn yarn(base: Vec<f64>, p: &Keys, theta: f64, head_dim: usize, max_positions: us
         _ => mscale(factor, 1.0),
     };
     // The dimension whose frequency turns `rotations` times over the original context.
-    let d = head_dim as f64;
+    let d = 2.0 * base.len() as f64;
     let dimension = |rotations: f64| d * (original / (rotations * TAU)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (dimension(p.float_or("beta_fast", 32.0)?), dimension(p.float_or("beta_slow", 1.0)?));
     if p.get("truncate").and_then(Value::as_bool).unwrap_or(true) {

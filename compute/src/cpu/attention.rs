@@ -6,7 +6,9 @@
 //!
 //! Queries are taken in blocks, so that memory is linear in the context: a block's scores are
 //! (block, keys it can see). Own and past keys are two segments of one row of scores.
-//! Backward recomputes P from the saved log-sum-exp (Dao et al., FlashAttention, section 3.1).
+//! Backward computes P again by the same softmax and takes rowsum(P·dP) itself instead of dout·out: with
+//! saturated scores this is several times more accurate than exp(S - lse), and a query that sees one
+//! key gets a gradient of exactly 0.
 
 use super::gemm::{Shared, View, product};
 use super::{simd, with_scratch};
@@ -162,7 +164,7 @@ fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
     top + sum.ln()
 }
 
-/// See [`crate::Device::attention_backward`]. dS = P·(dP - rowsum(dout·out)), dP = dout vᵀ,
+/// See [`crate::Device::attention_backward`]. dS = P·(dP - rowsum(P·dP)), dP = dout vᵀ,
 /// dq = scale·dS k, dk = scale·dSᵀ q, dv = Pᵀ dout; the past gets no gradient.
 pub fn attention_backward(
     grads: AttentionGrads<super::Buffer>,
@@ -215,17 +217,14 @@ unsafe fn backward_block(
         let (p, ds) = scratch.split_at_mut(n * span.keys());
         score(p, q, &keys, &span, shape.scale);
         score(ds, dout, &values, &span, 1.0);
-        for i in 0..n {
-            let row = (first + i) * stride + head * d;
-            let delta = simd::dot(&saved.dout[row..row + d], &saved.out[row..row + d]);
-            let lse = saved.lse[head * t + first + i];
+        for (i, (p, ds)) in p.chunks_exact_mut(span.keys()).zip(ds.chunks_exact_mut(span.keys())).enumerate() {
             let visible = span.visible(first + i, shape.window);
-            let columns = i * span.keys()..(i + 1) * span.keys();
-            let (p, ds) = (&mut p[columns.clone()], &mut ds[columns]);
-            p[..visible.start].fill(0.0);
-            p[visible.end..].fill(0.0);
-            simd::exp_in_place(&mut p[visible], lse);
-            p.iter().zip(ds).for_each(|(p, ds)| *ds = p * (*ds - delta) * shape.scale);
+            softmax(p, visible.clone());
+            let (p, seen) = (&p[visible.clone()], &mut ds[visible.clone()]);
+            let delta = simd::dot(p, seen);
+            p.iter().zip(seen).for_each(|(p, ds)| *ds = p * (*ds - delta) * shape.scale);
+            ds[..visible.start].fill(0.0);
+            ds[visible.end..].fill(0.0);
         }
         let own = span.own * kv_stride + kv_head * d;
         let own_columns = |data| View::new(data, n, span.own_rows(), span.keys()).t();

@@ -14,6 +14,7 @@ use memmap2::MmapRaw;
 use model::{Config, Example, Model, Timings};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
+use std::io::IsTerminal;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
@@ -76,6 +77,10 @@ pub fn step(options: &Options) -> Result<()> {
     let mut phases: [Vec<f64>; 5] = Default::default();
     for step in 0..=options.steps {
         let figures = device.run(|| one_step(&model, &mut optimizer, options, step))?;
+        if std::io::stderr().is_terminal() {
+            let kind = if step == 0 { "does not count".into() } else { format!("of {}", options.steps) };
+            eprintln!("step {step} {kind}: {:.0} ms", figures[4]);
+        }
         if step > 0 {
             phases.iter_mut().zip(figures).for_each(|(phase, ms)| phase.push(ms));
         }

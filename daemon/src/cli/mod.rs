@@ -113,7 +113,10 @@ impl ConfigArgs {
 }
 
 /// Refuses a model directory without the tokenizer that makes tokens of texts.
-fn need_tokenizer(model: &Path) -> Result<()> {
+///
+/// # Errors
+/// It is missing.
+pub fn need_tokenizer(model: &Path) -> Result<()> {
     let path = model.join("tokenizer.json");
     if !path.exists() {
         bail!(

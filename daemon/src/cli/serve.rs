@@ -67,6 +67,7 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         sync_on_shutdown: config.sync.on_shutdown,
         restart_delay: Duration::from_secs(1),
         server_delay: Duration::from_secs(1),
+        silence_max: Duration::from_secs(30),
     };
 
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -26,7 +26,7 @@ pub struct StageArgs {
 
 /// Copies and says what was copied.
 pub fn run(args: &StageArgs) -> Result<ExitCode> {
-    model::Config::read(&args.model)?;
+    model::Config::read(&args.model).with_context(|| args.model.display().to_string())?;
     if !is_memory(&args.live) {
         eprintln!(
             "warning: {} is not on tmpfs: every trained weight is then also written to its disk; use a folder of \
@@ -57,11 +57,10 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
 
 /// Whether a folder, which need not be there yet, is or would be on tmpfs. What cannot be told counts as such.
 fn is_memory(live: &Path) -> bool {
-    /// TMPFS_MAGIC of linux/magic.h.
-    const TMPFS_MAGIC: i64 = 0x0102_1994;
     let Ok(live) = std::path::absolute(live) else { return true };
     let there = live.ancestors().find(|folder| folder.exists()).unwrap_or(Path::new("/"));
-    rustix::fs::statfs(there).map_or(true, |stat| stat.f_type as i64 == TMPFS_MAGIC)
+    // TMPFS_MAGIC of linux/magic.h.
+    rustix::fs::statfs(there).map_or(true, |stat| stat.f_type == 0x0102_1994)
 }
 
 #[cfg(test)]

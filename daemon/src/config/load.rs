@@ -111,8 +111,26 @@ impl Sources {
             set(&mut merged, &origin, section, key, text)?;
         }
         Config::deserialize(toml::Value::Table(merged))
-            .map_err(|error| ConfigError::Value { origin: "configuration".into(), message: error.message().into() })
+            .map_err(|error| ConfigError::Value { origin: "configuration".into(), message: plain(error.message()) })
     }
+}
+
+/// serde's message with its names of Rust types in plain words.
+pub fn plain(message: &str) -> String {
+    let Some((before, expected)) = message.split_once("expected ") else { return message.to_owned() };
+    let (kind, after) = expected.split_at(expected.find([' ', ',']).unwrap_or(expected.len()));
+    let plain = match kind {
+        "f32" | "f64" => "a number",
+        "u8" | "u16" | "u32" | "u64" | "usize" => "a whole number, 0 or more",
+        "i8" | "i16" | "i32" | "i64" | "isize" => "a whole number",
+        // `struct Name`, and perhaps a place after it.
+        "struct" => {
+            let after = after[1..].find(' ').map_or("", |at| &after[1 + at..]);
+            return format!("{before}expected a table of keys{after}");
+        }
+        _ => return message.replacen("expected a sequence", "expected a list", 1),
+    };
+    format!("{before}expected {plain}{after}")
 }
 
 /// Whether an environment variable sets a configuration key, which a trainer child must not see twice.
@@ -147,7 +165,7 @@ fn parse_file(path: &Path, text: &str) -> Result<toml::Table, ConfigError> {
     let at = |offset: usize| format!("{}:{}", path.display(), text[..offset].matches('\n').count() + 1);
     let of_toml = |error: toml::de::Error| ConfigError::Value {
         origin: error.span().map_or_else(|| path.display().to_string(), |span| at(span.start)),
-        message: error.message().to_owned(),
+        message: plain(error.message()),
     };
     let document = DeTable::parse(text).map_err(of_toml)?;
     check_keys(document.get_ref(), &at)?;
@@ -238,7 +256,7 @@ fn set(merged: &mut toml::Table, origin: &str, section: &str, key: &str, text: &
             Err(error) => drop(first_error.get_or_insert(error)),
         }
     }
-    let message = first_error.map_or_else(String::new, |error| error.message().to_owned());
+    let message = first_error.map_or_else(String::new, |error| plain(error.message()));
     Err(ConfigError::Value { origin: origin.into(), message: format!("{section}.{key}: {message}") })
 }
 
@@ -308,6 +326,11 @@ mod tests {
         let (_dir, sources) = file("[train]\n\nrank = \"many\"\n");
         let error = sources.load().unwrap_err().to_string();
         assert!(error.contains("apollod.toml:3") && error.contains("many"), "{error}");
+        assert!(error.ends_with("expected a whole number, 0 or more"), "{error}");
+        let flags = Sources { flags: vec!["train.lr=fast".into()], ..Sources::default() };
+        assert!(flags.load().unwrap_err().to_string().ends_with("expected a number"));
+        let (_dir, sources) = file("train = 3\n");
+        assert!(sources.load().unwrap_err().to_string().ends_with("expected a table of keys"));
         let (_dir, sources) = file("[train]\nnorm_growth_limit = \"of\"\n");
         let error = sources.load().unwrap_err().to_string();
         assert!(error.contains("a factor such as 1.01, or \"off\""), "{error}");

@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-pub use load::{ConfigError, Sources, hint, is_config_variable};
+pub use load::{ConfigError, Sources, hint, is_config_variable, plain};
 
 /// Everything that can be configured.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

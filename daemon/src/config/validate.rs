@@ -1,7 +1,7 @@
 //! Values that parse and make no sense, refused before anything starts, each with what to do.
 
 use super::{Config, ConfigError, GrowthLimit};
-use crate::schedule::Schedule;
+use crate::schedule::{Schedule, ScheduleError};
 
 /// Shortest API key, in characters.
 const API_KEY_CHARS_MIN: usize = 16;
@@ -17,8 +17,10 @@ impl Config {
         self.validate_train()?;
         check(self.queue.capacity > 0, "queue.capacity", || "must be at least 1".into())?;
         check(self.sync.keep > 0, "sync.keep", || "must be at least 1: the current generation is one".into())?;
-        Schedule::parse(&self.sync.schedule, &self.sync.timezone)
-            .map_err(|error| invalid("sync.schedule", error.to_string()))?;
+        Schedule::parse(&self.sync.schedule, &self.sync.timezone).map_err(|error| {
+            let key = if matches!(error, ScheduleError::Zone(_)) { "sync.timezone" } else { "sync.schedule" };
+            invalid(key, error.to_string())
+        })?;
         Ok(())
     }
 
@@ -151,6 +153,9 @@ mod tests {
     #[test]
     fn a_schedule_that_is_no_crontab_line_is_refused() {
         assert!(refusal(|c| c.sync.schedule = "0 */10 * * * *".into()).contains("five fields"));
-        assert!(refusal(|c| c.sync.timezone = "Mars/Olympus".into()).contains("time zone"));
+        let error = refusal(|c| c.sync.timezone = "Mars/Olympus".into());
+        assert!(error.starts_with("sync.timezone:") && error.contains("time zone"), "{error}");
+        let error = refusal(|c| c.sync.schedule = "0 24 * * *".into());
+        assert!(error.starts_with("sync.schedule:") && error.contains("hour `24` is none: 0 to 23"), "{error}");
     }
 }

@@ -1,7 +1,9 @@
 //! The OpenAI interface: chat completions (also streamed), completions and models.
 
 use super::{Engine, Finish, Sampling};
+use axum::body::Bytes;
 use axum::extract::State;
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
@@ -84,17 +86,44 @@ async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
     Json(json!({"object": "list", "data": [{"id": engine.name, "object": "model", "owned_by": "apollod"}]}))
 }
 
-async fn chat(State(engine): State<Arc<Engine>>, Json(request): Json<Request>) -> Response {
-    let prompt = engine.templates.render_prompt(&request.messages);
-    answer(engine, request, prompt.map_err(|e| e.to_string()), Kind::Chat).await
+type Body = Result<Bytes, BytesRejection>;
+
+async fn chat(State(engine): State<Arc<Engine>>, body: Body) -> Response {
+    let request = match read(body) {
+        Ok(request) => request,
+        Err(message) => return refused(message),
+    };
+    let prompt = match request.messages.as_slice() {
+        [] => Err("messages is missing or empty".into()),
+        messages => engine.templates.render_prompt(messages).map_err(|e| e.to_string()),
+    };
+    answer(engine, request, prompt, Kind::Chat).await
 }
 
-async fn completions(State(engine): State<Arc<Engine>>, Json(request): Json<Request>) -> Response {
-    let prompt = match &request.prompt {
+async fn completions(State(engine): State<Arc<Engine>>, body: Body) -> Response {
+    let request = match read(body) {
+        Ok(request) => request,
+        Err(message) => return refused(message),
+    };
+    let prompt = match request.prompt.as_deref() {
+        Some("") | None => Err("prompt is missing or empty".into()),
         Some(text) => engine.templates.encode(text).map_err(|e| e.to_string()),
-        None => Err("prompt is missing".into()),
     };
     answer(engine, request, prompt, Kind::Text).await
+}
+
+fn read(body: Body) -> Result<Request, String> {
+    let body = body.map_err(|error| error.body_text())?;
+    serde_json::from_slice(&body).map_err(|error| {
+        let what = if error.is_data() { "the request does not fit" } else { "the body is not JSON" };
+        format!("{what}: {}", crate::config::plain(&error.to_string()))
+    })
+}
+
+/// 400 as OpenAI's clients expect it.
+fn refused(message: String) -> Response {
+    let error = json!({"error": {"message": message, "type": "invalid_request_error"}});
+    (StatusCode::BAD_REQUEST, Json(error)).into_response()
 }
 
 async fn answer(engine: Arc<Engine>, request: Request, prompt: Result<Vec<u32>, String>, kind: Kind) -> Response {
@@ -106,10 +135,7 @@ async fn answer(engine: Arc<Engine>, request: Request, prompt: Result<Vec<u32>, 
     });
     let prompt = match prompt {
         Ok(prompt) => prompt,
-        Err(message) => {
-            let error = json!({"error": {"message": message, "type": "invalid_request_error"}});
-            return (StatusCode::BAD_REQUEST, Json(error)).into_response();
-        }
+        Err(message) => return refused(message),
     };
     if request.stream { stream(engine, request, prompt, kind) } else { whole(engine, request, prompt, kind).await }
 }
@@ -179,4 +205,21 @@ fn now() -> u64 {
 fn id() -> String {
     let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
     format!("cmpl-{nanos:x}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_that_does_not_fit_is_told_why_in_plain_words() {
+        let refusal = |body: &'static str| read(Ok(Bytes::from_static(body.as_bytes()))).err().unwrap_or_default();
+        assert!(refusal("{oops").starts_with("the body is not JSON"), "{}", refusal("{oops"));
+        let error = refusal(r#"{"max_tokens": "many"}"#);
+        assert!(error.starts_with("the request does not fit"), "{error}");
+        assert!(error.contains("expected a whole number, 0 or more at line 1"), "{error}");
+        let error = refusal("3");
+        assert!(error.contains("expected a table of keys at line 1"), "{error}");
+        assert_eq!(refusal(r#"{"messages": []}"#), "");
+    }
 }

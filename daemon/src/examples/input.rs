@@ -7,6 +7,8 @@ use super::Refusal;
 /// Largest `weight`: beyond it a single example could undo everything else.
 const WEIGHT_MAX: f64 = 100.0;
 const TAGS_MAX: usize = 64;
+/// The roles of the OpenAI form.
+const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
 const LABEL_CHARS_MAX: usize = 1000;
 
 const FIELDS: [&str; 11] = [
@@ -135,7 +137,10 @@ fn message_of(index: usize, message: &Value) -> Result<(Value, Option<bool>), Re
     let Value::Object(message) = message else { return Err(wrong(&at(""), "an object", message)) };
     let mut message = message.clone();
     let role = match message.get("role") {
-        Some(Value::String(role)) if !role.is_empty() => role.clone(),
+        Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role.clone(),
+        Some(Value::String(role)) => {
+            return Err(Refusal::of(at(".role"), format!("{role:?} is no role; known are {}", ROLES.join(", "))));
+        }
         Some(other) => return Err(wrong(&at(".role"), "a word such as user or assistant", other)),
         None => return Err(Refusal::of(at(".role"), "missing")),
     };
@@ -303,6 +308,7 @@ mod tests {
         for (posted, field) in [
             (json!({"messages": [user, {"role": "assistant", "content": ""}]}), "messages[1].content"),
             (json!({"messages": [user, {"content": "a"}]}), "messages[1].role"),
+            (json!({"messages": [{"role": "asistant", "content": "a"}]}), "messages[0].role"),
             (json!({"messages": [{"role": "user"}]}), "messages[0].content"),
             (json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), "messages[0].content[0]"),
             (json!({"messages": [user, {"role": "assistant", "content": "a", "weight": 0.5}]}), "messages[1].weight"),

@@ -94,7 +94,7 @@ impl Templates {
     /// # Errors
     /// [`TextError`] for a file that is missing (the first and the fourth are required), unreadable or malformed.
     pub fn load(dir: &Path, max_tokens: usize) -> Result<Self, TextError> {
-        let tokens = Tokens::load(dir)?;
+        let tokens = Tokens::load(dir, max_tokens)?;
         let template = ChatTemplate::load(dir)?;
         Ok(Self { tokens, template, max_tokens })
     }
@@ -152,6 +152,9 @@ impl Templates {
     }
 
     fn text(&self, context: &str, decision: &str, append_eos: bool) -> Result<Prepared, Refusal> {
+        if decision.is_empty() {
+            return Err(Refusal::of("decision", "empty: there is nothing to learn"));
+        }
         let mut ids = self.tokens.encode(context, true)?;
         let start = ids.len();
         if start == 0 {

@@ -16,10 +16,15 @@ pub(super) struct Tokens {
     pub(super) eos: Vec<u32>,
     /// Rows of the embedding.
     pub(super) vocab_size: usize,
+    /// A longer text has more tokens than an example may have.
+    max_bytes: usize,
 }
 
+/// How much longer a text may be than its tokens' own text: normalizers drop and shorten.
+const SHRINKING: usize = 4;
+
 impl Tokens {
-    pub(super) fn load(dir: &Path) -> Result<Self, TextError> {
+    pub(super) fn load(dir: &Path, max_tokens: usize) -> Result<Self, TextError> {
         let path = dir.join("tokenizer.json");
         let bytes = std::fs::read(&path).map_err(|source| TextError::Read { path: path.clone(), source })?;
         let mut tokenizer = Tokenizer::from_bytes(&bytes)
@@ -40,11 +45,19 @@ impl Tokens {
             .find_map(Value::as_u64)
             .map_or_else(|| tokenizer.get_vocab_size(true), |size| size as usize);
         let eos = end_of_sequence(dir, &config, &tokenizer)?;
-        Ok(Self { tokenizer, special, eos, vocab_size })
+        let longest = tokenizer.get_vocab(true).keys().map(String::len).max().unwrap_or(1);
+        let max_bytes = max_tokens.saturating_mul(longest).saturating_mul(SHRINKING);
+        Ok(Self { tokenizer, special, eos, vocab_size, max_bytes })
     }
 
     /// Tokens of a text; `special` lets the tokenizer's post-processor add its own (such as a beginning of sequence).
     pub(super) fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, Refusal> {
+        // Before the tokenizer looks at it: that takes some 300 times the text's memory.
+        if text.len() > self.max_bytes {
+            let reason =
+                format!("{} bytes of text are more than an example may have; at most {}", text.len(), self.max_bytes);
+            return Err(Refusal::whole(reason));
+        }
         let encoding = self
             .tokenizer
             .encode_fast(text, special)

@@ -111,9 +111,25 @@ pub async fn checkpoints(State(app): State<App>) -> Result<Json<Value>, Problem>
 
 /// `POST /v1/checkpoints/{generation}/rollback`
 pub async fn rollback(State(app): State<App>, Path(generation): Path<String>) -> Result<Json<Value>, Problem> {
-    let to = generation.parse().map_err(|_| {
+    let to: u64 = generation.parse().map_err(|_| {
         Problem::new(400, "generation", format!("{generation:?} is no generation; see GET /v1/checkpoints"))
     })?;
+    let known = blocking({
+        let dir = app.model_dir.clone();
+        move || checkpoint::list(&dir)
+    });
+    let known = known.await.map_err(|error| Problem::new(500, "checkpoint", error.to_string()))?;
+    match known.iter().find(|known| known.generation == to) {
+        None => {
+            let detail = format!("there is no generation {to}; see GET /v1/checkpoints");
+            return Err(Problem::new(404, "unknown-generation", detail));
+        }
+        Some(known) if !known.restorable => {
+            let detail = format!("generation {to} is no longer restorable; see GET /v1/checkpoints and sync.keep");
+            return Err(Problem::new(409, "not-restorable", detail));
+        }
+        Some(_) => {}
+    }
     let (generation, cursor) = app.supervisor.rollback(to).await?;
     Ok(Json(json!({ "generation": generation, "cursor": cursor, "rollback_of": to })))
 }

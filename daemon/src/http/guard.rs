@@ -12,9 +12,11 @@ pub async fn key(State(app): State<App>, request: Request, next: Next) -> Respon
     if let Some(key) = &app.config.api_key
         && !bearer(request.headers()).is_some_and(|given| same(given, key))
     {
-        return Problem::new(401, "unauthorized", "send the API key as `Authorization: Bearer KEY`")
-            .header(header::WWW_AUTHENTICATE, "Bearer")
-            .into_response();
+        let detail = match bearer(request.headers()) {
+            Some(_) => "the API key is wrong: it is not http.api_key of this daemon",
+            None => "no API key was sent: send it as `Authorization: Bearer KEY`",
+        };
+        return Problem::new(401, "unauthorized", detail).header(header::WWW_AUTHENTICATE, "Bearer").into_response();
     }
     next.run(request).await
 }

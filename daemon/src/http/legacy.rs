@@ -12,38 +12,87 @@ use axum::extract::rejection::BytesRejection;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::examples::{full, idempotency};
 use super::{App, Problem, blocking};
 use crate::examples::Templates;
 use crate::queue::{Added, NewExample, Record, State as ExampleState, new_id};
 
-#[derive(Deserialize)]
-struct Request {
-    training_data: TrainingData,
-}
-
-#[derive(Deserialize)]
 struct TrainingData {
     samples: Vec<Sample>,
-    #[serde(default)]
-    config: JobConfig,
+    learning_rate: Option<f64>,
+    max_steps: Option<u64>,
 }
 
-#[derive(Deserialize)]
 struct Sample {
     input: String,
     expected_output: String,
-    #[serde(default)]
     rationale: Option<String>,
 }
 
-#[derive(Deserialize, Default)]
-struct JobConfig {
-    learning_rate: Option<f64>,
-    max_steps: Option<u64>,
+impl TrainingData {
+    /// Reads a body field by field, so that a refusal names the one at fault.
+    fn parse(body: &[u8]) -> Result<Self, Problem> {
+        let body: Value = serde_json::from_slice(body).map_err(|error| {
+            Problem::new(400, "body", format!("not JSON: {error}")).with("line", error.line().into())
+        })?;
+        let top = object(&body, "the body", &["training_data"])?;
+        let data = object(required(top, "", "training_data")?, "training_data", &["samples", "config"])?;
+        let samples = match required(data, "training_data.", "samples")? {
+            Value::Array(samples) => samples.iter().enumerate().map(sample).collect::<Result<_, _>>()?,
+            _ => return Err(field("training_data.samples", "must be a list".into())),
+        };
+        let none = Map::new();
+        let config = match given(data, "config") {
+            Some(config) => object(config, "training_data.config", &["learning_rate", "max_steps"])?,
+            None => &none,
+        };
+        let wrong = |key: &str, what: &str| field(&format!("training_data.config.{key}"), format!("must be {what}"));
+        let learning_rate = given(config, "learning_rate")
+            .map(|lr| lr.as_f64().ok_or_else(|| wrong("learning_rate", "a number")))
+            .transpose()?;
+        let max_steps = given(config, "max_steps")
+            .map(|steps| steps.as_u64().ok_or_else(|| wrong("max_steps", "a whole number above 0")))
+            .transpose()?;
+        Ok(Self { samples, learning_rate, max_steps })
+    }
+}
+
+fn sample((index, sample): (usize, &Value)) -> Result<Sample, Problem> {
+    let place = format!("training_data.samples[{index}]");
+    let sample = object(sample, &place, &["input", "expected_output", "rationale"])?;
+    let text = |key: &str, value: &Value| {
+        let text = value.as_str().map(str::to_owned);
+        text.ok_or_else(|| field(&format!("{place}.{key}"), "must be text".into()))
+    };
+    let must = |key: &str| text(key, required(sample, &format!("{place}."), key)?);
+    Ok(Sample {
+        input: must("input")?,
+        expected_output: must("expected_output")?,
+        rationale: given(sample, "rationale").map(|value| text("rationale", value)).transpose()?,
+    })
+}
+
+/// An object all of whose keys are known.
+fn object<'a>(value: &'a Value, place: &str, known: &[&str]) -> Result<&'a Map<String, Value>, Problem> {
+    let Value::Object(object) = value else { return Err(field(place, "must be an object".into())) };
+    match object.keys().find(|key| !known.contains(&key.as_str())) {
+        None => Ok(object),
+        Some(key) => {
+            let name = if place == "the body" { key.clone() } else { format!("{place}.{key}") };
+            Err(field(&name, format!("unknown field; {}", crate::config::hint(key, known))))
+        }
+    }
+}
+
+fn required<'a>(object: &'a Map<String, Value>, prefix: &str, key: &str) -> Result<&'a Value, Problem> {
+    object.get(key).ok_or_else(|| field(&format!("{prefix}{key}"), "missing".into()))
+}
+
+/// A value that is there and not null.
+fn given<'a>(object: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
+    object.get(key).filter(|value| !value.is_null())
 }
 
 /// `POST /train`
@@ -54,13 +103,11 @@ pub async fn train(
 ) -> Result<Response, Problem> {
     let body = body?;
     let idempotency = idempotency(&headers, "/train", &body)?;
-    let request: Request = serde_json::from_slice(&body)
-        .map_err(|error| Problem::new(400, "body", error.to_string()).with("line", error.line().into()))?;
     blocking(move || {
-        let TrainingData { samples, config } = request.training_data;
-        let lr = learning_rate(&config)?;
+        let TrainingData { samples, learning_rate: lr, max_steps } = TrainingData::parse(&body)?;
+        let lr = learning_rate(lr)?;
         let prepared = prepare(&app.templates, &samples)?;
-        let steps = config.max_steps.unwrap_or(prepared.len() as u64);
+        let steps = max_steps.unwrap_or(prepared.len() as u64);
         let capacity = app.queue.capacity();
         if steps == 0 || steps > capacity {
             let detail = format!("must lie in 1..={capacity} (queue.capacity), is {steps}");
@@ -120,8 +167,8 @@ pub async fn status(State(app): State<App>, Path(job): Path<String>) -> Result<J
     })))
 }
 
-fn learning_rate(config: &JobConfig) -> Result<Option<f32>, Problem> {
-    let Some(lr) = config.learning_rate else { return Ok(None) };
+fn learning_rate(lr: Option<f64>) -> Result<Option<f32>, Problem> {
+    let Some(lr) = lr else { return Ok(None) };
     if lr > 0.0 && lr < 1.0 {
         return Ok(Some(lr as f32));
     }

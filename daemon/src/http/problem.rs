@@ -76,7 +76,11 @@ impl From<QueueError> for Problem {
     fn from(error: QueueError) -> Self {
         match error {
             QueueError::Full { wanted, capacity, .. } if wanted > capacity => {
-                Self::new(413, "too-many", format!("{error}: this many never fit, post them in parts"))
+                let detail = format!(
+                    "{wanted} examples were posted at once and queue.capacity is {capacity}: post them in parts of at \
+                     most {capacity}"
+                );
+                Self::new(413, "too-many", detail)
             }
             QueueError::Full { .. } => Self::new(429, "queue-full", error.to_string()),
             QueueError::KeyReused(_) => Self::new(422, "idempotency-key-reused", error.to_string()),

@@ -56,6 +56,8 @@ pub struct Options {
     pub restart_delay: Duration,
     /// Wait before looking again for a server that is gone.
     pub server_delay: Duration,
+    /// A trainer that gives signs of life and then none for so long is killed.
+    pub silence_max: Duration,
 }
 
 /// Why a request to the supervisor was not done.

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, SecondsFormat, Utc};
 
-use super::child::Child;
+use super::child::{Child, Output};
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
-use crate::protocol::{Synced, ToTrainer};
+use crate::protocol::{FromTrainer, Synced, ToTrainer};
 use crate::queue::{Batch, Queue, QueueError};
 
 /// Longest wait between two restarts.
@@ -30,6 +30,8 @@ pub(super) struct Attached {
     child: Child,
     number: u64,
     pub(super) ready: bool,
+    /// When it last gave a sign of life, once it has given one.
+    heard: Option<Instant>,
 }
 
 /// A sync that was asked for and not yet sent.
@@ -133,7 +135,10 @@ impl Supervisor {
                 _ => SLEEP_MAX,
             },
         };
-        until.clamp(Duration::from_millis(1), SLEEP_MAX)
+        // A child that must give signs of life is looked at as often as it may be silent.
+        let watched = self.attached.as_ref().is_some_and(|attached| attached.heard.is_some());
+        let most = if watched { SLEEP_MAX.min(self.options.silence_max) } else { SLEEP_MAX };
+        until.clamp(Duration::from_millis(1), most)
     }
 
     fn can_send(&self) -> bool {
@@ -144,6 +149,11 @@ impl Supervisor {
     fn advance(&mut self) -> Result<(), QueueError> {
         if self.attached.is_none() && !self.stopping && Instant::now() >= self.spawn_at {
             self.spawn();
+        }
+        let heard = self.attached.as_ref().and_then(|attached| attached.heard);
+        let silence_max = self.options.silence_max;
+        if heard.is_some_and(|heard| heard.elapsed() > silence_max) {
+            self.kill_child(format!("no sign of life for {silence_max:?}: it was stopped or hangs"));
         }
         if self.stopping && self.attached.as_ref().is_some_and(|attached| !attached.ready) {
             self.lose_child(State::Stopping, "stopped before it was ready".into());
@@ -202,7 +212,7 @@ impl Supervisor {
         match Child::spawn(&self.options.command, output) {
             Ok(child) => {
                 tracing::info!("trainer {} started", child.pid());
-                self.attached = Some(Attached { child, number, ready: false });
+                self.attached = Some(Attached { child, number, ready: false, heard: None });
             }
             Err(error) => {
                 let reason = format!("{} cannot be started: {error}", self.options.command.program.display());
@@ -230,8 +240,12 @@ impl Supervisor {
             Event::Rollback { to, reply } => self.want_rollback(to, reply),
             Event::Child { number, output } => {
                 // What an earlier child still had to say no longer matters.
-                if self.attached.as_ref().is_some_and(|attached| attached.number == number) {
-                    self.hear(output)?;
+                if let Some(attached) = self.attached.as_mut().filter(|attached| attached.number == number) {
+                    if matches!(output, Output::Message(FromTrainer::Alive)) {
+                        attached.heard = Some(Instant::now());
+                    } else {
+                        self.hear(output)?;
+                    }
                 }
             }
         }

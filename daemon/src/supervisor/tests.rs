@@ -36,6 +36,7 @@ impl Stand {
             sync_on_shutdown: true,
             restart_delay: Duration::from_millis(10),
             server_delay: Duration::from_millis(50),
+            silence_max: Duration::from_millis(300),
         };
         let (handle, thread) = start(options, Arc::clone(&queue)).unwrap();
         Self { dir, queue, handle, thread: Some(thread) }
@@ -147,6 +148,16 @@ fn a_trainer_killed_in_a_step_is_replaced_and_gets_the_same_batch_again() {
     assert_eq!(status.restarts, 1);
     assert!(status.last_restart.as_ref().unwrap().contains("signal 9"), "{status}");
     assert_eq!(stand.get(&ids[2]).seq, Some(3));
+}
+
+#[test]
+fn a_trainer_that_hangs_is_killed_and_gets_a_successor() {
+    let stand = Stand::start(&[("hang_at_step", "2")]);
+    let ids = stand.add(6);
+    stand.wait_for(&ids, ExampleState::Trained);
+    let status = stand.handle.status();
+    assert_eq!(status.restarts, 1, "{status}");
+    assert!(status.last_restart.is_some_and(|why| why.contains("no sign of life")));
 }
 
 #[test]
@@ -370,6 +381,7 @@ fn a_trainer_that_cannot_start_is_said_and_tried_again() {
         sync_on_shutdown: true,
         restart_delay: Duration::from_millis(1),
         server_delay: Duration::from_millis(1),
+        silence_max: Duration::from_secs(1),
     };
     let (handle, thread) = start(options, queue).unwrap();
     let deadline = Instant::now() + Duration::from_secs(10);

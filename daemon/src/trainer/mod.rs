@@ -21,8 +21,16 @@ pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 /// How often an idle trainer looks whether the server is still there.
 const WATCH: Duration = Duration::from_millis(200);
 
+/// How often the supervisor gets a sign of life.
+const HEARTBEAT: Duration = Duration::from_secs(1);
+
 /// Runs until told to stop, until stdin ends or until the server is gone.
 pub fn run(config: &Config) -> Result<()> {
+    std::thread::spawn(|| {
+        while say(&FromTrainer::Alive).is_ok() {
+            std::thread::sleep(HEARTBEAT);
+        }
+    });
     let mut session = match Session::open(config) {
         Ok(session) => session,
         Err(StartError::ServerGone(reason)) => return say(&FromTrainer::ServerGone { reason }),

@@ -4,7 +4,8 @@
 //! or half way. Whether that can be is known from `attached.json` in the state directory, which names
 //! the epoch that the last trainer wrote to:
 //!
-//! - the same epoch: the trainable tensors go back to the generation in the files, whatever they hold;
+//! - the same epoch: every tensor goes back to the generation in the files, also one that is frozen now
+//!   and was trained before;
 //! - another epoch: the server has loaded its weights itself. They must equal the files; where they do
 //!   not, this is another model or another version, and nothing is written.
 

@@ -68,10 +68,8 @@ impl Session {
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         if restore::is_known_epoch(&config.state_dir(), attachment.epoch())? {
             let mut bytes = 0;
-            for (tensor, weight) in tensors.iter().zip(&weights) {
-                if tensor.effective_rule() != Rule::Frozen {
-                    bytes += restore::restore(&checkpoint, &tensor.name, weight)?;
-                }
+            for (name, weight) in names.iter().zip(&weights) {
+                bytes += restore::restore(&checkpoint, name, weight)?;
             }
             if bytes > 0 {
                 recovery.push(format!("{bytes} bytes of live weights restored from the files"));
@@ -231,9 +229,7 @@ impl Session {
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
         for (tensor, weight) in self.optimizer.tensors().iter().zip(self.model.weights()) {
-            if tensor.effective_rule() != Rule::Frozen {
-                restore::restore(&self.checkpoint, &tensor.name, weight)?;
-            }
+            restore::restore(&self.checkpoint, &tensor.name, weight)?;
         }
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);

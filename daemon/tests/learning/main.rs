@@ -94,6 +94,36 @@ fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes() {
     assert!(killed.1 == undisturbed.1, "optimizer states differ");
 }
 
+/// Rules that freeze most of the model.
+const FROZEN: &str = r#"train.rules=[{pattern="*embed*",rule="frozen"},{pattern="*mlp*",rule="frozen"}]"#;
+
+#[test]
+fn what_is_frozen_only_now_is_restored_and_rolled_back_too() {
+    let place = Place::new();
+    let engine = place.engine();
+    let mut daemon = place.daemon(&[]);
+    wait_trained(&daemon, &post(&daemon, taught(12)));
+    assert_eq!(ask(&engine, QUESTION).0, TAUGHT);
+    // Killed before any sync: the files know nothing of it.
+    daemon.child.kill().unwrap();
+    daemon.child.wait().unwrap();
+    let daemon = place.daemon(&[FROZEN, "train.lr=1e-12"]);
+    until("the replay is done", || daemon.get("/v1/status")["step"] == 12);
+    assert_eq!(ask(&engine, QUESTION).0, BEFORE, "the frozen tensors went back as well");
+    daemon.post("/v1/checkpoint", json!({}));
+    daemon.stop();
+
+    let daemon = place.daemon(&[]);
+    wait_trained(&daemon, &post(&daemon, taught(12)));
+    daemon.post("/v1/checkpoint", json!({}));
+    daemon.stop();
+    let daemon = place.daemon(&[FROZEN]);
+    daemon.post("/v1/checkpoints/0/rollback", json!({}));
+    assert_eq!(ask(&engine, QUESTION).0, BEFORE);
+    daemon.stop();
+    engine.stop();
+}
+
 #[test]
 fn a_server_that_dies_stops_training_and_a_new_one_is_attached() {
     let place = Place::new();
