@@ -68,6 +68,10 @@ pub fn step(options: &Options) -> Result<()> {
     let config = Config::parse(&shape(&options.shape)?.to_string())?;
     let device = Arc::new(Cpu::new(options.train.threads)?);
     let tokens = options.context + options.decision;
+    let terminal = std::io::stderr().is_terminal();
+    if terminal {
+        eprintln!("{}: making random weights", options.shape);
+    }
     let model = device.run(|| random_model(&device, &config, options.dtype, tokens))?;
     let settings = trainer::optimizer_settings(&options.train);
     let tensors = trainer::tensors(&config, &options.train);
@@ -77,7 +81,7 @@ pub fn step(options: &Options) -> Result<()> {
     let mut phases: [Vec<f64>; 5] = Default::default();
     for step in 0..=options.steps {
         let figures = device.run(|| one_step(&model, &mut optimizer, options, step))?;
-        if std::io::stderr().is_terminal() {
+        if terminal {
             let kind = if step == 0 { "does not count".into() } else { format!("of {}", options.steps) };
             eprintln!("step {step} {kind}: {:.0} ms", figures[4]);
         }

@@ -60,7 +60,7 @@ impl Config {
         let positive = |value: f64| value.is_finite() && value > 0.0;
         let not_negative = |value: f64| value.is_finite() && value >= 0.0;
         let decay = |value: f64| (0.0..1.0).contains(&value);
-        check(not_negative(train.lr) && train.lr < 1.0, "train.lr", || range("[0, 1)", train.lr))?;
+        check(positive(train.lr) && train.lr < 1.0, "train.lr", || range("(0, 1)", train.lr))?;
         check(train.rank > 0, "train.rank", || "must be at least 1".into())?;
         check(positive(train.scale), "train.scale", || range("(0, inf)", train.scale))?;
         check(decay(train.beta1), "train.beta1", || range("[0, 1)", train.beta1))?;
