@@ -4,7 +4,7 @@ use crate::examples::Templates;
 use crate::weights;
 use anyhow::{Context, Result, bail};
 use compute::{Collector, Cpu};
-use model::{Config, Example, Model, Timings};
+use model::{Config, Example, Extent, Model, Timings};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 use std::collections::HashMap;
@@ -31,7 +31,8 @@ pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: 
         model.check(example).with_context(|| format!("example {i}"))?;
         let mut collector = Collector::new(device.clone(), &model.shapes());
         let scale = 1.0 / example.tokens() as f32;
-        let report = device.run(|| model.train(&mut cache, example, scale, &mut collector, &mut Timings::default()));
+        let report = device
+            .run(|| model.train(&mut cache, example, Extent::Frozen, scale, &mut collector, &mut Timings::default()));
         reports.push(json!({"loss": report.loss(), "tokens": report.tokens}));
         for (tensor, gradient) in model.tensors().iter().zip(collector.gradients) {
             let bytes: Vec<u8> = gradient.iter().flat_map(|v| v.to_le_bytes()).collect();

@@ -51,9 +51,12 @@ pub struct Model<D: Device> {
 }
 
 /// Keys and values of a context, per layer, for up to `capacity` tokens.
+///
+/// It knows which tokens it holds, so that a context which begins like the last one is not run again.
+/// That is right only as long as the weights are the same: [`Cache::truncate`] to 0 when they moved.
 pub struct Cache<D: Device> {
     layers: Vec<(D::Buffer, D::Buffer)>,
-    len: usize,
+    ids: Vec<u32>,
     capacity: usize,
 }
 
@@ -78,11 +81,11 @@ pub(crate) struct Saved<D: Device> {
 impl<D: Device> Cache<D> {
     /// Number of tokens in the cache.
     pub fn len(&self) -> usize {
-        self.len
+        self.ids.len()
     }
     /// Whether nothing is cached.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.ids.is_empty()
     }
     /// Tokens that fit.
     pub fn capacity(&self) -> usize {
@@ -90,11 +93,16 @@ impl<D: Device> Cache<D> {
     }
     /// Forgets all but the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
-        self.len = self.len.min(len);
+        self.ids.truncate(len);
+    }
+    /// Forgets what does not begin `context`.
+    pub(crate) fn keep_common(&mut self, context: &[u32]) {
+        let common = self.ids.iter().zip(context).take_while(|(a, b)| a == b).count();
+        self.truncate(common);
     }
     pub(crate) fn past(&self, layer: usize) -> Past<'_, D::Buffer> {
         let (keys, values) = &self.layers[layer];
-        Past { keys, values, len: self.len }
+        Past { keys, values, len: self.len() }
     }
 }
 
@@ -146,7 +154,7 @@ impl<D: Device> Model<D> {
         let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
         let buffer = || self.device.zeros(capacity * row);
         let layers = self.layers.iter().map(|_| (buffer(), buffer())).collect();
-        Cache { layers, len: 0, capacity }
+        Cache { layers, ids: Vec::new(), capacity }
     }
 
     /// Runs tokens after those in the cache without gradients and adds their keys and values.
@@ -170,14 +178,14 @@ impl<D: Device> Model<D> {
 
     /// One chunk through all layers; the last layer stops at its keys unless the output is wanted.
     fn prefill_chunk(&self, cache: &mut Cache<D>, ids: &[u32], want_output: bool) -> Option<Arc<D::Buffer>> {
-        let t = ids.len();
-        assert!(cache.len + t <= cache.capacity, "{} + {t} tokens in a cache of {}", cache.len, cache.capacity);
+        let (t, len) = (ids.len(), cache.len());
+        assert!(len + t <= cache.capacity, "{len} + {t} tokens in a cache of {}", cache.capacity);
         let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
         let mut x = Arc::new(self.embed(ids));
         let last = self.layers.len() - 1;
         for layer in 0..self.layers.len() {
             let (k, v) = if layer == last && !want_output {
-                let projected = self.project(layer, &x, cache.len, t, false);
+                let projected = self.project(layer, &x, len, t, false);
                 (projected.k, projected.v)
             } else {
                 let (next, saved) = self.layer(layer, x, cache.past(layer), t);
@@ -185,10 +193,10 @@ impl<D: Device> Model<D> {
                 (saved.k, saved.v)
             };
             let (keys, values) = &mut cache.layers[layer];
-            self.device.copy(keys, cache.len * row, &k, 0, t * row);
-            self.device.copy(values, cache.len * row, &v, 0, t * row);
+            self.device.copy(keys, len * row, &k, 0, t * row);
+            self.device.copy(values, len * row, &v, 0, t * row);
         }
-        cache.len += t;
+        cache.ids.extend_from_slice(ids);
         want_output.then_some(x)
     }
 

@@ -19,4 +19,4 @@ mod window;
 pub use config::{Config, ConfigError};
 pub use forward::{Cache, Model};
 pub use rope::Rope;
-pub use window::{Example, ExampleError, Report, Timings};
+pub use window::{Example, ExampleError, Extent, Report, Timings};

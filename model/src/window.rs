@@ -4,6 +4,9 @@
 //! keys and values; the window runs c_{k-1}, d_0..d_{j-2} with gradients and predicts d_0..d_{j-1}.
 //! Several decision spans of one conversation are several windows: each has everything before it as
 //! its frozen context, and all of them are computed before any update.
+//!
+//! With [`Extent::Full`] the window reaches back to the first token and gradients flow through the
+//! context as well; the loss is the same. That is what others do, for comparison.
 
 use crate::forward::{Cache, Model};
 use compute::{Device, Sink};
@@ -16,6 +19,32 @@ use std::time::Instant;
 pub struct Example {
     ids: Vec<u32>,
     spans: Vec<Range<usize>>,
+}
+
+/// How far back gradients flow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Extent {
+    /// Through the decision tokens only.
+    #[default]
+    Frozen,
+    /// Through the whole example.
+    Full,
+}
+
+/// One window: tokens that run with gradients, of which the last `targets.len()` are scored.
+struct Window<'a> {
+    ids: &'a [u32],
+    targets: &'a [u32],
+}
+
+impl Example {
+    /// Where the window of a span begins.
+    fn window_start(span: &Range<usize>, extent: Extent) -> usize {
+        match extent {
+            Extent::Frozen => span.start - 1,
+            Extent::Full => 0,
+        }
+    }
 }
 
 /// An example that cannot be trained.
@@ -128,27 +157,17 @@ impl<D: Device> Model<D> {
 
     /// Forward and backward over every span of an example that passed [`Model::check`]. `scale` is
     /// the weight of one token's loss in the step's loss: 1 over the step's decision tokens. The
-    /// cache is overwritten.
+    /// cache is overwritten, but for what the context shares with the one in it.
     pub fn train(
         &self,
         cache: &mut Cache<D>,
         example: &Example,
+        extent: Extent,
         scale: f32,
         sink: &mut impl Sink<D>,
         timings: &mut Timings,
     ) -> Report {
-        cache.truncate(0);
-        let mut report = Report::default();
-        for span in &example.spans {
-            let clock = Instant::now();
-            self.prefill(cache, &example.ids[cache.len()..span.start - 1]);
-            timings.prefill_ms += ms(clock);
-            let window = &example.ids[span.start - 1..span.end - 1];
-            let targets = &example.ids[span.clone()];
-            report.loss_sum += self.window(cache, window, targets, scale, Some(&mut *sink), timings);
-            report.tokens += span.len();
-        }
-        report
+        self.spans(cache, example, extent, scale, Some(sink), timings)
     }
 
     /// Loss without gradients.
@@ -162,13 +181,27 @@ impl<D: Device> Model<D> {
                 false
             }
         }
-        cache.truncate(0);
+        self.spans::<Nobody>(cache, example, Extent::Frozen, 1.0, None, &mut Timings::default())
+    }
+
+    fn spans<S: Sink<D>>(
+        &self,
+        cache: &mut Cache<D>,
+        example: &Example,
+        extent: Extent,
+        scale: f32,
+        mut sink: Option<&mut S>,
+        timings: &mut Timings,
+    ) -> Report {
         let mut report = Report::default();
         for span in &example.spans {
-            self.prefill(cache, &example.ids[cache.len()..span.start - 1]);
-            let (window, targets) = (&example.ids[span.start - 1..span.end - 1], &example.ids[span.clone()]);
-            let timings = &mut Timings::default();
-            report.loss_sum += self.window::<Nobody>(cache, window, targets, 1.0, None, timings);
+            let start = Example::window_start(span, extent);
+            let clock = Instant::now();
+            cache.keep_common(&example.ids[..start]);
+            self.prefill(cache, &example.ids[cache.len()..start]);
+            timings.prefill_ms += ms(clock);
+            let window = Window { ids: &example.ids[start..span.end - 1], targets: &example.ids[span.clone()] };
+            report.loss_sum += self.window(cache, window, scale, sink.as_deref_mut(), timings);
             report.tokens += span.len();
         }
         report
@@ -178,13 +211,13 @@ impl<D: Device> Model<D> {
     fn window<S: Sink<D>>(
         &self,
         cache: &Cache<D>,
-        ids: &[u32],
-        targets: &[u32],
+        window: Window,
         scale: f32,
         sink: Option<&mut S>,
         timings: &mut Timings,
     ) -> f64 {
-        let (t, vocab) = (ids.len(), self.config().decoder.vocab);
+        let Window { ids, targets } = window;
+        let (t, scored, vocab) = (ids.len(), targets.len(), self.config().decoder.vocab);
         let clock = Instant::now();
         let mut x = Arc::new(self.embed(ids));
         let mut saved = Vec::new();
@@ -195,14 +228,16 @@ impl<D: Device> Model<D> {
                 saved.push(activations);
             }
         }
-        let (normed, mut logits) = self.logits(&x, t);
-        let mut losses = self.device.zeros(t);
+        let x = self.last_rows(x, t, scored);
+        let (normed, mut logits) = self.logits(&x, scored);
+        let mut losses = self.device.zeros(scored);
         self.device.cross_entropy(&mut losses, &mut logits, &self.device.ids(targets), vocab, scale);
         timings.forward_ms += ms(clock);
         if let Some(sink) = sink {
             let clock = Instant::now();
             let (normed, dlogits) = (Arc::new(normed), Arc::new(logits));
-            let mut dx = self.head_backward(&x, &normed, &dlogits, t, sink);
+            let dx = self.head_backward(&x, &normed, &dlogits, scored, sink);
+            let mut dx = self.as_last_rows(dx, t, scored);
             let mut complete = true;
             for layer in (0..self.layers.len()).rev() {
                 if !self.wanted_below(layer + 1, sink) {
@@ -217,9 +252,31 @@ impl<D: Device> Model<D> {
             }
             timings.backward_ms += ms(clock);
         }
-        let mut host = vec![0.0; t];
+        let mut host = vec![0.0; scored];
         self.device.read(&losses, 0, &mut host);
         host.iter().map(|l| *l as f64).sum()
+    }
+
+    /// The last `rows` of x (t,H).
+    fn last_rows(&self, x: Arc<D::Buffer>, t: usize, rows: usize) -> Arc<D::Buffer> {
+        if rows == t {
+            return x;
+        }
+        let hidden = self.config().decoder.hidden;
+        let mut last = self.device.zeros(rows * hidden);
+        self.device.copy(&mut last, 0, &x, (t - rows) * hidden, rows * hidden);
+        Arc::new(last)
+    }
+
+    /// (t,H) with `last` as its last `rows` and zeros before.
+    fn as_last_rows(&self, last: Arc<D::Buffer>, t: usize, rows: usize) -> Arc<D::Buffer> {
+        if rows == t {
+            return last;
+        }
+        let hidden = self.config().decoder.hidden;
+        let mut all = self.device.zeros(t * hidden);
+        self.device.copy(&mut all, (t - rows) * hidden, &last, 0, rows * hidden);
+        Arc::new(all)
     }
 }
 

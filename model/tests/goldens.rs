@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{cases, examples, gradients, load, relative, values};
 use compute::Cpu;
-use model::Config;
+use model::{Config, Extent};
 use safetensors::SafeTensors;
 use std::sync::Arc;
 
@@ -23,7 +23,7 @@ fn loss_and_gradients_agree_with_transformers() -> Result<()> {
         let mut worst = (0.0, String::new());
         for (i, example) in examples(&dir)?.iter().enumerate() {
             model.check(example)?;
-            let (report, gradients) = gradients(&device, &model, example);
+            let (report, gradients) = gradients(&device, &model, example, Extent::Frozen);
             let loss = values(&expected, &format!("{i}.loss"))?;
             let error = relative(&[report.loss()], &loss);
             assert!(error < TOLERANCE, "{name} example {i}: loss {} instead of {}", report.loss(), loss[0]);

@@ -11,7 +11,7 @@ use apollo::{Gates, Optimizer, Outcome};
 use compute::cpu::Weight;
 use compute::{Cpu, Dtype};
 use memmap2::MmapRaw;
-use model::{Config, Example, Model, Timings};
+use model::{Config, Example, Extent, Model, Timings};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
@@ -106,7 +106,8 @@ fn one_step(model: &Model<Cpu>, optimizer: &mut Optimizer<Cpu>, options: &Option
     let mut cache = model.cache(end);
     let (mut gradients, mut timings) = (optimizer.gradients(), Timings::default());
     let clock = Instant::now();
-    let report = model.train(&mut cache, &example, 1.0 / options.decision as f32, &mut gradients, &mut timings);
+    let scale = 1.0 / options.decision as f32;
+    let report = model.train(&mut cache, &example, Extent::Frozen, scale, &mut gradients, &mut timings);
     let update = Instant::now();
     let outcome = optimizer.step(model.weights(), &gradients, report.loss(), 1.0, &Gates::default());
     let (total_ms, update_ms) = (clock.elapsed().as_secs_f64() * 1e3, update.elapsed().as_secs_f64() * 1e3);

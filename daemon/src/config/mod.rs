@@ -166,6 +166,16 @@ impl<'de> Deserialize<'de> for GrowthLimit {
     }
 }
 
+/// How far back gradients flow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Window {
+    /// Through the decision tokens; the context is frozen.
+    Frozen,
+    /// Through the whole example, as others do it; for comparison.
+    Full,
+}
+
 /// How a tensor trains.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -229,6 +239,9 @@ pub struct TrainConfig {
     pub threads: usize,
     /// Tokens of the longest example, context and decision. Default 4096; a longer one is refused. Bounds memory.
     pub max_tokens: usize,
+    /// `frozen` (default): the context runs without gradients. `full`: gradients flow through the whole example, which
+    /// takes up to twice the time; for comparison.
+    pub window: Window,
     /// Skip a step whose mean loss in nats per token is below this. No default (no gate): a learned example moves the
     /// weights almost as far as a new one, so a stream of examples wants a gate such as 0.02.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -267,6 +280,7 @@ impl Default for TrainConfig {
             batch_examples: 1,
             threads: 0,
             max_tokens: 4096,
+            window: Window::Frozen,
             loss_min: None,
             loss_max: None,
             update_norm_min: None,

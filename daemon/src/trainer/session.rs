@@ -10,7 +10,7 @@ use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
 use compute::Cpu;
 use compute::cpu::Weight;
 use ipc::{Attachment, SafetensorsDir, Source};
-use model::{Cache, Example, Model, Report, Timings};
+use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -38,6 +38,7 @@ pub struct Session {
     cache: Cache<Cpu>,
     optimizer: Optimizer<Cpu>,
     gates: Gates,
+    extent: Extent,
     lr: f32,
     checkpoint: Checkpoint,
     /// Name of the head that the files hold although it is the embedding; it is written along.
@@ -87,6 +88,7 @@ impl Session {
         Ok(Session {
             cache: model.cache(longest),
             gates: settings::gates(&config.train),
+            extent: settings::extent(&config.train),
             lr: config.train.lr as f32,
             recovery: recovery.join("; "),
             device,
@@ -155,6 +157,8 @@ impl Session {
         let examples = work.iter().map(|w| self.example(w)).collect::<Result<Vec<_>>>()?;
         let mut gradients = self.optimizer.gradients();
         let mut timings = Timings::default();
+        // The weights have moved since the last step.
+        self.cache.truncate(0);
         let (reports, lr_scale) = device.run(|| {
             // Loss of the step: Σ_i w_i Σ_tokens / Σ_i w_i·tokens_i. With one example the weight cancels
             // out there and multiplies lr instead, to which APOLLO does listen.
@@ -162,7 +166,10 @@ impl Session {
             let reports: Vec<Report> = work
                 .iter()
                 .zip(&examples)
-                .map(|(w, e)| self.model.train(&mut self.cache, e, w.weight / total, &mut gradients, &mut timings))
+                .map(|(w, e)| {
+                    let (scale, cache) = (w.weight / total, &mut self.cache);
+                    self.model.train(cache, e, self.extent, scale, &mut gradients, &mut timings)
+                })
                 .collect();
             (reports, if work.len() == 1 { work[0].weight } else { 1.0 })
         });

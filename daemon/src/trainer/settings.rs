@@ -2,7 +2,7 @@
 
 use crate::config::{self, GrowthLimit, TrainConfig};
 use apollo::{Convention, Gates, Rule, ScaleType, Settings, Tensor, TensorKind};
-use model::Config as ModelConfig;
+use model::{Config as ModelConfig, Extent};
 use weight_map::Role;
 
 /// The optimizer's constants.
@@ -31,6 +31,14 @@ pub fn optimizer_settings(train: &TrainConfig) -> Settings {
         norm_growth_floor: train.norm_growth_floor as f32,
         warmup_steps: train.warmup_steps,
         seed: train.seed,
+    }
+}
+
+/// How far back gradients flow.
+pub fn extent(train: &TrainConfig) -> Extent {
+    match train.window {
+        config::Window::Frozen => Extent::Frozen,
+        config::Window::Full => Extent::Full,
     }
 }
 

@@ -5,7 +5,7 @@
 
 use anyhow::{Context, Result, ensure};
 use compute::{Collector, Cpu, Dtype, cpu::Weight};
-use model::{Config, Example, Model, Report, Timings};
+use model::{Config, Example, Extent, Model, Report, Timings};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,11 +30,12 @@ pub fn load(device: &Arc<Cpu>, dir: &Path, config: Config) -> Result<Model<Cpu>>
 }
 
 /// Loss report and gradients of one example.
-pub fn gradients(device: &Arc<Cpu>, model: &Model<Cpu>, example: &Example) -> (Report, Vec<Vec<f32>>) {
+pub fn gradients(device: &Arc<Cpu>, model: &Model<Cpu>, example: &Example, extent: Extent) -> (Report, Vec<Vec<f32>>) {
     let mut collector = Collector::new(device.clone(), &model.shapes());
     let mut cache = model.cache(model.positions());
     let scale = 1.0 / example.tokens() as f32;
-    let report = device.run(|| model.train(&mut cache, example, scale, &mut collector, &mut Timings::default()));
+    let timings = &mut Timings::default();
+    let report = device.run(|| model.train(&mut cache, example, extent, scale, &mut collector, timings));
     (report, collector.gradients)
 }
 
