@@ -18,7 +18,7 @@ results = {
 }
 (here / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
 bars = [('PyTorch + apollo-torch', peer), ('apollod', ours), ('floor', {'prefill': results['floor_ms']['prefill'], 'update': results['floor_ms']['decision']})]
-scale = 600 / max(sum(b.values()) for _, b in bars)
+scale = 560 / max(sum(b.values()) for _, b in bars)
 svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 190" font-family="sans-serif" font-size="13"><rect width="820" height="190" fill="#fff"/>']
 for i, (name, values) in enumerate(bars):
     x, y = 160, 20 + 42 * i
