@@ -59,7 +59,8 @@ fn train_course(disturb: impl FnOnce(&Process)) -> (Vec<u8>, Vec<u8>) {
     let daemon = place.daemon(&["train.batch_examples=2", "train.update_proj_gap=7"]);
     wait_trained(&daemon, &post(&daemon, course()));
     daemon.post("/v1/checkpoint", json!({}));
-    let ids = post(&daemon, course());
+    // Long enough that every kill of a disturbed run finds a step in flight, however fast the machine.
+    let ids = post(&daemon, [course(), course(), course()].concat());
     disturb(&daemon);
     wait_trained(&daemon, &ids);
     assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], 2);
