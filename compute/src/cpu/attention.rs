@@ -6,9 +6,8 @@
 //!
 //! Queries are taken in blocks, so that memory is linear in the context: a block's scores are
 //! (block, keys it can see). Own and past keys are two segments of one row of scores.
-//! Backward computes P again by the same softmax and takes rowsum(P·dP) itself instead of dout·out: with
-//! saturated scores this is several times more accurate than exp(S - lse), and a query that sees one
-//! key gets a gradient of exactly 0.
+//! Backward computes P again by the same softmax and takes rowsum(P·dP) itself instead of exp(S - lse)
+//! and dout·out: a query that sees one key then gets a gradient of exactly 0 instead of rounding noise.
 
 use super::gemm::{Shared, View, product};
 use super::{simd, with_scratch};

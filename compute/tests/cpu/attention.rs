@@ -174,3 +174,16 @@ fn attention_backward_agrees_with_finite_differences() {
         }
     }
 }
+
+/// A softmax over one key is constant, so q and k have no gradient at all: not rounding, 0.
+#[test]
+fn a_query_that_sees_one_key_gives_queries_and_keys_a_gradient_of_exactly_zero() {
+    let mut r = Random::new("one_key");
+    for case in [case(1, 0, 6, 2, 5, 0), case(6, 3, 3, 1, 4, 1), case(1, 0, 2, 1, 128, 0)] {
+        let i = case.inputs(&mut r);
+        let dout = r.normals(case.queries());
+        let [dq, dk, dv] = backward(&case, &i, &dout);
+        assert!(dq.iter().chain(&dk).all(|g| *g == 0.0), "{case:?}: dq {dq:?}, dk {dk:?}");
+        assert!(dv.iter().any(|g| *g != 0.0), "{case:?}");
+    }
+}
