@@ -1,0 +1,215 @@
+"""`vllm serve` on the CPU with the plugin.
+
+1. vLLM serves the model directory with the plugin; its greedy answer to the question is not yet the taught one.
+2. Prefix cache. A daemon that ignores it trains: a prompt that vLLM has seen before then gets log-probabilities that
+   are neither the old model's nor the new one's. A second daemon, with the default policy, trains on, and the same
+   prompt gets the new model's. The new model's are those of a fresh transformers run from the synced directory.
+3. The example is posted until the greedy answer is the taught text. vLLM's processes are the same all along.
+4. After a sync, log-probabilities of held-out prompts equal those of a fresh transformers run from the model directory.
+5. vLLM's engine is killed among steps: 100 ms later the weights' memory no longer changes. Examples that are posted
+   now wait. vLLM is started again, the daemon attaches by itself, and every example is trained.
+"""
+import json
+import os
+import pathlib
+import random
+import signal
+import statistics
+import subprocess
+import time
+
+from daemon import Daemon, chat
+from harness import Broken, Failed, Memory, check_same_tensors, descendants, require, say, tail, tensors, wait_until
+from servers import Vllm
+
+# Of tokens drawn at random, whose log-probabilities are around -12 nats: vLLM computes in bfloat16, where a logit of
+# that size has steps of 0.06, the reference in float32. On the demo model the mean is 0.03, the largest 0.24.
+MEAN_ERROR_MAX = 0.06
+ERROR_MAX = 0.5
+# Of the most probable token (around -1): there the two differ by 0.01.
+UNLIKE = 0.15
+PROMPTS = 8
+PROMPT_TOKENS = 40
+# A cached prefix is whole blocks of tokens. It must be long enough to matter and leave room for the continuation.
+CACHED_TOKENS = 300
+ANSWER_TOKENS = 8
+# Blocks of 32 tokens, so that the prompts above fill several.
+FLAGS = ("--block-size", "32", "--enable-prefix-caching")
+QUIET_S = 0.1    # after the server's death
+
+
+def test(options, work):
+    model, socket = work.copy_of(options.model), work.folder / "weights.sock"
+    reference = work.keep(Reference(options.venv, work.folder / "reference.log"))
+    server = work.keep(start(options, work, model, socket))
+    processes = descendants(server.pid)
+    before, reason = server.ask(options.question)
+    say(f"before: {options.question!r} -> {before!r} ({reason})")
+    if before == options.answer:
+        raise Broken("the model gives the taught answer already; teach it another with --answer")
+
+    prefix_cache(options, work, model, socket, server, reference)
+
+    daemon = work.keep(attached(options, work, model, server, socket))
+    daemon.teach(server, options.question, options.answer, options.rounds, options.per_round)
+    daemon.sync()
+    check_same_tensors(tensors(options.model), tensors(model), "the sync")
+    held_out(reference, options.model, model, server)
+    require(descendants(server.pid) == processes, f"vLLM's processes were {processes} and are {descendants(server.pid)}")
+    server.check_same_process()
+
+    ids = kill_among_steps(options, daemon, server)
+    server = work.keep(start(options, work, model, socket))
+    daemon.wait_trained(ids)
+    daemon.check()
+    say(f"vLLM was started again and attached by itself; all {len(ids)} examples are trained")
+    again = server.ask(options.question)
+    require(again == (options.answer, "stop"), f"the restarted vLLM answers {again}, want {options.answer!r}")
+
+
+def start(options, work, model, socket):
+    number = len(list(work.folder.glob("vllm-*.log"))) + 1
+    return Vllm(options.venv, model, work.folder / f"vllm-{number}.log", socket, *FLAGS)
+
+
+def attached(options, work, model, server, socket, **settings):
+    daemon = Daemon(options, work.folder, model, {"socket": str(socket), "url": server.base, **settings})
+    daemon.wait_attached()
+    say(f"attached; shadow check: {daemon.status()['shadow_check']}")
+    return daemon
+
+
+# ---- log-probabilities ----------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """A transformers process beside the server. Files in, log-probabilities out."""
+
+    def __init__(self, venv, log):
+        script = pathlib.Path(__file__).parent / "reference.py"
+        self.log = log
+        self.popen = subprocess.Popen([venv / "bin" / "python", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                      stderr=log.open("w"), text=True, env=dict(os.environ, HF_HUB_OFFLINE="1"))
+
+    def __call__(self, model, prompts, continue_by=0):
+        """The log-probabilities of each prompt, or its greedy continuation as `Vllm.complete` gives it."""
+        self.popen.stdin.write(json.dumps({"model": str(model), "prompts": prompts, "continue_by": continue_by}) + "\n")
+        self.popen.stdin.flush()
+        line = self.popen.stdout.readline()
+        if not line:
+            raise Broken(f"the reference failed:\n{tail(self.log)}")
+        return json.loads(line)
+
+    def stop(self):
+        self.popen.stdin.close()
+        self.popen.wait()
+
+
+def random_prompts(count, tokens):
+    """Token ids from a fixed seed; the demo model has 1277 ordinary tokens."""
+    draw = random.Random(20261121)
+    return [[draw.randrange(1, 1277) for _ in range(tokens)] for _ in range(count)]
+
+
+def distance(got, want):
+    """(mean, largest) absolute difference of two lists of lists."""
+    errors = [abs(g - w) for a, b in zip(got, want, strict=True) for g, w in zip(a, b, strict=True)]
+    return statistics.fmean(errors), max(errors)
+
+
+def held_out(reference, original, model, server):
+    """The server computes with what the files hold now, and no longer with what they held."""
+    prompts = random_prompts(PROMPTS, PROMPT_TOKENS)
+    served = [server.prompt_logprobs(prompt) for prompt in prompts]
+    now, old = distance(served, reference(model, prompts)), distance(served, reference(original, prompts))
+    say(f"held-out log-probabilities, |served - transformers|: mean {now[0]:.4f}, largest {now[1]:.4f}; "
+        f"to the model before training: mean {old[0]:.4f}, largest {old[1]:.4f}")
+    require(now[0] <= MEAN_ERROR_MAX and now[1] <= ERROR_MAX, f"want a mean of at most {MEAN_ERROR_MAX}, a largest of {ERROR_MAX}")
+    require(old[0] > 3 * now[0], "the served model is as near to the old files as to the new ones")
+
+
+# ---- prefix cache ---------------------------------------------------------------------------------------------------
+
+
+def prefix_cache(options, work, model, socket, server, reference):
+    prompts = random_prompts(PROMPTS, CACHED_TOKENS)
+
+    def served():
+        return [server.complete(prompt, ANSWER_TOKENS) for prompt in prompts]
+
+    def expected(files):
+        return reference(files, prompts, ANSWER_TOKENS)
+
+    before = served()    # and vLLM now holds keys and values of every prompt
+    require(differing(before, expected(options.model)) == 0, "the served model is not the one in the files")
+
+    ignoring = work.keep(attached(options, work, model, server, socket, prefix_cache="ignore"))
+    train_a_little(options, ignoring)
+    ignoring.sync()
+    ignoring.stop()
+    stale, new = served(), expected(model)
+    third = sum(unlike(s, b) and unlike(s, n) for s, b, n in zip(stale, before, new))
+    texts = sum(s[0] not in (b[0], n[0]) for s, b, n in zip(stale, before, new))
+    say(f'prefix_cache = "ignore": {third} of {PROMPTS} known prompts get log-probabilities of neither model '
+        f"({texts} of them another text), {differing(stale, new)} not the new model's")
+    require(third > 0, "a prefix cache of the old model made no difference, so this proves nothing")
+
+    for policy in ("reset", "salt"):
+        daemon = work.keep(attached(options, work, model, server, socket, prefix_cache=policy, prefix_cache_interval=1.0))
+        train_a_little(options, daemon)
+        time.sleep(1.5)    # the interval, in which the last steps may still wait for their turn
+        daemon.sync()
+        daemon.stop()
+        fresh, new = served(), expected(model)
+        say(f'prefix_cache = "{policy}": {differing(fresh, new)} of {PROMPTS} known prompts do not get the new model\'s answer')
+        require(differing(fresh, new) == 0, f"a prompt is answered from an old prefix although the policy is {policy}")
+
+
+def unlike(one, other):
+    """Whether the log-probabilities of two first tokens (each the most probable one) are of different models."""
+    return abs(one[1][0] - other[1][0]) > UNLIKE
+
+
+def differing(answers, wanted):
+    return sum(unlike(a, w) for a, w in zip(answers, wanted, strict=True))
+
+
+def train_a_little(options, daemon):
+    """Move the weights visibly, away from the answer that is to be taught later."""
+    daemon.wait_trained(daemon.post([chat(options.question, "Nobody knows, and the list of words is closed.")] * 4))
+
+
+# ---- death of the server --------------------------------------------------------------------------------------------
+
+
+def kill_among_steps(options, daemon, server):
+    """Kill vLLM's engine while steps are applied. Returns the examples that were posted."""
+    engine = daemon.status()["server_pid"]
+    ids = daemon.post([chat(options.question, options.answer)] * 60)
+    memory = weights_of(engine)
+    first = memory.bytes()
+    wait_until("the weights move", lambda: memory.bytes() != first, 30, interval_s=0.01)
+    os.kill(engine, signal.SIGKILL)
+    time.sleep(QUIET_S)
+    quiet = memory.bytes()
+    time.sleep(2)
+    require(memory.bytes() == quiet, f"the weights still changed {QUIET_S} s after the server was killed")
+    wait_until("the daemon waits for a server", lambda: daemon.status()["state"] == "waiting_for_server", 30)
+    states = [daemon.example(example_id)[0] for example_id in ids]
+    untrained = sum(state in ("queued", "training") for state in states)
+    say(f"vLLM's engine {engine} was killed with {untrained} of {len(ids)} examples untrained; "
+        f"the weights were still after {QUIET_S} s")
+    require(untrained > 0, "every example was trained before the server was killed, so this proves nothing")
+    lost = [s for s in states if s not in ("queued", "training", "trained")]
+    require(not lost, f"examples are {lost}")
+    late = daemon.post([chat(options.question, options.answer)])
+    server.stop()
+    return ids + late
+
+
+def weights_of(pid):
+    """The memory in which process `pid` shares its weights."""
+    for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
+        if os.readlink(entry).startswith("/memfd:apollod-weights"):
+            return Memory(entry)
+    raise Failed(f"process {pid} shares no weights")
