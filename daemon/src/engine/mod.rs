@@ -59,7 +59,7 @@ impl Engine {
 /// Serves until SIGTERM or SIGINT. Says on stdout, as one line of JSON, where it listens.
 pub async fn run(options: Options) -> Result<()> {
     let (engine, weights) = Engine::load(&options)?;
-    let export = weights.serve(&options.socket)?;
+    let export = weights.serve(&options.socket, Arc::new(()))?;
     let listener =
         TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
     announce(&listener, export.socket())?;
