@@ -96,6 +96,13 @@ impl fmt::Display for Skip {
     }
 }
 
+/// A step that passed every gate and is not written yet. It may be dropped: then nothing has happened.
+pub struct Prepared<D: Device> {
+    ready: Vec<Ready<D>>,
+    update_norm: f32,
+    lr: f64,
+}
+
 /// The gradient of one tensor, ready to apply.
 enum Ready<D: Device> {
     Apollo { tensor: usize, pair: Pair<D>, s: D::Buffer },
@@ -165,10 +172,7 @@ impl<D: Device> Optimizer<D> {
         4 * self.states.iter().map(len).sum::<usize>()
     }
 
-    /// Applies one step, or nothing. `weights` in the order of the tensors; `loss` is the mean over
-    /// the step's decision tokens; `lr_scale` multiplies lr (an example's weight).
-    ///
-    /// Panics, before anything is written, if a trained weight has not the shape of its tensor.
+    /// Applies one step, or nothing: [`Optimizer::prepare`], then [`Optimizer::commit`].
     pub fn step(
         &mut self,
         weights: &[D::Weight],
@@ -177,34 +181,61 @@ impl<D: Device> Optimizer<D> {
         lr_scale: f32,
         gates: &Gates,
     ) -> Outcome {
+        match self.prepare(weights, gradients, loss, lr_scale, gates) {
+            Ok(prepared) => Outcome::Applied(self.commit(weights, prepared)),
+            Err(skip) => Outcome::Skipped(skip),
+        }
+    }
+
+    /// Looks at everything that could stop a step and writes no weight and no moment. `weights` in the order of the
+    /// tensors; `loss` is the mean over the step's decision tokens; `lr_scale` multiplies lr (an example's weight).
+    ///
+    /// Panics if a trained weight has not the shape of its tensor.
+    ///
+    /// # Errors
+    /// Why this step must not be applied.
+    pub fn prepare(
+        &mut self,
+        weights: &[D::Weight],
+        gradients: &Gradients<D>,
+        loss: f32,
+        lr_scale: f32,
+        gates: &Gates,
+    ) -> Result<Prepared<D>, Skip> {
         self.assert_shapes(weights);
         if !loss.is_finite() || !lr_scale.is_finite() {
-            return Outcome::Skipped(Skip::NotFinite { values: 1 });
+            return Err(Skip::NotFinite { values: 1 });
         }
         if let Some(bound) = outside(loss, gates.loss_min, gates.loss_max) {
-            return Outcome::Skipped(Skip::Loss { loss, bound });
+            return Err(Skip::Loss { loss, bound });
         }
         let values = self.count_nonfinite(gradients);
         if values > 0 {
-            return Outcome::Skipped(Skip::NotFinite { values });
+            return Err(Skip::NotFinite { values });
         }
-        let ready = self.prepare(gradients);
+        let ready = self.prepare_tensors(gradients);
         if ready.is_empty() {
-            return Outcome::Skipped(Skip::Empty);
+            return Err(Skip::Empty);
         }
         let update_norm = self.update_norm(&ready);
         if !update_norm.is_finite() || self.adamw_overflows(&ready) {
-            return Outcome::Skipped(Skip::NotFinite { values: 1 });
+            return Err(Skip::NotFinite { values: 1 });
         }
         if let Some(bound) = outside(update_norm, gates.update_norm_min, gates.update_norm_max) {
-            return Outcome::Skipped(Skip::UpdateNorm { norm: update_norm, bound });
+            return Err(Skip::UpdateNorm { norm: update_norm, bound });
         }
         let lr = self.settings.lr_at(self.steps + 1) * lr_scale as f64;
+        Ok(Prepared { ready, update_norm, lr })
+    }
+
+    /// Writes moments and weights of the step that was prepared last. Nothing here can fail.
+    pub fn commit(&mut self, weights: &[D::Weight], prepared: Prepared<D>) -> StepReport {
+        let Prepared { ready, update_norm, lr } = prepared;
         self.steps += 1;
         for tensor in ready {
-            self.commit(weights, tensor, lr);
+            self.commit_tensor(weights, tensor, lr);
         }
-        Outcome::Applied(StepReport { step: self.steps, update_norm, lr: lr as f32 })
+        StepReport { step: self.steps, update_norm, lr: lr as f32 }
     }
 
     fn count_nonfinite(&self, gradients: &Gradients<D>) -> u64 {
@@ -260,7 +291,7 @@ impl<D: Device> Optimizer<D> {
     }
 
     /// First pass: everything that a step needs, without writing state or weights.
-    fn prepare(&mut self, gradients: &Gradients<D>) -> Vec<Ready<D>> {
+    fn prepare_tensors(&mut self, gradients: &Gradients<D>) -> Vec<Ready<D>> {
         let mut ready = Vec::new();
         for tensor in 0..self.tensors.len() {
             let (rule, kind) = (self.tensors[tensor].effective_rule(), self.tensors[tensor].kind);
@@ -339,7 +370,7 @@ impl<D: Device> Optimizer<D> {
     }
 
     /// Second pass: writes state and weight of one tensor. Nothing here can fail.
-    fn commit(&mut self, weights: &[D::Weight], ready: Ready<D>, lr: f64) {
+    fn commit_tensor(&mut self, weights: &[D::Weight], ready: Ready<D>, lr: f64) {
         let corrected = lr * self.settings.bias_correction(self.steps);
         let write = |tensor: usize, step: f64| Write {
             step: step as f32,

@@ -22,7 +22,8 @@
 //! 5. `Failed` to a `Train` means that no weight was changed by it.
 //! 6. `Alive` comes every second from a thread of its own, before `Ready` and during requests too; it answers
 //!    nothing. A trainer that has sent one and then says nothing for long is stopped or hangs, and is killed.
-//! 7. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
+//! 7. [`FromTrainer::Invalidated`] comes whenever the server was told that weights have moved; it answers nothing.
+//! 8. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
 //!
 //! Why sequence numbers: an example gets a durable `seq` (1, 2, 3, ...) before it is sent. A generation's cursor is
 //! the highest `seq` whose effect its files hold. After a restart the child reports that cursor and the supervisor
@@ -156,6 +157,29 @@ pub struct Trained {
     pub backward_ms: f64,
     /// Time of the optimizer and the writes, in ms.
     pub update_ms: f64,
+    /// How long the engine was held for the writes; `None` when it was not.
+    #[serde(default)]
+    pub hold: Option<Hold>,
+}
+
+/// A hold of the server's engine.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Hold {
+    /// From the grant to the release, in ms.
+    pub ms: f64,
+    /// Whether it ended by itself, as its time had passed, perhaps before the last write.
+    pub overran: bool,
+}
+
+/// What was done about the server's prefix cache; exactly one of `done` and `failed` is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Invalidated {
+    /// Updates that the live weights had had by then.
+    pub weight_version: u64,
+    /// `reset` or `salt`.
+    pub done: Option<String>,
+    /// Why it was not done. It is tried again after `server.prefix_cache_interval`.
+    pub failed: Option<String>,
 }
 
 /// The answer to [`ToTrainer::Sync`].
@@ -199,6 +223,16 @@ pub struct Ready {
     pub trainable: u64,
     /// What was restored at the start, in words; empty when there was nothing to do.
     pub recovery: String,
+    /// The server's program and version, where it says so.
+    #[serde(default)]
+    pub server: Option<String>,
+    /// What the comparison of log-probabilities with the server found at the first contact; `None` when it was not
+    /// possible.
+    #[serde(default)]
+    pub shadow_check: Option<String>,
+    /// What an operator should look at although training goes on.
+    #[serde(default)]
+    pub warnings: Vec<String>,
 }
 
 /// What the trainer says.
@@ -217,7 +251,12 @@ pub enum FromTrainer {
         generation: u64,
         /// Its cursor.
         cursor: u64,
+        /// How many times the live weights have moved, this time included.
+        #[serde(default)]
+        weight_version: u64,
     },
+    /// The server was told that weights have moved.
+    Invalidated(Invalidated),
     /// A sign of life.
     Alive,
     /// The inference server is not there, or no longer.

@@ -4,26 +4,20 @@
 //! mappings, and the mapping to the model's tensors. Only a complete attachment hands out pointers, so a
 //! wrong shape or a missing tensor is refused before the first byte could be written.
 
+use crate::connection::{Connection, Greeting};
 use crate::lease::Lease;
 use crate::manifest::DOCUMENT_BYTES_MAX;
 use crate::mapping::{FileId, Mapping, file_id};
-use crate::process::{FileSet, Process, holds, mapped_by};
-use crate::protocol::{HELLO, Pong, Refusal, Request, read_line, write_line};
+use crate::process::{FileSet, Process, check_user, holds, mapped_by, wait_for};
 use crate::stage::{STAGE_LEASE, StageMarker};
-use crate::{Allocation, Error, Gone, LiveTensor, Manifest, SafetensorsDir, Writer};
-use rustix::net::RecvFlags;
+use crate::{Allocation, Control, Error, Gone, LiveTensor, Manifest, SafetensorsDir, Server, Writer};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
-use std::io::BufReader;
 use std::os::unix::fs::MetadataExt;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use weight_map::{HfTensor, WeightMap};
-
-/// How long an exporter may take to answer the handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 
 /// Where the weights are found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,23 +49,12 @@ pub struct Attachment {
     mappings: Vec<Mapping>,
     map: WeightMap,
     by_name: HashMap<String, usize>,
-    server: Mutex<Option<Process>>,
-    connection: Option<Mutex<Connection>>,
+    server: Mutex<Option<Arc<Process>>>,
+    server_program: Option<Server>,
+    controls: Vec<Control>,
+    pub(crate) connection: Option<Connection>,
     staged_files: Option<FileSet>,
     _lease: Option<Lease>,
-}
-
-#[derive(Debug)]
-struct Connection {
-    reader: BufReader<UnixStream>,
-    pings: u64,
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // Closing would do, but not while a child that is being started still has a copy of the descriptor.
-        let _ = self.reader.get_ref().shutdown(std::net::Shutdown::Both);
-    }
 }
 
 /// What one of the three ways in has found, before anything is mapped to the model.
@@ -83,6 +66,8 @@ struct Found {
     /// Path and bytes of each allocation.
     allocations: Vec<(PathBuf, u64)>,
     server: Option<Process>,
+    server_program: Option<Server>,
+    controls: Vec<Control>,
     connection: Option<Connection>,
     lease: Option<Lease>,
     staged: bool,
@@ -114,8 +99,10 @@ impl Attachment {
             mappings,
             map,
             by_name,
-            server: Mutex::new(found.server),
-            connection: found.connection.map(Mutex::new),
+            server: Mutex::new(found.server.map(Arc::new)),
+            server_program: found.server_program,
+            controls: found.controls,
+            connection: found.connection,
             staged_files,
             _lease: found.lease,
         };
@@ -137,7 +124,17 @@ impl Attachment {
 
     /// The server's process id. None for a staged copy that no server has mapped so far.
     pub fn pid(&self) -> Option<u32> {
-        self.lock_server().as_ref().map(Process::pid)
+        self.server().map(|server| server.pid())
+    }
+
+    /// The server's program, where its manifest names it.
+    pub fn server_program(&self) -> Option<&Server> {
+        self.server_program.as_ref()
+    }
+
+    /// What the server can be asked for; nothing without a socket.
+    pub fn controls(&self) -> &[Control] {
+        &self.controls
     }
 
     /// The model directory that was loaded.
@@ -185,52 +182,25 @@ impl Attachment {
     /// # Errors
     /// [`Gone`], which says which server.
     pub fn check(&self) -> Result<(), Gone> {
-        if let Some(server) = self.lock_server().as_ref()
+        if let Some(server) = self.server()
             && server.exited()
         {
             return Err(self.gone(Some(server.pid()), "the process has ended"));
         }
-        // While a ping holds the connection, the ping is what notices its end.
-        if let Some(Ok(connection)) = self.connection.as_ref().map(Mutex::try_lock)
-            && is_closed(connection.reader.get_ref())
-        {
+        if self.connection.as_ref().is_some_and(Connection::is_closed) {
             return Err(self.gone(self.pid(), "it closed the connection"));
         }
         Ok(())
     }
 
-    /// Asks an exporter for a sign of life, which also notices one that hangs or has loaded other weights.
-    /// Other sources are only checked.
+    /// Sleeps until the server is gone, at most for `timeout`; see [`Attachment::check`]. Other threads may use the
+    /// attachment meanwhile.
     ///
     /// # Errors
-    /// [`Gone`] if no answer comes within `timeout`, or one of another epoch.
-    pub fn ping(&self, timeout: Duration) -> Result<(), Gone> {
-        self.check()?;
-        let Some(connection) = &self.connection else { return Ok(()) };
-        let mut connection = lock(connection);
-        connection.pings += 1;
-        let number = connection.pings;
-        let silent = |how: String| self.gone(self.pid(), how);
-        connection
-            .reader
-            .get_ref()
-            .set_read_timeout(Some(timeout.max(Duration::from_millis(1))))
-            .and_then(|()| write_line(connection.reader.get_ref(), &Request::Ping(number)))
-            .map_err(|error| silent(format!("it cannot be reached: {error}")))?;
-        loop {
-            let line = read_line(&mut connection.reader, DOCUMENT_BYTES_MAX)
-                .map_err(|error| silent(format!("no answer within {timeout:?}: {error}")))?
-                .ok_or_else(|| silent("it closed the connection".into()))?;
-            let pong: Pong =
-                serde_json::from_slice(&line).map_err(|error| silent(format!("its answer cannot be read: {error}")))?;
-            if pong.epoch != self.epoch {
-                return Err(silent(format!("it now holds epoch {}, attached was {}", pong.epoch, self.epoch)));
-            }
-            // Answers to earlier pings that timed out come first.
-            if pong.pong == number {
-                return Ok(());
-            }
-        }
+    /// [`Gone`], within a millisecond or so of its end.
+    pub fn watch(&self, timeout: Duration) -> Result<(), Gone> {
+        wait_for(self.server().as_deref(), self.connection.as_ref().map(Connection::stream), timeout);
+        self.check()
     }
 
     /// Looks again for a server of a staged copy, unless the known one lives. Returns its process id. Other
@@ -241,44 +211,29 @@ impl Attachment {
     pub fn refresh_server(&self) -> Result<Option<u32>, Error> {
         let mut server = self.lock_server();
         if let Some(files) = &self.staged_files
-            && server.as_ref().is_none_or(Process::exited)
+            && server.as_deref().is_none_or(Process::exited)
         {
             for pid in mapped_by(files)? {
                 if let Some(process) = Process::watch(pid)? {
-                    *server = Some(process);
+                    *server = Some(Arc::new(process));
                     break;
                 }
             }
         }
-        Ok(server.as_ref().filter(|server| !server.exited()).map(Process::pid))
+        Ok(server.as_deref().filter(|server| !server.exited()).map(Process::pid))
     }
 
-    fn gone(&self, pid: Option<u32>, how: impl Into<String>) -> Gone {
+    pub(crate) fn gone(&self, pid: Option<u32>, how: impl Into<String>) -> Gone {
         Gone { pid, source_name: self.source.to_string(), how: how.into() }
     }
 
-    fn lock_server(&self) -> std::sync::MutexGuard<'_, Option<Process>> {
-        lock(&self.server)
+    fn server(&self) -> Option<Arc<Process>> {
+        self.lock_server().clone()
     }
-}
 
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-}
-
-/// Whether the other end has closed the connection.
-fn is_closed(stream: &UnixStream) -> bool {
-    let mut byte = [0u8; 1];
-    match rustix::net::recv(stream, &mut byte, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
-        Ok((_, received)) => received == 0,
-        Err(rustix::io::Errno::WOULDBLOCK | rustix::io::Errno::INTR) => false,
-        Err(_) => true,
+    fn lock_server(&self) -> std::sync::MutexGuard<'_, Option<Arc<Process>>> {
+        self.server.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
-}
-
-fn check_user(path: &Path, owner: u32) -> Result<(), Error> {
-    let own = rustix::process::geteuid().as_raw();
-    if owner == own || owner == 0 { Ok(()) } else { Err(Error::User { path: path.to_owned(), owner, own }) }
 }
 
 fn watch(pid: u32, source: &Source) -> Result<Process, Error> {
@@ -287,29 +242,16 @@ fn watch(pid: u32, source: &Source) -> Result<Process, Error> {
 }
 
 fn by_socket(socket: &Path, source: &Source) -> Result<Found, Error> {
-    let stream = UnixStream::connect(socket).map_err(|error| Error::io("connect to", socket, error))?;
-    let peer =
-        rustix::net::sockopt::socket_peercred(&stream).map_err(|error| Error::io("ask who serves", socket, error))?;
-    check_user(socket, peer.uid.as_raw())?;
-    let io = |error| Error::io("talk to", socket, error);
-    stream.set_read_timeout(Some(HANDSHAKE)).and_then(|()| stream.set_write_timeout(Some(HANDSHAKE))).map_err(io)?;
-    write_line(&stream, &Request::Hello(HELLO)).map_err(io)?;
-    let mut reader = BufReader::new(stream);
-    let line = read_line(&mut reader, DOCUMENT_BYTES_MAX).map_err(io)?.ok_or_else(|| Error::Protocol {
-        socket: socket.to_owned(),
-        reason: "it closed the connection without an answer".into(),
-    })?;
-    if let Ok(refusal) = serde_json::from_slice::<Refusal>(&line) {
-        return Err(Error::Refused { socket: socket.to_owned(), reason: refusal.error });
-    }
-    let manifest = parse(&line, source)?;
-    let peer = peer.pid.as_raw_nonzero().get().unsigned_abs();
+    let Greeting { connection, manifest, peer } = Connection::open(socket)?;
+    let manifest = parse(&manifest, source)?;
     if peer != manifest.pid {
         return Err(Error::PeerPid { socket: socket.to_owned(), manifest: manifest.pid, peer });
     }
     let server = watch(manifest.pid, source)?;
+    let controls = manifest.controls.clone();
     let mut found = described(manifest, source, server)?;
-    found.connection = Some(Connection { reader, pings: 0 });
+    // Only a socket can be asked.
+    (found.connection, found.controls) = (Some(connection), controls);
     Ok(found)
 }
 
@@ -360,6 +302,8 @@ fn described(manifest: Manifest, source: &Source, server: Process) -> Result<Fou
         packing: manifest.packing,
         allocations,
         server: Some(server),
+        server_program: manifest.server,
+        controls: Vec::new(),
         connection: None,
         lease: None,
         staged: false,
@@ -384,6 +328,8 @@ fn by_stage(live_dir: &Path) -> Result<Found, Error> {
         packing: Vec::new(),
         allocations: dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect(),
         server: None,
+        server_program: None,
+        controls: Vec::new(),
         connection: None,
         lease: Some(lease),
         staged: true,

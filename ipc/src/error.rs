@@ -5,6 +5,7 @@
 
 use crate::ManifestError;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// The server whose weights were attached is gone.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -20,6 +21,50 @@ pub struct Gone {
 
 fn pid_text(pid: Option<u32>) -> String {
     pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+}
+
+/// Why a server did not do what it was asked for.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ControlError {
+    /// Its manifest does not offer it, or there is no socket to ask on.
+    #[error("the server does not offer `{request}`")]
+    NotOffered {
+        /// The request.
+        request: &'static str,
+    },
+    /// It said no.
+    #[error("the server refused `{request}`: {reason}")]
+    Refused {
+        /// The request.
+        request: &'static str,
+        /// In the server's words.
+        reason: String,
+    },
+    /// The running step of the engine did not end.
+    #[error("the engine's running step did not end within {waited:?}; nothing is held")]
+    Busy {
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// No answer in time; a late one will be skipped.
+    #[error("the server did not answer `{request}` within {patience:?}")]
+    TimedOut {
+        /// The request.
+        request: &'static str,
+        /// How long it was waited for.
+        patience: Duration,
+    },
+    /// An answer that is none.
+    #[error("the server's answer to `{request}` makes no sense: {reason}")]
+    Babble {
+        /// The request.
+        request: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It is not there any more.
+    #[error(transparent)]
+    Gone(#[from] Gone),
 }
 
 /// What can go wrong on the way to another process's weights.

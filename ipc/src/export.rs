@@ -4,32 +4,24 @@
 //! resized, so that no reader of it can meet SIGBUS. [`SharedWeights::serve`] hands its manifest out over a
 //! Unix socket and lends the weights to one trainer at a time.
 
+use crate::lend::{CONNECTIONS_MAX, Engine, Lender};
 use crate::manifest::{Allocation, ManifestTensor, Writer};
 use crate::mapping::Mapping;
-use crate::protocol::{HELLO, Pong, Refusal, Request, read_line, write_line};
 use crate::{Error, LiveTensor, Manifest, SafetensorsDir, random_epoch, tied_head_copy};
 use rustix::fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, memfd_create};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::BufReader;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 use weight_map::{HfTensor, Packing, Role, ServerTensor, WeightMap};
 
 /// Every tensor starts at a multiple of this many bytes.
 const ALIGNMENT: u64 = 64;
-/// How long a connection may take to say hello, or to take the manifest.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Longest request in bytes.
-const REQUEST_BYTES_MAX: u64 = 1 << 10;
-/// Connections at a time; more are turned away.
-const CONNECTIONS_MAX: usize = 16;
 
 /// A model's weights in shared memory.
 #[derive(Debug)]
@@ -105,13 +97,15 @@ impl SharedWeights {
     }
 
     /// Lends the weights out over a Unix socket (mode 0600), from a thread of its own, until the handle is
-    /// dropped. A socket that a dead process left behind is replaced.
+    /// dropped. A socket that a dead process left behind is replaced. `engine` does what a trainer may ask for;
+    /// `Arc::new(())` does nothing.
     ///
     /// # Errors
     /// The path is taken by a living exporter or by something that is no socket, or it is too long.
-    pub fn serve(self: &Arc<Self>, socket: &Path) -> Result<ExportHandle, Error> {
+    pub fn serve(self: &Arc<Self>, socket: &Path, engine: Arc<dyn Engine>) -> Result<ExportHandle, Error> {
         let listener = listen(socket)?;
-        let lender = Arc::new(Lender { weights: Arc::clone(self), state: Mutex::default() });
+        let manifest = Manifest { server: engine.server(), controls: engine.controls(), ..self.manifest.clone() };
+        let lender = Arc::new(Lender::new(Arc::clone(self), manifest, engine));
         let thread = std::thread::Builder::new()
             .name("weight-export".into())
             .spawn({
@@ -186,6 +180,8 @@ fn manifest_of(model_dir: PathBuf, map: &WeightMap, path: PathBuf, bytes: u64) -
         allocations: vec![Allocation::File { path, bytes, writable_by: Writer::Trainer }],
         tensors,
         packing: Vec::<Packing>::new(),
+        server: None,
+        controls: Vec::new(),
     })
 }
 
@@ -247,134 +243,18 @@ impl ExportHandle {
 
     /// The process that has the lease.
     pub fn leased_by(&self) -> Option<u32> {
-        self.lender.lock().lease.map(|(_, pid)| pid)
+        self.lender.leased_by()
     }
 }
 
 impl Drop for ExportHandle {
     fn drop(&mut self) {
-        let connections = {
-            let mut state = self.lender.lock();
-            state.stopping = true;
-            std::mem::take(&mut state.connections)
-        };
-        // Best effort on the way out: a connection that has ended already cannot be shut down.
-        for stream in connections.into_values() {
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
+        self.lender.stop();
+        // Best effort on the way out.
         let _ = rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both);
         let _ = fs::remove_file(&self.socket);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
-        }
-    }
-}
-
-/// What the connections share.
-#[derive(Debug)]
-struct Lender {
-    weights: Arc<SharedWeights>,
-    state: Mutex<Lent>,
-}
-
-#[derive(Debug, Default)]
-struct Lent {
-    stopping: bool,
-    /// Number of the last connection.
-    last: u64,
-    /// Every open connection, by its number, to be shut down on the way out.
-    connections: HashMap<u64, UnixStream>,
-    /// The connection and process that have the lease.
-    lease: Option<(u64, u32)>,
-}
-
-impl Lender {
-    fn lock(&self) -> std::sync::MutexGuard<'_, Lent> {
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    /// Accepts connections until the listener is shut down.
-    fn accept(self: &Arc<Self>, listener: &UnixListener) {
-        loop {
-            let stream = listener.accept();
-            if self.lock().stopping {
-                return;
-            }
-            match stream {
-                Ok((stream, _)) => self.admit(stream),
-                // Out of descriptors or memory: wait for some to come back.
-                Err(_) => std::thread::sleep(Duration::from_millis(50)),
-            }
-        }
-    }
-
-    /// Gives a connection a thread. One that cannot be served is closed by being dropped.
-    fn admit(self: &Arc<Self>, stream: UnixStream) {
-        let Ok(copy) = stream.try_clone() else { return };
-        let number = {
-            let mut state = self.lock();
-            if state.connections.len() >= CONNECTIONS_MAX {
-                return;
-            }
-            state.last += 1;
-            let number = state.last;
-            state.connections.insert(number, copy);
-            number
-        };
-        let lender = Arc::clone(self);
-        let spawned = std::thread::Builder::new().name("weight-lease".into()).spawn(move || {
-            // An error ends this connection; the trainer sees its end and says so.
-            let _ = lender.converse(number, stream);
-            lender.end(number);
-        });
-        if spawned.is_err() {
-            self.end(number);
-        }
-    }
-
-    fn end(&self, number: u64) {
-        let mut state = self.lock();
-        if let Some(stream) = state.connections.remove(&number) {
-            // The reader has ended, so the peer has closed already or deserves to be told.
-            let _ = stream.shutdown(std::net::Shutdown::Both);
-        }
-        state.lease.take_if(|(holder, _)| *holder == number);
-    }
-
-    fn converse(&self, number: u64, stream: UnixStream) -> std::io::Result<()> {
-        stream.set_read_timeout(Some(HANDSHAKE))?;
-        stream.set_write_timeout(Some(HANDSHAKE))?;
-        let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid.as_raw_nonzero().get().unsigned_abs();
-        let mut reader = BufReader::new(stream);
-        let Some(line) = read_line(&mut reader, REQUEST_BYTES_MAX)? else { return Ok(()) };
-        let refused = match serde_json::from_slice(&line) {
-            Ok(Request::Hello(HELLO)) => self.lend(number, pid).err(),
-            Ok(Request::Hello(version)) => Some(format!("protocol version {version} is not spoken here, want {HELLO}")),
-            Ok(Request::Ping(_)) => Some("say hello before ping".into()),
-            Err(error) => Some(format!("want {{\"hello\":1}}: {error}")),
-        };
-        if let Some(error) = refused {
-            return write_line(reader.get_ref(), &Refusal { error });
-        }
-        write_line(reader.get_ref(), self.weights.manifest())?;
-        reader.get_ref().set_read_timeout(None)?;
-        while let Some(line) = read_line(&mut reader, REQUEST_BYTES_MAX)? {
-            let Ok(Request::Ping(pong)) = serde_json::from_slice(&line) else {
-                return write_line(reader.get_ref(), &Refusal { error: "want {\"ping\":n}".into() });
-            };
-            write_line(reader.get_ref(), &Pong { pong, epoch: self.weights.epoch().to_owned() })?;
-        }
-        Ok(())
-    }
-
-    fn lend(&self, number: u64, pid: u32) -> Result<(), String> {
-        let mut state = self.lock();
-        match state.lease {
-            Some((_, holder)) => Err(format!("leased by pid {holder}")),
-            None => {
-                state.lease = Some((number, pid));
-                Ok(())
-            }
         }
     }
 }

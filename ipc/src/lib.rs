@@ -9,16 +9,21 @@
 //! Either way [`Attachment::open`] checks everything before it hands out the first pointer: the manifest,
 //! the ranges, the mapping to the model's tensors ([`weight_map::map`]), that the server lives, and that
 //! no other trainer holds the lease. An attachment then knows, cheaply, whether the server is still there
-//! ([`Attachment::check`]): nothing is to be written after it is gone.
+//! ([`Attachment::check`], [`Attachment::watch`]): nothing is to be written after it is gone. A server with a
+//! socket can be asked to forget what it computed with older weights ([`Attachment::invalidate`]), to stand still
+//! for a moment ([`Attachment::hold`]) and to compute log-probabilities ([`Attachment::score`]).
 //!
 //! What cannot be prevented here: a file that somebody truncates under a mapping raises SIGBUS in whoever
 //! touches the missing pages. Shared memory made by [`SharedWeights`] is sealed against that; a staged
 //! file is not. The trainer is a process of its own for this reason.
 
 mod attach;
+mod connection;
+mod control;
 mod error;
 mod export;
 mod lease;
+mod lend;
 mod manifest;
 mod mapping;
 mod process;
@@ -28,12 +33,15 @@ mod shard_copy;
 mod stage;
 
 pub use attach::{Attachment, Source};
-pub use error::{Error, Gone};
+pub use control::Hold;
+pub use error::{ControlError, Error, Gone};
 pub use export::{ExportHandle, SharedWeights};
 pub use lease::Lease;
-pub use manifest::{Allocation, Manifest, ManifestError, ManifestTensor, Writer};
+pub use lend::Engine;
+pub use manifest::{Allocation, Manifest, ManifestError, ManifestTensor, Server, Writer};
 pub use mapping::LiveTensor;
 pub use process::servers_of;
+pub use protocol::{Control, Invalidation};
 pub use safetensors_dir::{FileTensor, SafetensorsDir, Shard};
 pub use stage::{STAGE_MARKER, StageMarker, StageReport, stage, tied_head_copy};
 

@@ -5,8 +5,10 @@
 //! document is parsed, then validated as a whole; after that every tensor's span lies inside its
 //! allocation, which is what the mappings rely on.
 
+use crate::Control;
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
+use std::fmt;
 use std::path::PathBuf;
 use weight_map::{Dtype, Packing, ServerTensor};
 
@@ -37,6 +39,27 @@ pub struct Manifest {
     /// What merged tensors hold; may be empty.
     #[serde(default)]
     pub packing: Vec<Packing>,
+    /// Which server it is, for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<Server>,
+    /// What its socket can do beyond signs of life.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub controls: Vec<Control>,
+}
+
+/// A server program.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Server {
+    /// Such as `vllm`.
+    pub name: String,
+    /// Such as `0.32.0`.
+    pub version: String,
+}
+
+impl fmt::Display for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.name, self.version)
+    }
 }
 
 /// A span of memory that can be mapped.

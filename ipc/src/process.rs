@@ -11,7 +11,9 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::collections::HashSet;
 use std::fs;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Files to look for in other processes. By identity, and by path because some file systems (overlays)
 /// show another device in `/proc/PID/maps` than `stat` does.
@@ -63,17 +65,32 @@ impl Process {
 
     /// Whether the process has ended. One system call.
     pub(crate) fn exited(&self) -> bool {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        loop {
-            match poll(&mut fds, Some(&now)) {
-                Ok(ready) => return ready > 0,
-                Err(rustix::io::Errno::INTR) => {}
-                // A pidfd that cannot be polled proves nothing about the process: fail closed.
-                Err(_) => return true,
-            }
+        wait_for(Some(self), None, Duration::ZERO)
+    }
+}
+
+/// Waits until the process has ended or the other end of the socket has closed it, at most for `timeout`; whether
+/// either is so.
+pub(crate) fn wait_for(process: Option<&Process>, socket: Option<&UnixStream>, timeout: Duration) -> bool {
+    let mut fds: Vec<PollFd> = process.map(|process| PollFd::new(&process.pidfd, PollFlags::IN)).into_iter().collect();
+    // A socket that was shut down says so without a byte being read.
+    fds.extend(socket.map(|socket| PollFd::new(socket, PollFlags::RDHUP)));
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
+        match poll(&mut fds, left.as_ref()) {
+            Ok(ready) => return ready > 0,
+            Err(rustix::io::Errno::INTR) => {}
+            // A descriptor that cannot be polled proves nothing about the server: fail closed.
+            Err(_) => return true,
         }
     }
+}
+
+/// Weights are only taken from this user or root.
+pub(crate) fn check_user(path: &Path, owner: u32) -> Result<(), Error> {
+    let own = rustix::process::geteuid().as_raw();
+    if owner == own || owner == 0 { Ok(()) } else { Err(Error::User { path: path.to_owned(), owner, own }) }
 }
 
 /// Processes that use the safetensors files of `live_dir`: those that have one mapped, then those that

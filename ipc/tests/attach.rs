@@ -3,12 +3,16 @@
 mod common;
 
 use common::{content, model};
-use ipc::{Allocation, Attachment, Error, Manifest, ManifestError, SharedWeights, Source};
+use ipc::{
+    Allocation, Attachment, Control, ControlError, Engine, Error, Invalidation, Manifest, ManifestError, Server,
+    SharedWeights, Source,
+};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 use weight_map::HfTensor;
 
@@ -78,7 +82,7 @@ fn loaded_weights_are_those_of_the_files_and_aligned() {
 #[test]
 fn a_write_through_the_attachment_is_seen_by_the_exporter_and_the_other_way_round() {
     let exporter = exporter();
-    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let _handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
     let name = "model.layers.1.mlp.up_proj.weight";
     attachment.find(name).unwrap().write(4, &[1, 2, 3, 4]);
@@ -95,7 +99,7 @@ fn a_write_through_the_attachment_is_seen_by_the_exporter_and_the_other_way_roun
 #[test]
 fn a_second_trainer_is_told_who_has_the_lease_and_gets_it_afterwards() {
     let exporter = exporter();
-    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     let first = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
     assert_eq!(handle.leased_by(), Some(std::process::id()));
     let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err();
@@ -104,18 +108,14 @@ fn a_second_trainer_is_told_who_has_the_lease_and_gets_it_afterwards() {
         "{error}"
     );
     drop(first);
-    let deadline = Instant::now() + Duration::from_secs(5);
-    while handle.leased_by().is_some() {
-        assert!(Instant::now() < deadline, "the lease was not given back");
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    until(|| handle.leased_by().is_none());
     Attachment::open(&exporter.source(), &exporter.expected).unwrap();
 }
 
 #[test]
 fn a_wrong_shape_or_a_missing_tensor_is_named_and_nothing_is_written() {
     let exporter = exporter();
-    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let _handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     let mut wrong = exporter.expected.clone();
     wrong[3].shape[0] += 2;
     let error = Attachment::open(&exporter.source(), &wrong).unwrap_err().to_string();
@@ -136,7 +136,7 @@ fn a_wrong_shape_or_a_missing_tensor_is_named_and_nothing_is_written() {
 #[test]
 fn an_exporter_that_stops_is_noticed_at_once() {
     let exporter = exporter();
-    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
     attachment.check().unwrap();
     drop(handle);
@@ -228,7 +228,7 @@ fn an_exporter_that_babbles_is_refused() {
 #[test]
 fn a_client_that_babbles_is_told_and_takes_no_lease() {
     let exporter = exporter();
-    let handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     for request in ["{\"hello\":2}\n", "{\"ping\":1}\n", "nonsense\n"] {
         let stream = std::os::unix::net::UnixStream::connect(&exporter.socket).unwrap();
         (&stream).write_all(request.as_bytes()).unwrap();
@@ -243,18 +243,18 @@ fn a_client_that_babbles_is_told_and_takes_no_lease() {
 fn the_socket_is_private_and_only_a_dead_one_is_replaced() {
     let exporter = exporter();
     drop(UnixListener::bind(&exporter.socket).unwrap());
-    let _handle = exporter.weights.serve(&exporter.socket).unwrap();
+    let _handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();
     let mode = std::fs::metadata(&exporter.socket).unwrap().permissions().mode();
     assert_eq!(mode & 0o777, 0o600);
-    let error = exporter.weights.serve(&exporter.socket).unwrap_err();
+    let error = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap_err();
     assert!(error.to_string().contains("living exporter"), "{error}");
     let file = exporter.dir.path().join("notes.txt");
     std::fs::write(&file, "mine").unwrap();
-    let error = exporter.weights.serve(&file).unwrap_err();
+    let error = exporter.weights.serve(&file, Arc::new(())).unwrap_err();
     assert!(error.to_string().contains("something else than a socket"), "{error}");
     assert_eq!(std::fs::read(&file).unwrap(), b"mine");
     let long = exporter.dir.path().join("x".repeat(120));
-    assert!(exporter.weights.serve(&long).unwrap_err().to_string().contains("107 bytes"));
+    assert!(exporter.weights.serve(&long, Arc::new(())).unwrap_err().to_string().contains("107 bytes"));
 }
 
 #[test]
@@ -291,4 +291,117 @@ fn a_manifest_of_another_version_kind_or_rank_is_refused_for_that() {
     assert!(matches!(refusal(&|m| m["tensors"][1]["dtype"] = "torch.int8".into()), ManifestError::Dtype { .. }));
     assert!(matches!(refusal(&|m| m["tensors"][1]["strides"] = serde_json::json!([1])), ManifestError::Strides { .. }));
     assert!(matches!(refusal(&|m| m["allocations"][0]["path"] = "x".into()), ManifestError::Field { .. }));
+}
+
+/// An engine that does what it is asked for, or says that it does.
+#[derive(Default)]
+struct Obliging {
+    held: AtomicBool,
+    busy: AtomicBool,
+}
+
+impl Engine for Obliging {
+    fn server(&self) -> Option<Server> {
+        Some(Server { name: "obliging".into(), version: "3".into() })
+    }
+    fn controls(&self) -> Vec<Control> {
+        vec![Control::Invalidate, Control::Hold, Control::Score]
+    }
+    fn invalidate(&self, how: Invalidation) -> Result<Invalidation, String> {
+        match how {
+            Invalidation::Reset => Ok(Invalidation::Salt),
+            Invalidation::Salt => Err("out of salt".into()),
+        }
+    }
+    fn hold(&self, _: Duration) -> bool {
+        let free = !self.busy.load(Relaxed);
+        self.held.store(free, Relaxed);
+        free
+    }
+    fn release(&self) -> bool {
+        self.held.swap(false, Relaxed)
+    }
+    fn score(&self, ids: &[u32]) -> Result<Vec<f32>, String> {
+        if ids.len() > 3 {
+            return Ok(vec![0.5]);
+        }
+        Ok(ids[1..].iter().map(|id| -(*id as f32)).collect())
+    }
+}
+
+#[test]
+fn an_engine_is_asked_over_the_connection() {
+    let exporter = exporter();
+    let engine = Arc::new(Obliging::default());
+    let handle = exporter.weights.serve(&exporter.socket, engine.clone()).unwrap();
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    assert_eq!(attachment.server_program().unwrap().to_string(), "obliging 3");
+    assert_eq!(attachment.controls(), engine.controls());
+
+    assert_eq!(attachment.invalidate(Invalidation::Reset), Ok(Invalidation::Salt), "what was done, not what was asked");
+    let error = attachment.invalidate(Invalidation::Salt).unwrap_err();
+    assert!(matches!(&error, ControlError::Refused { reason, .. } if reason == "out of salt"), "{error}");
+
+    assert_eq!(attachment.score(&[5, 17, 3]).unwrap(), [-17.0, -3.0]);
+    assert!(matches!(attachment.score(&[1, 2, 3, 4]), Err(ControlError::Babble { .. })));
+
+    let hold = attachment.hold(Duration::from_secs(5)).unwrap();
+    assert!(engine.held.load(Relaxed));
+    assert_eq!(hold.release(), Ok(true));
+    assert!(!engine.held.load(Relaxed));
+    drop(attachment.hold(Duration::from_secs(5)).unwrap());
+    assert!(!engine.held.load(Relaxed), "released when dropped");
+    let hold = attachment.hold(Duration::from_secs(5)).unwrap();
+    engine.held.store(false, Relaxed);
+    assert_eq!(hold.release(), Ok(false), "its time had passed");
+    engine.busy.store(true, Relaxed);
+    assert!(matches!(attachment.hold(Duration::from_millis(10)), Err(ControlError::Busy { .. })));
+
+    engine.busy.store(false, Relaxed);
+    std::mem::forget(attachment.hold(Duration::from_secs(5)).unwrap());
+    drop(attachment);
+    until(|| handle.leased_by().is_none());
+    assert!(!engine.held.load(Relaxed), "a hold ends with the connection");
+}
+
+#[test]
+fn a_late_answer_is_not_taken_for_the_next_one() {
+    let exporter = exporter();
+    let listener = UnixListener::bind(&exporter.socket).unwrap();
+    let manifest = serde_json::to_string(exporter.weights.manifest()).unwrap();
+    let epoch = exporter.weights.epoch().to_owned();
+    let (go_on, wait) = std::sync::mpsc::channel();
+    let slow = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        let mut lines = BufReader::new(&stream).lines();
+        lines.next();
+        writeln!(&stream, "{manifest}").unwrap();
+        let number = |line: String| serde_json::from_str::<serde_json::Value>(&line).unwrap()["ping"].clone();
+        let late = format!("{{\"pong\":{},\"epoch\":\"{epoch}\"}}\n", number(lines.next().unwrap().unwrap()));
+        let (begins, ends) = late.split_at(7);
+        (&stream).write_all(begins.as_bytes()).unwrap();
+        wait.recv().unwrap();
+        (&stream).write_all(ends.as_bytes()).unwrap();
+        let next = number(lines.next().unwrap().unwrap());
+        writeln!(&stream, "{{\"pong\":{next},\"epoch\":\"{epoch}\"}}").unwrap();
+        let last = number(lines.next().unwrap().unwrap());
+        writeln!(&stream, "{{\"pong\":{last},\"epoch\":\"another\"}}").unwrap();
+    });
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    assert!(matches!(attachment.hold(Duration::ZERO), Err(ControlError::NotOffered { request: "hold" })));
+    let error = attachment.ping(Duration::from_millis(50)).unwrap_err();
+    assert!(matches!(error, ControlError::TimedOut { request: "ping", .. }), "{error}");
+    go_on.send(()).unwrap();
+    attachment.ping(Duration::from_secs(5)).unwrap();
+    let error = attachment.ping(Duration::from_secs(5)).unwrap_err().to_string();
+    assert!(error.contains("it now holds epoch another"), "{error}");
+    slow.join().unwrap();
+}
+
+fn until(mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !holds() {
+        assert!(Instant::now() < deadline, "waited 5 s");
+        std::thread::sleep(Duration::from_millis(1));
+    }
 }

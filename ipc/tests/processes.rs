@@ -29,9 +29,10 @@ fn main() -> ExitCode {
 
 /// Runs the tests whose names contain a word of the command line, or all of them.
 fn run_tests(arguments: &[&str]) -> ExitCode {
-    let tests: [(&str, fn()); 5] = [
+    let tests: [(&str, fn()); 6] = [
         ("bytes_written_by_another_process_are_seen_by_the_exporter", bytes_are_shared),
         ("a_killed_exporter_is_noticed_within_100_ms_by_its_pid", killed_exporter),
+        ("a_watch_sleeps_until_the_exporter_is_killed", watched_exporter),
         ("a_trainer_that_is_killed_gives_the_lease_back", killed_trainer),
         ("a_server_of_a_live_copy_sees_every_write_and_its_end_is_noticed", staged_server),
         ("a_live_copy_that_is_served_is_not_staged_again", no_staging_under_a_server),
@@ -110,7 +111,7 @@ fn hex(bytes: &[u8]) -> String {
 
 fn serve_export(model: &Path, socket: &Path) {
     let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
-    let _handle = weights.serve(socket).unwrap();
+    let _handle = weights.serve(socket, Arc::new(())).unwrap();
     answer(|_| hex(&weights.find(NAME).unwrap().read()));
 }
 
@@ -172,11 +173,30 @@ fn killed_exporter() {
     assert_ne!(again.epoch(), attachment.epoch());
 }
 
+fn watched_exporter() {
+    let (dir, model, expected) = model(true);
+    let socket = dir.path().join("s");
+    let mut server = Other::start(&[Path::new("serve-export"), &model, &socket]);
+    let attachment = Attachment::open(&Source::Socket(socket), &expected).unwrap();
+    let started = Instant::now();
+    attachment.watch(Duration::from_millis(50)).unwrap();
+    assert!(started.elapsed() >= Duration::from_millis(50), "nothing has happened that could end the sleep");
+    std::thread::scope(|scope| {
+        let watching = scope.spawn(|| (attachment.watch(Duration::from_secs(60)), Instant::now()));
+        std::thread::sleep(Duration::from_millis(50));
+        server.child.kill().unwrap();
+        let killed = Instant::now();
+        let (seen, at) = watching.join().unwrap();
+        assert!(seen.is_err());
+        assert!(at - killed < Duration::from_millis(100), "seen after {:?}", at - killed);
+    });
+}
+
 fn killed_trainer() {
     let (dir, model, expected) = model(true);
     let socket = dir.path().join("s");
     let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
-    let handle = weights.serve(&socket).unwrap();
+    let handle = weights.serve(&socket, Arc::new(())).unwrap();
     let mut trainer = Other::start(&[Path::new("train"), &socket]);
     let refusal = Attachment::open(&Source::Socket(socket.clone()), &expected).unwrap_err().to_string();
     assert!(refusal.contains(&format!("leased by pid {}", trainer.child.id())), "{refusal}");

@@ -142,6 +142,18 @@ impl Example {
     }
 }
 
+/// For a pass without gradients.
+struct Nobody;
+
+impl<D: Device> Sink<D> for Nobody {
+    fn linear(&mut self, _: usize, _: &Arc<D::Buffer>, _: &Arc<D::Buffer>, _: usize) {}
+    fn rows(&mut self, _: usize, _: &[u32], _: &Arc<D::Buffer>) {}
+    fn dense(&mut self, _: usize, _: &Arc<D::Buffer>) {}
+    fn wants(&self, _: usize) -> bool {
+        false
+    }
+}
+
 impl<D: Device> Model<D> {
     /// Whether this model can train the example.
     pub fn check(&self, example: &Example) -> Result<(), ExampleError> {
@@ -172,16 +184,16 @@ impl<D: Device> Model<D> {
 
     /// Loss without gradients.
     pub fn loss(&self, cache: &mut Cache<D>, example: &Example) -> Report {
-        struct Nobody;
-        impl<D: Device> Sink<D> for Nobody {
-            fn linear(&mut self, _: usize, _: &Arc<D::Buffer>, _: &Arc<D::Buffer>, _: usize) {}
-            fn rows(&mut self, _: usize, _: &[u32], _: &Arc<D::Buffer>) {}
-            fn dense(&mut self, _: usize, _: &Arc<D::Buffer>) {}
-            fn wants(&self, _: usize) -> bool {
-                false
-            }
-        }
         self.spans::<Nobody>(cache, example, Extent::Frozen, 1.0, None, &mut Timings::default())
+    }
+
+    /// Natural log-probabilities of `ids[1..]`, each given all ids before it. The ids are at least two, within the
+    /// vocabulary and no more than [`Model::positions`]; the cache is emptied.
+    pub fn logprobs(&self, cache: &mut Cache<D>, ids: &[u32]) -> Vec<f32> {
+        cache.truncate(0);
+        let window = Window { ids: &ids[..ids.len() - 1], targets: &ids[1..] };
+        let losses = self.window::<Nobody>(cache, window, 1.0, None, &mut Timings::default());
+        losses.iter().map(|loss| -loss).collect()
     }
 
     fn spans<S: Sink<D>>(
@@ -201,13 +213,14 @@ impl<D: Device> Model<D> {
             self.prefill(cache, &example.ids[cache.len()..start]);
             timings.prefill_ms += ms(clock);
             let window = Window { ids: &example.ids[start..span.end - 1], targets: &example.ids[span.clone()] };
-            report.loss_sum += self.window(cache, window, scale, sink.as_deref_mut(), timings);
+            let losses = self.window(cache, window, scale, sink.as_deref_mut(), timings);
+            report.loss_sum += losses.iter().map(|l| *l as f64).sum::<f64>();
             report.tokens += span.len();
         }
         report
     }
 
-    /// One window: the sum of its losses, and gradient events if there is a sink.
+    /// One window: its losses, one per target, and gradient events if there is a sink.
     fn window<S: Sink<D>>(
         &self,
         cache: &Cache<D>,
@@ -215,7 +228,7 @@ impl<D: Device> Model<D> {
         scale: f32,
         sink: Option<&mut S>,
         timings: &mut Timings,
-    ) -> f64 {
+    ) -> Vec<f32> {
         let Window { ids, targets } = window;
         let (t, scored, vocab) = (ids.len(), targets.len(), self.config().decoder.vocab);
         let clock = Instant::now();
@@ -254,7 +267,7 @@ impl<D: Device> Model<D> {
         }
         let mut host = vec![0.0; scored];
         self.device.read(&losses, 0, &mut host);
-        host.iter().map(|l| *l as f64).sum()
+        host
     }
 
     /// The last `rows` of x (t,H).

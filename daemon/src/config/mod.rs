@@ -45,8 +45,30 @@ pub struct ModelConfig {
     pub dir: PathBuf,
 }
 
-/// `[server]`: exactly one of the three.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+/// What happens to a server's prefix cache when the weights have moved.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PrefixCache {
+    /// It is emptied.
+    Reset,
+    /// New requests are salted, so that they match no older block.
+    Salt,
+    /// Nothing: the server has none, or stale answers are acceptable.
+    Ignore,
+}
+
+/// When a step's writes may fall.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Update {
+    /// At any time.
+    Hogwild,
+    /// Between two steps of the engine, which is held meanwhile.
+    Between,
+}
+
+/// `[server]`: exactly one of `socket`, `manifest` and `live`, and how to get along with the server.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ServerConfig {
     /// Unix socket on which the inference server offers its manifest. No default.
@@ -58,6 +80,32 @@ pub struct ServerConfig {
     /// Staged copy of the model directory on tmpfs (`apollod stage MODEL LIVE`) that a server maps. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub live: Option<PathBuf>,
+    /// Base URL of the server's OpenAI-compatible API, such as `http://127.0.0.1:8000`. No default. Only used to
+    /// compare log-probabilities with a server that cannot be asked for them over its socket.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub url: Option<String>,
+    /// What is done with the server's prefix cache after the weights have moved: `reset` (default), `salt`, `ignore`.
+    /// Keys and values of older weights give answers that neither the old nor the new weights would give.
+    pub prefix_cache: PrefixCache,
+    /// Seconds between two such resets or salts, at least. Default 10. Shorter costs cache hits, longer stale answers.
+    pub prefix_cache_interval: f64,
+    /// `hogwild` (default): a step writes while the server computes. `between`: the engine is held between two of its
+    /// steps for the writes of each update, so that no token is computed from half an update.
+    pub update: Update,
+}
+
+impl Default for ServerConfig {
+    fn default() -> Self {
+        Self {
+            socket: None,
+            manifest: None,
+            live: None,
+            url: None,
+            prefix_cache: PrefixCache::Reset,
+            prefix_cache_interval: 10.0,
+            update: Update::Hogwild,
+        }
+    }
 }
 
 /// The one way to the live weights that `[server]` names.

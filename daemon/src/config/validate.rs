@@ -1,6 +1,6 @@
 //! Values that parse and make no sense, refused before anything starts, each with what to do.
 
-use super::{Config, ConfigError, GrowthLimit};
+use super::{Config, ConfigError, GrowthLimit, Update};
 use crate::schedule::{Schedule, ScheduleError};
 
 /// Shortest API key, in characters.
@@ -34,6 +34,18 @@ impl Config {
         })?;
         check(self.server.attach().is_some(), "server", || {
             "set exactly one of server.socket, server.manifest and server.live".into()
+        })?;
+        let server = &self.server;
+        check(
+            server.url.as_ref().is_none_or(|url| url.starts_with("http://") && !url.ends_with("/v1")),
+            "server.url",
+            || "must be the base URL of the server's API without /v1, such as http://127.0.0.1:8000".into(),
+        )?;
+        check((0.1..=86_400.0).contains(&server.prefix_cache_interval), "server.prefix_cache_interval", || {
+            range("[0.1, 86400] seconds", server.prefix_cache_interval)
+        })?;
+        check(server.update == Update::Hogwild || server.socket.is_some(), "server.update", || {
+            "\"between\" needs server.socket: a server that cannot be asked cannot be held; use \"hogwild\"".into()
         })
     }
 
@@ -138,6 +150,16 @@ mod tests {
     fn exactly_one_way_to_the_server_is_asked_for() {
         assert!(refusal(|c| c.server.live = None).contains("exactly one of"));
         assert!(refusal(|c| c.server.socket = Some("/s".into())).contains("exactly one of"));
+    }
+
+    #[test]
+    fn a_server_that_cannot_be_asked_cannot_be_held() {
+        let error = refusal(|c| c.server.update = Update::Between);
+        assert!(error.starts_with("server.update:") && error.contains("needs server.socket"), "{error}");
+        assert!(refusal(|c| c.server.prefix_cache_interval = 0.0).starts_with("server.prefix_cache_interval:"));
+        assert!(refusal(|c| c.server.prefix_cache_interval = f64::NAN).starts_with("server.prefix_cache_interval:"));
+        assert!(refusal(|c| c.server.url = Some("127.0.0.1:8000".into())).contains("http://127.0.0.1:8000"));
+        assert!(refusal(|c| c.server.url = Some("http://127.0.0.1:8000/v1".into())).contains("without /v1"));
     }
 
     #[test]

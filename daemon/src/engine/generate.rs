@@ -52,7 +52,9 @@ impl Engine {
         let mut answer = Answer { text: String::new(), tokens: 0, finish: Finish::Length };
         let mut next = prompt.to_vec();
         while answer.tokens < room {
+            let step = self.gate.step();
             let logits = self.device.run(|| model.next_logits(&mut cache, &next));
+            drop(step);
             let token = choose(logits, sampling, &mut random);
             answer.tokens += 1;
             if self.templates.eos().contains(&token) {

@@ -5,17 +5,19 @@
 //! trainer writes is in the next token. One request at a time generates; others wait.
 
 mod api;
+mod gate;
 mod generate;
 
 use crate::examples::Templates;
 use crate::weights;
 use anyhow::{Context, Result};
 use compute::Cpu;
-use ipc::SharedWeights;
+use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 use tokio::net::TcpListener;
 
 pub use generate::{Finish, Sampling};
@@ -38,6 +40,7 @@ pub struct Options {
 pub struct Engine {
     device: Arc<Cpu>,
     model: Mutex<Model<Cpu>>,
+    gate: gate::Gate,
     templates: Templates,
     name: String,
     max_tokens: usize,
@@ -52,18 +55,54 @@ impl Engine {
         let model = Model::new(device.clone(), config, weights::shared(&weights), max_tokens);
         let templates = Templates::load(&options.model, max_tokens)?;
         let name = options.model.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
-        Ok((Engine { device, model: Mutex::new(model), templates, name, max_tokens }, weights))
+        let (model, gate) = (Mutex::new(model), gate::Gate::default());
+        Ok((Engine { device, model, gate, templates, name, max_tokens }, weights))
+    }
+}
+
+/// What a trainer may ask for.
+impl ipc::Engine for Engine {
+    fn server(&self) -> Option<Server> {
+        Some(Server { name: "apollod engine".into(), version: env!("CARGO_PKG_VERSION").into() })
+    }
+
+    fn controls(&self) -> Vec<Control> {
+        vec![Control::Invalidate, Control::Hold, Control::Score]
+    }
+
+    /// Nothing is kept from one request to the next, so there is never anything older to be found.
+    fn invalidate(&self, _: Invalidation) -> Result<Invalidation, String> {
+        Ok(Invalidation::Reset)
+    }
+
+    fn hold(&self, longest: Duration) -> bool {
+        self.gate.hold(longest)
+    }
+
+    fn release(&self) -> bool {
+        self.gate.release()
+    }
+
+    fn score(&self, ids: &[u32]) -> Result<Vec<f32>, String> {
+        let model = self.model.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (vocab, most) = (model.config().decoder.vocab, self.max_tokens);
+        if !(2..=most).contains(&ids.len()) || ids.iter().any(|&id| id as usize >= vocab) {
+            return Err(format!("want 2 to {most} token ids below {vocab}"));
+        }
+        let mut cache = model.cache(0);
+        Ok(self.device.run(|| model.logprobs(&mut cache, ids)))
     }
 }
 
 /// Serves until SIGTERM or SIGINT. Says on stdout, as one line of JSON, where it listens.
 pub async fn run(options: Options) -> Result<()> {
     let (engine, weights) = Engine::load(&options)?;
-    let export = weights.serve(&options.socket)?;
+    let engine = Arc::new(engine);
+    let export = weights.serve(&options.socket, engine.clone())?;
     let listener =
         TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
     announce(&listener, export.socket())?;
-    axum::serve(listener, api::router(Arc::new(engine))).with_graceful_shutdown(stop_signal()).await?;
+    axum::serve(listener, api::router(engine)).with_graceful_shutdown(stop_signal()).await?;
     Ok(())
 }
 

@@ -6,9 +6,11 @@
 
 mod body;
 mod control;
+mod events;
 mod examples;
 mod guard;
 mod legacy;
+mod metrics;
 mod problem;
 
 use std::path::PathBuf;
@@ -48,6 +50,8 @@ pub fn router(app: App) -> Router {
         .route("/v1/examples", post(examples::post))
         .route("/v1/examples/{id}", get(examples::get))
         .route("/v1/status", get(control::status))
+        .route("/v1/events", get(events::events))
+        .route("/metrics", get(metrics::metrics))
         .route("/v1/checkpoint", post(control::checkpoint))
         .route("/v1/checkpoints", get(control::checkpoints))
         .route("/v1/checkpoints/{generation}/rollback", post(control::rollback))

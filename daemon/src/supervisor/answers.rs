@@ -5,10 +5,11 @@ use std::time::Instant;
 use chrono::Utc;
 
 use super::child::Output;
+use super::events::What;
 use super::run::{InFlight, Supervisor, answer, now};
-use super::status::{LOSSES_KEPT, LastSync, StepLoss, Timings};
+use super::status::{LOSSES_KEPT, LastInvalidation, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
-use crate::protocol::{FromTrainer, Ready, Request, Synced, Trained};
+use crate::protocol::{FromTrainer, Invalidated, Ready, Request, Synced, Trained};
 use crate::queue::{Batch, QueueError};
 
 impl Supervisor {
@@ -38,12 +39,16 @@ impl Supervisor {
                 self.in_flight = Some(InFlight::Shutdown);
                 self.on_synced("shutdown".into(), Vec::new(), synced)
             }
-            (FromTrainer::RolledBack { generation, cursor }, Some(InFlight::Rollback { reply })) => {
-                self.on_rolled_back(generation, cursor, reply)
+            (FromTrainer::RolledBack { generation, cursor, weight_version }, Some(InFlight::Rollback { reply })) => {
+                self.on_rolled_back(generation, cursor, weight_version, reply)
             }
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
                 tracing::warn!("the inference server is gone: {reason}");
+                // One that is waited for is told once.
+                if self.attached.as_ref().is_some_and(|attached| attached.ready) {
+                    self.tell(What::ServerGone { reason: reason.clone() });
+                }
                 self.lose_child(State::WaitingForServer, reason);
                 Ok(())
             }
@@ -79,7 +84,11 @@ impl Supervisor {
             if ready.recovery.is_empty() { "" } else { "; " },
             ready.recovery
         );
+        let attached =
+            What::Attached { epoch: ready.epoch.clone(), server_pid: ready.server_pid, generation: ready.generation };
         self.update(|status| {
+            (status.server, status.shadow_check) = (ready.server, ready.shadow_check);
+            status.warnings_of_trainer = ready.warnings;
             status.epoch = Some(ready.epoch);
             status.server_pid = ready.server_pid;
             status.weight_version = ready.weight_version;
@@ -87,6 +96,7 @@ impl Supervisor {
             (status.parameters, status.trainable) = (ready.parameters, ready.trainable);
             status.recovery = ready.recovery;
         });
+        self.tell(attached);
         Ok(())
     }
 
@@ -108,6 +118,7 @@ impl Supervisor {
             forward_ms: trained.forward_ms,
             backward_ms: trained.backward_ms,
             update_ms: trained.update_ms,
+            hold_ms: trained.hold.map_or(0.0, |hold| hold.ms),
             total_ms: started.elapsed().as_secs_f64() * 1e3,
         };
         tracing::info!(
@@ -117,16 +128,40 @@ impl Supervisor {
             timings.total_ms,
             trained.skipped.as_ref().map(|why| format!("; skipped: {why}")).unwrap_or_default()
         );
+        let (skipped, examples) = (trained.skipped.clone(), trained.examples.len());
+        let what = What::Step { step: trained.step, loss: trained.loss, examples, skipped };
         self.update(|status| {
             (status.step, status.weight_version, status.timings) =
                 (trained.step, trained.weight_version, Some(timings));
+            match trained.skipped {
+                None => status.counts.applied += 1,
+                Some(_) => status.counts.skipped += 1,
+            }
+            status.counts.holds += u64::from(trained.hold.is_some());
+            status.counts.holds_overrun += u64::from(trained.hold.is_some_and(|hold| hold.overran));
             status.server_pid = trained.server_pid;
             status.last_losses.push_back(StepLoss { step: trained.step, loss: trained.loss, skipped: trained.skipped });
             while status.last_losses.len() > LOSSES_KEPT {
                 status.last_losses.pop_front();
             }
         });
+        self.tell(what);
         Ok(())
+    }
+
+    pub(super) fn on_invalidated(&mut self, invalidated: Invalidated) {
+        if let Some(reason) = &invalidated.failed {
+            tracing::warn!("the server's prefix cache was not invalidated: {reason}");
+        }
+        let what = What::from(&invalidated);
+        self.update(|status| {
+            match invalidated.failed {
+                None => status.counts.invalidations += 1,
+                Some(_) => status.counts.invalidations_failed += 1,
+            }
+            status.prefix_cache = Some(LastInvalidation { at: now(), invalidated });
+        });
+        self.tell(what);
     }
 
     fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) -> Result<(), QueueError> {
@@ -143,16 +178,27 @@ impl Supervisor {
         self.update(|status| {
             (status.generation, status.cursor) = (synced.generation, synced.cursor);
             status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
+            status.counts.syncs += 1;
         });
+        self.tell(What::Sync(synced.clone()));
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
         Ok(())
     }
 
-    fn on_rolled_back(&mut self, generation: u64, cursor: u64, reply: Reply<(u64, u64)>) -> Result<(), QueueError> {
+    fn on_rolled_back(
+        &mut self,
+        generation: u64,
+        cursor: u64,
+        weight_version: u64,
+        reply: Reply<(u64, u64)>,
+    ) -> Result<(), QueueError> {
         let taken_back = self.queue.record_rolled_back(generation, cursor)?;
         tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
         (self.unsynced, self.replay_from) = (false, None);
-        self.update(|status| (status.generation, status.cursor) = (generation, cursor));
+        self.update(|status| {
+            (status.generation, status.cursor, status.weight_version) = (generation, cursor, weight_version);
+        });
+        self.tell(What::Rollback { generation });
         answer(Some(reply), Ok((generation, cursor)));
         Ok(())
     }
@@ -165,6 +211,7 @@ impl Supervisor {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
             (Request::Train, Some(InFlight::Train { batch, .. })) => {
                 self.queue.record_failed(batch.step, &reason)?;
+                self.update(|status| status.counts.failed += 1);
                 self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));
                 self.failures_in_a_row += 1;
                 if self.failures_in_a_row >= FAILURES_MAX {
@@ -193,6 +240,7 @@ impl Supervisor {
         self.next_sync = self.options.schedule.next_after(Utc::now());
         self.update(|status| {
             status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
+            status.counts.syncs_failed += 1;
         });
         waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Failed(reason.clone()))));
     }

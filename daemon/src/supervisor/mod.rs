@@ -14,6 +14,7 @@
 
 mod answers;
 mod child;
+mod events;
 mod run;
 mod status;
 
@@ -24,15 +25,19 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{broadcast, oneshot};
 
 pub use child::ChildCommand;
+pub use events::{Happening, What};
 pub use status::{State, Status};
+#[cfg(test)]
+pub use status::{StepLoss, Timings};
 
 use crate::protocol::Synced;
 use crate::queue::Queue;
 use crate::schedule::Schedule;
 use child::Output;
+use events::Events;
 
 /// Trainers that may die on one step before it is given up.
 pub const DEATHS_MAX: u32 = 5;
@@ -99,6 +104,7 @@ enum Event {
 #[derive(Clone)]
 pub struct Handle {
     events: mpsc::Sender<Event>,
+    happenings: Events,
     status: Arc<Mutex<Status>>,
     queue: Arc<Queue>,
 }
@@ -110,9 +116,15 @@ pub struct Handle {
 pub fn start(options: Options, queue: Arc<Queue>) -> std::io::Result<(Handle, JoinHandle<()>)> {
     let (events, inbox) = mpsc::channel();
     let status = Arc::new(Mutex::new(Status::default()));
-    let handle = Handle { events: events.clone(), status: Arc::clone(&status), queue: Arc::clone(&queue) };
+    let happenings = Events::new();
+    let handle = Handle {
+        events: events.clone(),
+        happenings: happenings.clone(),
+        status: Arc::clone(&status),
+        queue: Arc::clone(&queue),
+    };
     let thread = std::thread::Builder::new().name("supervisor".into()).spawn(move || {
-        run::Supervisor::new(options, queue, events, status).run(&inbox);
+        run::Supervisor::new(options, queue, events, happenings, status).run(&inbox);
     })?;
     Ok((handle, thread))
 }
@@ -156,6 +168,11 @@ impl Handle {
     /// Finishes the step in flight, syncs if so configured, ends the trainer and the thread.
     pub fn shutdown(&self) {
         self.tell(Event::Shutdown);
+    }
+
+    /// Everything that happens from now on.
+    pub fn listen(&self) -> broadcast::Receiver<Happening> {
+        self.happenings.listen()
     }
 
     /// Everything about the daemon now.

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use chrono::{DateTime, SecondsFormat, Utc};
 
 use super::child::{Child, Output};
+use super::events::{Events, What};
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
 use crate::protocol::{FromTrainer, Synced, ToTrainer};
 use crate::queue::{Batch, Queue, QueueError};
@@ -45,6 +46,7 @@ pub(super) struct Supervisor {
     pub(super) options: Options,
     pub(super) queue: Arc<Queue>,
     events: mpsc::Sender<Event>,
+    happenings: Events,
     status: Arc<Mutex<Status>>,
     pub(super) attached: Option<Attached>,
     children: u64,
@@ -71,6 +73,7 @@ impl Supervisor {
         options: Options,
         queue: Arc<Queue>,
         events: mpsc::Sender<Event>,
+        happenings: Events,
         status: Arc<Mutex<Status>>,
     ) -> Self {
         // A sync that was due while the daemon was down is due now, once.
@@ -80,6 +83,7 @@ impl Supervisor {
             options,
             queue,
             events,
+            happenings,
             status,
             attached: None,
             children: 0,
@@ -124,6 +128,13 @@ impl Supervisor {
             }
         }
         self.answer_waiting(&ControlError::Stopping);
+        self.tell(What::Stopped);
+    }
+
+    /// Tells whoever listens.
+    pub(super) fn tell(&self, what: What) {
+        let weight_version = self.status.lock().unwrap_or_else(PoisonError::into_inner).weight_version;
+        self.happenings.tell(weight_version, what);
     }
 
     /// Until when nothing happens by itself.
@@ -241,10 +252,10 @@ impl Supervisor {
             Event::Child { number, output } => {
                 // What an earlier child still had to say no longer matters.
                 if let Some(attached) = self.attached.as_mut().filter(|attached| attached.number == number) {
-                    if matches!(output, Output::Message(FromTrainer::Alive)) {
-                        attached.heard = Some(Instant::now());
-                    } else {
-                        self.hear(output)?;
+                    match output {
+                        Output::Message(FromTrainer::Alive) => attached.heard = Some(Instant::now()),
+                        Output::Message(FromTrainer::Invalidated(invalidated)) => self.on_invalidated(invalidated),
+                        output => self.hear(output)?,
                     }
                 }
             }

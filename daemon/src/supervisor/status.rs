@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::Synced;
+use crate::protocol::{Invalidated, Synced};
 
 /// Steps whose losses are kept.
 pub const LOSSES_KEPT: usize = 32;
@@ -81,6 +81,9 @@ pub struct Timings {
     pub backward_ms: f64,
     /// Optimizer and writes.
     pub update_ms: f64,
+    /// Of these, for how long the engine was held; 0 when it was not.
+    #[serde(default)]
+    pub hold_ms: f64,
     /// From request to answer.
     pub total_ms: f64,
 }
@@ -97,6 +100,39 @@ pub struct LastSync {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
+}
+
+/// The last time that the server was told of moved weights.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastInvalidation {
+    /// When, RFC 3339.
+    pub at: String,
+    /// What came of it.
+    #[serde(flatten)]
+    pub invalidated: Invalidated,
+}
+
+/// What was counted since the daemon's start.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Counts {
+    /// Steps that moved the weights.
+    pub applied: u64,
+    /// Steps that left them alone.
+    pub skipped: u64,
+    /// Steps that failed.
+    pub failed: u64,
+    /// Syncs.
+    pub syncs: u64,
+    /// Syncs that failed.
+    pub syncs_failed: u64,
+    /// Invalidations of the server's prefix cache.
+    pub invalidations: u64,
+    /// Those that failed.
+    pub invalidations_failed: u64,
+    /// Steps for which the engine was held.
+    pub holds: u64,
+    /// Those whose hold ended by itself.
+    pub holds_overrun: u64,
 }
 
 /// Everything about the daemon at one moment. `None` and 0 stand for what no trainer has reported yet.
@@ -120,8 +156,20 @@ pub struct Status {
     pub trainer_pid: Option<u32>,
     /// Process id of the inference server.
     pub server_pid: Option<u32>,
+    /// The server's program and version, where it says so.
+    #[serde(default)]
+    pub server: Option<String>,
     /// Epoch of the server's weights.
     pub epoch: Option<String>,
+    /// What the comparison of log-probabilities with the server found.
+    #[serde(default)]
+    pub shadow_check: Option<String>,
+    /// The last time that the server was told of moved weights.
+    #[serde(default)]
+    pub prefix_cache: Option<LastInvalidation>,
+    /// What the trainer says should be looked at; part of `warning`.
+    #[serde(default, skip)]
+    pub(crate) warnings_of_trainer: Vec<String>,
     /// Updates that the live weights have had.
     pub weight_version: u64,
     /// The generation that the files hold.
@@ -152,6 +200,9 @@ pub struct Status {
     pub restarts: u64,
     /// Why the last one did.
     pub last_restart: Option<String>,
+    /// What was counted since the daemon's start.
+    #[serde(default)]
+    pub counts: Counts,
 }
 
 impl Status {
@@ -160,13 +211,25 @@ impl Status {
         if !self.state.is_ready() {
             return None;
         }
+        let mut warnings = Vec::new();
         if self.server_pid.is_none() {
             let hint = "no process maps the live copy, so nobody is served what is learned: is the server running, \
                         with its dtype at auto?";
-            return Some(hint.into());
+            warnings.push(hint.to_owned());
         }
         let failed = self.last_sync.as_ref().and_then(|sync| sync.failed.as_ref());
-        failed.map(|reason| format!("the last sync failed: {reason}"))
+        warnings.extend(failed.map(|reason| format!("the last sync failed: {reason}")));
+        let failed = self.prefix_cache.as_ref().and_then(|last| last.invalidated.failed.as_ref());
+        warnings.extend(failed.map(|reason| {
+            format!("the prefix cache was not invalidated, answers may rest on keys of older weights: {reason}")
+        }));
+        if self.counts.holds_overrun > 0 {
+            let count = self.counts.holds_overrun;
+            warnings
+                .push(format!("{count} holds of the engine ended before the writes of their step were known to have"));
+        }
+        warnings.extend(self.warnings_of_trainer.iter().cloned());
+        (!warnings.is_empty()).then(|| warnings.join("; "))
     }
 }
 
@@ -183,10 +246,18 @@ impl fmt::Display for Status {
         writeln!(f, "  model       {} ({} parameters, {} train)", self.model, self.parameters, self.trainable)?;
         writeln!(
             f,
-            "  server      pid {}, epoch {}",
+            "  server      {}pid {}, epoch {}",
+            self.server.as_ref().map(|server| format!("{server}, ")).unwrap_or_default(),
             or_none(self.server_pid.map(|pid| pid.to_string())),
             or_none(self.epoch.clone())
         )?;
+        if let Some(found) = &self.shadow_check {
+            writeln!(f, "  checked     {found}")?;
+        }
+        if let Some(LastInvalidation { at, invalidated }) = &self.prefix_cache {
+            let what = invalidated.done.as_deref().unwrap_or("not invalidated");
+            writeln!(f, "  prefixes    {what} at {at}, version {}", invalidated.weight_version)?;
+        }
         writeln!(
             f,
             "  trainer     pid {}, {} restarts{}",
@@ -223,8 +294,8 @@ impl fmt::Display for Status {
         if let Some(t) = &self.timings {
             writeln!(
                 f,
-                "  last step   {:.1} ms: prefill {:.1}, forward {:.1}, backward {:.1}, update {:.1}",
-                t.total_ms, t.prefill_ms, t.forward_ms, t.backward_ms, t.update_ms
+                "  last step   {:.1} ms: prefill {:.1}, forward {:.1}, backward {:.1}, update {:.1}, engine held {:.1}",
+                t.total_ms, t.prefill_ms, t.forward_ms, t.backward_ms, t.update_ms, t.hold_ms
             )?;
         }
         let last_sync = self.last_sync.as_ref().map(|sync| match (&sync.done, &sync.failed) {

@@ -4,9 +4,12 @@
 //! happens here ends this process alone, and its end is also what lets go of the server's memory.
 //! Requests come as lines on stdin, one at a time; answers go to stdout (see `protocol`).
 
+mod prefix_cache;
 mod restore;
 mod session;
 mod settings;
+mod shadow;
+mod watch;
 
 use crate::config::Config;
 use crate::protocol::{self, FromTrainer, Request, ToTrainer};
@@ -18,7 +21,7 @@ use std::time::Duration;
 
 pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 
-/// How often an idle trainer looks whether the server is still there.
+/// How often an idle trainer looks after its server and its prefix cache. (`watch` sees its end at once.)
 const WATCH: Duration = Duration::from_millis(200);
 
 /// How often the supervisor gets a sign of life.
@@ -42,19 +45,23 @@ pub fn run(config: &Config) -> Result<()> {
     let requests = requests();
     loop {
         let request = match requests.recv_timeout(WATCH) {
-            Ok(request) => request?,
+            Ok(request) => Some(request?),
             Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) => match session.check() {
-                Ok(()) => continue,
-                Err(reason) => return say(&FromTrainer::ServerGone { reason }),
-            },
+            Err(RecvTimeoutError::Timeout) => None,
         };
-        let stop = matches!(request, ToTrainer::Shutdown { .. });
-        if let Some(answer) = session.answer(request) {
+        let stop = matches!(request, Some(ToTrainer::Shutdown { .. }));
+        let answer = match request {
+            Some(request) => session.answer(request),
+            None => session.look().err().map(|reason| FromTrainer::ServerGone { reason }),
+        };
+        if let Some(answer) = answer {
             say(&answer)?;
             if matches!(answer, FromTrainer::ServerGone { .. }) {
                 return Ok(());
             }
+        }
+        if let Some(invalidated) = session.invalidate(stop) {
+            say(&invalidated)?;
         }
         if stop {
             return Ok(());

@@ -20,31 +20,36 @@ use std::path::Path;
 /// Bytes compared at a time.
 const CHUNK: usize = 1 << 20;
 
+/// The last epoch that was written to.
 #[derive(Serialize, Deserialize)]
-struct Attached {
-    epoch: String,
+pub struct Attached {
+    /// Its name.
+    pub epoch: String,
+    /// What the shadow check of it found; none if it was not possible.
+    #[serde(default)]
+    pub shadow_check: Option<String>,
 }
 
-/// Whether the last trainer of this model directory wrote to weights of this epoch.
-pub fn is_known_epoch(state_dir: &Path, epoch: &str) -> Result<bool> {
+/// What is known if the last trainer of this model directory wrote to weights of this epoch.
+pub fn known_epoch(state_dir: &Path, epoch: &str) -> Result<Option<Attached>> {
     let path = state_dir.join("attached.json");
     match fs::read(&path) {
         Ok(bytes) => {
             let attached: Attached = serde_json::from_slice(&bytes)
                 .with_context(|| format!("{} is damaged; restart the server and remove it", path.display()))?;
-            Ok(attached.epoch == epoch)
+            Ok(Some(attached).filter(|attached| attached.epoch == epoch))
         }
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
 }
 
 /// Notes, before the first write, that weights of this epoch are about to be written.
-pub fn remember_epoch(state_dir: &Path, epoch: &str) -> Result<()> {
+pub fn remember_epoch(state_dir: &Path, attached: &Attached) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let temporary = state_dir.join("attached.json.tmp");
         let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(&Attached { epoch: epoch.into() })?)?;
+        file.write_all(&serde_json::to_vec(attached)?)?;
         file.sync_all()?;
         fs::rename(&temporary, state_dir.join("attached.json"))?;
         File::open(state_dir)?.sync_all()

@@ -1,20 +1,29 @@
 //! One attachment from start to end: attach, restore, train, sync, roll back.
 
-use super::{restore, settings};
-use crate::config::{Attach, Config};
-use crate::protocol::{ExampleResult, FromTrainer, Ready, Synced, ToTrainer, Trained, Work};
+use super::prefix_cache::PrefixCache;
+use super::restore::Attached;
+use super::shadow::{self, Failure, Finding};
+use super::{restore, settings, watch};
+use crate::config::{self, Attach, Config, Update};
+use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
 use crate::weights;
 use anyhow::{Context, Result, bail};
-use apollo::{Gates, Optimizer, Outcome, Rule};
+use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
 use compute::Cpu;
 use compute::cpu::Weight;
-use ipc::{Attachment, SafetensorsDir, Source};
+use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use weight_map::Role;
+
+/// Longest time for which an engine is held, and for which its running step is waited for.
+const HOLD: Duration = Duration::from_secs(5);
+
+/// How often an idle trainer asks the server for a sign of life, and how long it waits for it.
+const PING: Duration = Duration::from_secs(1);
 
 /// Why a session did not begin.
 pub enum StartError {
@@ -22,6 +31,15 @@ pub enum StartError {
     ServerGone(String),
     /// Anything else; an operator has to look.
     Failed(anyhow::Error),
+}
+
+impl From<Failure> for StartError {
+    fn from(failure: Failure) -> StartError {
+        match failure {
+            Failure::NoAnswer(reason) => StartError::ServerGone(reason),
+            Failure::Differs(error) => StartError::Failed(error),
+        }
+    }
 }
 
 impl<E: Into<anyhow::Error>> From<E> for StartError {
@@ -46,6 +64,11 @@ pub struct Session {
     /// Of the live weights; becomes the next generation's.
     progress: Progress,
     recovery: String,
+    update: Update,
+    prefix_cache: PrefixCache,
+    shadow_check: Option<String>,
+    warnings: Vec<String>,
+    pinged: Instant,
 }
 
 impl Session {
@@ -59,38 +82,53 @@ impl Session {
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
         require_intact(&checkpoint)?;
         let attachment = Arc::new(attach(config, &model_config)?);
+        watch::start(attachment.clone())?;
         same_directory(attachment.model_dir(), &config.model.dir)?;
+        can_be_held(config.server.update, &attachment)?;
+        let mut warnings = Vec::new();
+        let mut prefix_cache = prefix_cache(&config.server, &attachment, &mut warnings);
 
         let files = SafetensorsDir::open(&config.model.dir)?;
         let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
         let device = Arc::new(Cpu::new(config.train.threads)?);
-        let weights = weights::attached(&attachment);
+        let longest = settings::longest(&model_config, &config.train);
+        let model = Model::new(device.clone(), model_config, weights::attached(&attachment), longest);
+        let mut cache = model.cache(longest);
         let mut recovery = vec![recovery.to_string()];
-        let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
-        if restore::is_known_epoch(&config.state_dir(), attachment.epoch())? {
-            let mut bytes = 0;
-            for (name, weight) in names.iter().zip(&weights) {
-                bytes += restore::restore(&checkpoint, name, weight)?;
-            }
+        let known = restore::known_epoch(&config.state_dir(), attachment.epoch())?;
+        if known.is_some() {
+            let bytes = restore_all(&checkpoint, &tensors, &model)?;
             if bytes > 0 {
                 recovery.push(format!("{bytes} bytes of live weights restored from the files"));
             }
+            // The last trainer may have died before it could say that weights had moved.
+            prefix_cache.moved();
         } else {
-            restore::require_equal(&checkpoint, &names, &weights)?;
-            restore::remember_epoch(&config.state_dir(), attachment.epoch())?;
+            let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+            restore::require_equal(&checkpoint, &names, model.weights())?;
+        }
+        let mut shadow_check = known.as_ref().and_then(|known| known.shadow_check.clone());
+        if shadow_check.is_none() {
+            let url = config.server.url.as_deref();
+            match device.run(|| shadow::check(&model, &mut cache, &attachment, url))? {
+                Finding::Agrees(figures) => shadow_check = Some(figures),
+                Finding::NotPossible(why) => warnings.push(why),
+            }
+            let attached = Attached { epoch: attachment.epoch().into(), shadow_check: shadow_check.clone() };
+            restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
         let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
-        let longest = settings::longest(&model_config, &config.train);
-        let model = Model::new(device.clone(), model_config, weights, longest);
         let progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
         Ok(Session {
-            cache: model.cache(longest),
+            cache,
             gates: settings::gates(&config.train),
             extent: settings::extent(&config.train),
             lr: config.train.lr as f32,
             recovery: recovery.join("; "),
+            update: config.server.update,
+            pinged: Instant::now(),
             device,
             attachment,
             model,
@@ -98,6 +136,9 @@ impl Session {
             checkpoint,
             head_copy,
             progress,
+            prefix_cache,
+            shadow_check,
+            warnings,
         })
     }
 
@@ -118,11 +159,40 @@ impl Session {
             parameters: count(false),
             trainable: count(true),
             recovery: self.recovery.clone(),
+            server: self.attachment.server_program().map(ToString::to_string),
+            shadow_check: self.shadow_check.clone(),
+            warnings: self.warnings.clone(),
         }
     }
 
+    /// What an idle trainer looks at: whether the server is still there and holds the same weights, in words if not.
+    pub fn look(&mut self) -> Result<(), String> {
+        if self.pinged.elapsed() >= PING {
+            self.pinged = Instant::now();
+            // A server that is busy is not gone.
+            if let Err(ControlError::Gone(gone)) = self.attachment.ping(PING) {
+                return Err(gone.to_string());
+            }
+        }
+        self.check()
+    }
+
+    /// Tells the server that weights have moved, when that is due, or at the end if it still is to be said.
+    pub fn invalidate(&mut self, at_the_end: bool) -> Option<FromTrainer> {
+        let now = Instant::now();
+        let how = if at_the_end { self.prefix_cache.pending() } else { self.prefix_cache.due(now) }?;
+        let outcome = self.attachment.invalidate(how);
+        self.prefix_cache.tried(now, outcome.is_ok());
+        let (done, failed) = match outcome {
+            Ok(Invalidation::Reset) => (Some("reset".into()), None),
+            Ok(Invalidation::Salt) => (Some("salt".into()), None),
+            Err(error) => (None, Some(error.to_string())),
+        };
+        Some(FromTrainer::Invalidated(Invalidated { weight_version: self.progress.weight_version, done, failed }))
+    }
+
     /// Whether the server is still there, in words if not.
-    pub fn check(&self) -> Result<(), String> {
+    fn check(&self) -> Result<(), String> {
         self.attachment.check().map_err(|gone| gone.to_string())?;
         if self.attachment.pid().is_none() {
             // A staged copy: a server may have mapped it by now. That it has not is no reason to stop.
@@ -177,16 +247,24 @@ impl Session {
         let loss = (reports.iter().map(|r| r.loss_sum).sum::<f64>() / tokens as f64) as f32;
         let lr_scale = lr_scale * lr.map_or(1.0, |lr| lr / self.lr);
 
-        self.attachment.check()?;
         let clock = Instant::now();
-        let outcome = device.run(|| self.optimizer.step(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
-        let update_ms = clock.elapsed().as_secs_f64() * 1e3;
-        let skipped = match outcome {
-            Outcome::Applied(_) => {
+        let prepared =
+            device.run(|| self.optimizer.prepare(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
+        let mut update_ms = ms(clock);
+        let mut held_for = None;
+        let skipped = match prepared {
+            Ok(prepared) => {
+                self.attachment.check()?;
+                let held = hold(&self.attachment, self.update)?;
+                let clock = Instant::now();
+                device.run(|| self.optimizer.commit(self.model.weights(), prepared));
+                update_ms += ms(clock);
                 self.progress.weight_version += 1;
+                self.prefix_cache.moved();
+                held_for = held.map(|(held, since)| released(held, since));
                 None
             }
-            Outcome::Skipped(why) => Some(why.to_string()),
+            Err(why) => Some(why.to_string()),
         };
         let finite = |loss: f32| Some(loss).filter(|l| l.is_finite());
         self.progress.cursor = last.seq;
@@ -206,6 +284,7 @@ impl Session {
             forward_ms: timings.forward_ms,
             backward_ms: timings.backward_ms,
             update_ms,
+            hold: held_for,
         }))
     }
 
@@ -235,9 +314,8 @@ impl Session {
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
-        for (tensor, weight) in self.optimizer.tensors().iter().zip(self.model.weights()) {
-            restore::restore(&self.checkpoint, &tensor.name, weight)?;
-        }
+        self.prefix_cache.moved();
+        restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model)?;
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
         load_state(&mut self.optimizer, &self.checkpoint)?;
@@ -246,8 +324,72 @@ impl Session {
         let epoch = self.attachment.epoch().into();
         self.progress = Progress { weight_version, epoch, ..self.checkpoint.current().progress.clone() };
         tracing::info!("{report}");
-        Ok(FromTrainer::RolledBack { generation: self.checkpoint.current().generation, cursor: self.progress.cursor })
+        Ok(FromTrainer::RolledBack {
+            generation: self.checkpoint.current().generation,
+            cursor: self.progress.cursor,
+            weight_version,
+        })
     }
+}
+
+fn ms(clock: Instant) -> f64 {
+    clock.elapsed().as_secs_f64() * 1e3
+}
+
+/// In the update mode `between`: the engine, standing still, and since when.
+fn hold(attachment: &Attachment, update: Update) -> Result<Option<(ipc::Hold<'_>, Instant)>> {
+    if update == Update::Hogwild {
+        return Ok(None);
+    }
+    match attachment.hold(HOLD) {
+        Ok(held) => Ok(Some((held, Instant::now()))),
+        Err(ControlError::Gone(gone)) => Err(gone.into()),
+        Err(error) => Err(error).context("server.update is \"between\" and the engine could not be held"),
+    }
+}
+
+/// Lets the engine go on; how long it stood still.
+fn released(held: ipc::Hold<'_>, since: Instant) -> Hold {
+    let in_time = held.release();
+    if let Err(error) = &in_time {
+        tracing::warn!("{error}");
+    }
+    Hold { ms: ms(since), overran: in_time != Ok(true) }
+}
+
+/// Brings every tensor to the files' bytes, also one that is frozen now; how many bytes that took.
+fn restore_all(checkpoint: &Checkpoint, tensors: &[apollo::Tensor], model: &Model<Cpu>) -> Result<u64> {
+    let each = tensors.iter().zip(model.weights());
+    each.map(|(tensor, weight)| restore::restore(checkpoint, &tensor.name, weight)).sum()
+}
+
+fn can_be_held(update: Update, attachment: &Attachment) -> Result<()> {
+    if update == Update::Between && !attachment.controls().contains(&Control::Hold) {
+        bail!(
+            "server.update is \"between\", but the server at {} does not offer `hold`: set it to \"hogwild\", or use a \
+             plugin that can hold its engine",
+            attachment.source()
+        );
+    }
+    Ok(())
+}
+
+/// The policy of the configuration, as far as the server can follow it.
+fn prefix_cache(server: &config::ServerConfig, attachment: &Attachment, warnings: &mut Vec<String>) -> PrefixCache {
+    let mut how = match server.prefix_cache {
+        config::PrefixCache::Reset => Some(Invalidation::Reset),
+        config::PrefixCache::Salt => Some(Invalidation::Salt),
+        config::PrefixCache::Ignore => None,
+    };
+    if how.is_some() && !attachment.controls().contains(&Control::Invalidate) {
+        how = None;
+        warnings.push(
+            "the server offers no way to invalidate its prefix cache, so answers may rest on keys of older weights: \
+             switch its prefix cache off and set server.prefix_cache = \"ignore\""
+                .into(),
+        );
+    }
+    PrefixCache::new(how, Duration::from_secs_f64(server.prefix_cache_interval))
 }
 
 fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartError> {

@@ -2,6 +2,7 @@
 //! of them is killed.
 
 mod harness;
+mod server;
 
 use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
 use rustix::process::{Pid, Signal, kill_process};

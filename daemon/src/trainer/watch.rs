@@ -1,0 +1,37 @@
+//! The end of this process when the server is gone.
+//!
+//! Writing must stop at once, in the middle of a step or of its writes too, and a loop in a thread pool cannot be
+//! stopped from outside: so the process ends. That is safe at any moment. Live weights are restored or loaded anew
+//! before anything is trained again (DESIGN.md, T5), and a sync works on its journal: it is cut off as well, because
+//! a server that ended the connection may load other weights into the same memory, which must not reach the files.
+
+use crate::protocol::{self, FromTrainer};
+use anyhow::{Context, Result};
+use ipc::Attachment;
+use std::io::stdout;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// How often a live copy is looked at anew, whose server may come later.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// Starts a thread that sleeps until the server's process or its connection ends, says so to the supervisor and ends
+/// this process.
+pub fn start(attachment: Arc<Attachment>) -> Result<()> {
+    let watch = move || {
+        let gone = loop {
+            if let Err(gone) = attachment.watch(LOOK) {
+                break gone;
+            }
+        };
+        // Held to the end, so that nothing follows the last word.
+        let mut out = stdout().lock();
+        // A supervisor that cannot be told sees the end of the process.
+        let _ = protocol::send(&mut out, &FromTrainer::ServerGone { reason: gone.to_string() });
+        // SAFETY: `_exit` ends the process without running anything in it (no destructor, no exit handler), so no
+        // state of this program can be seen afterwards.
+        unsafe { libc::_exit(0) }
+    };
+    std::thread::Builder::new().name("server-watch".into()).spawn(watch).context("cannot start a thread")?;
+    Ok(())
+}
