@@ -10,7 +10,7 @@ use crate::mapping::{FileId, Mapping, file_id};
 use crate::process::{FileSet, Process, holds, mapped_by};
 use crate::protocol::{HELLO, Pong, Refusal, Request, read_line, write_line};
 use crate::stage::{STAGE_LEASE, StageMarker};
-use crate::{Allocation, Error, Gone, LiveTensor, Manifest, SafetensorsDir, Writer};
+use crate::{Allocation, Error, GGUF_FILE, GgufFile, Gone, LiveTensor, Manifest, SafetensorsDir, Writer};
 use rustix::net::RecvFlags;
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -86,6 +86,8 @@ struct Found {
     connection: Option<Connection>,
     lease: Option<Lease>,
     staged: bool,
+    /// Where the weights are those of llama.cpp.
+    gguf: Option<GgufFile>,
 }
 
 impl Attachment {
@@ -99,8 +101,11 @@ impl Attachment {
             Source::Manifest(path) => by_manifest(path, source)?,
             Source::Staged(path) => by_stage(path)?,
         };
-        let map = weight_map::map(expected, &found.tensors, &found.packing)
+        let mut map = weight_map::map(expected, &found.tensors, &found.packing)
             .map_err(|reason| Error::Map { origin: source.to_string(), reason: Box::new(reason) })?;
+        if let Some(gguf) = &found.gguf {
+            gguf.order_rows(&mut map)?;
+        }
         let mappings = map_allocations(&found)?;
         let mut staged_files = found.staged.then(FileSet::default);
         if let Some(files) = &mut staged_files {
@@ -363,6 +368,7 @@ fn described(manifest: Manifest, source: &Source, server: Process) -> Result<Fou
         connection: None,
         lease: None,
         staged: false,
+        gguf: None,
     })
 }
 
@@ -376,17 +382,27 @@ fn by_stage(live_dir: &Path) -> Result<Found, Error> {
     let marker = StageMarker::read(live_dir)?
         .filter(|marker| marker.complete)
         .ok_or_else(|| refuse("its staging was interrupted; stage it again"))?;
-    let dir = SafetensorsDir::open(live_dir)?;
+    let path = live_dir.join(GGUF_FILE);
+    let gguf = path.exists().then(|| GgufFile::open(&path)).transpose()?;
+    let (tensors, allocations) = match &gguf {
+        Some(gguf) => (gguf.server_tensors()?, vec![(path, gguf.len())]),
+        None => {
+            let dir = SafetensorsDir::open(live_dir)?;
+            let allocations = dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect();
+            (dir.server_tensors()?, allocations)
+        }
+    };
     Ok(Found {
         epoch: marker.epoch,
         model_dir: marker.model_dir,
-        tensors: dir.server_tensors()?,
+        tensors,
         packing: Vec::new(),
-        allocations: dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect(),
+        allocations,
         server: None,
         connection: None,
         lease: Some(lease),
         staged: true,
+        gguf,
     })
 }
 
