@@ -3,15 +3,15 @@
 use super::{restore, settings};
 use crate::config::{Attach, Config};
 use crate::protocol::{ExampleResult, FromTrainer, Ready, Synced, ToTrainer, Trained, Work};
-use crate::weights;
+use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Outcome, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
-use compute::Cpu;
 use compute::cpu::Weight;
+use compute::{Cpu, Dtype};
 use ipc::{Attachment, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 use weight_map::Role;
@@ -41,6 +41,8 @@ pub struct Session {
     extent: Extent,
     lr: f32,
     checkpoint: Checkpoint,
+    /// Element type of each tensor in the files.
+    file_dtypes: Vec<Dtype>,
     /// Name of the head that the files hold although it is the embedding; it is written along.
     head_copy: Option<String>,
     /// Of the live weights; becomes the next generation's.
@@ -53,7 +55,7 @@ impl Session {
     /// generation. Nothing is written to live weights before everything was checked.
     pub fn open(config: &Config) -> Result<Session, StartError> {
         let model_config = model::Config::read(&config.model.dir)?;
-        let tensors = settings::tensors(&model_config, &config.train);
+        let mut tensors = settings::tensors(&model_config, &config.train);
         // The configuration counts the current generation, the library those before it.
         let options = Options { keep: config.sync.keep.saturating_sub(1), ..Options::default() };
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
@@ -67,16 +69,18 @@ impl Session {
         let weights = weights::attached(&attachment);
         let mut recovery = vec![recovery.to_string()];
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+        let file_dtypes = weights::file_dtypes(&files, &names)?;
+        recovery.extend(freeze_widened(&mut tensors, &model_config, &weights, &file_dtypes)?);
         if restore::is_known_epoch(&config.state_dir(), attachment.epoch())? {
             let mut bytes = 0;
-            for (name, weight) in names.iter().zip(&weights) {
-                bytes += restore::restore(&checkpoint, name, weight)?;
+            for ((name, weight), files) in names.iter().zip(&weights).zip(&file_dtypes) {
+                bytes += restore::restore(&checkpoint, name, weight, *files)?;
             }
             if bytes > 0 {
                 recovery.push(format!("{bytes} bytes of live weights restored from the files"));
             }
         } else {
-            restore::require_equal(&checkpoint, &names, &weights)?;
+            restore::require_equal(&checkpoint, &names, &weights, &file_dtypes)?;
             restore::remember_epoch(&config.state_dir(), attachment.epoch())?;
         }
 
@@ -96,6 +100,7 @@ impl Session {
             model,
             optimizer,
             checkpoint,
+            file_dtypes,
             head_copy,
             progress,
         })
@@ -235,8 +240,10 @@ impl Session {
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
-        for (tensor, weight) in self.optimizer.tensors().iter().zip(self.model.weights()) {
-            restore::restore(&self.checkpoint, &tensor.name, weight)?;
+        for ((tensor, weight), files) in
+            self.optimizer.tensors().iter().zip(self.model.weights()).zip(&self.file_dtypes)
+        {
+            restore::restore(&self.checkpoint, &tensor.name, weight, *files)?;
         }
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
@@ -254,7 +261,14 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
     let source = match config.server.attach().context("[server] names no way to the weights")? {
         Attach::Socket(path) => Source::Socket(path.into()),
         Attach::Manifest(path) => Source::Manifest(path.into()),
-        Attach::Live(path) => Source::Staged(path.into()),
+        Attach::Live(path) => {
+            let path = PathBuf::from(path);
+            let gguf = path.join(ipc::GGUF_FILE);
+            if gguf.exists() {
+                crate::gguf::check(&ipc::GgufFile::open(&gguf)?, model)?;
+            }
+            Source::Staged(path)
+        }
     };
     Attachment::open(&source, &model.decoder.tensors()).map_err(|error| {
         let absent = match &error {
@@ -266,6 +280,29 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
         };
         if absent { StartError::ServerGone(error.to_string()) } else { StartError::Failed(error.into()) }
     })
+}
+
+/// Freezes the vectors that the server holds in f32 and the files in 16 bits; what there is to say about it.
+fn freeze_widened(
+    tensors: &mut [apollo::Tensor],
+    model: &model::Config,
+    weights: &[Weight],
+    files: &[Dtype],
+) -> Result<Option<String>> {
+    let mut frozen = Vec::new();
+    for (((tensor, expected), weight), files) in tensors.iter_mut().zip(model.decoder.tensors()).zip(weights).zip(files)
+    {
+        let fit = Fit::of(&expected.name, &expected.shape, weight.dtype(), *files)?;
+        if fit == Fit::Widened && tensor.rule != Rule::Frozen {
+            tensor.rule = Rule::Frozen;
+            frozen.push(expected.name);
+        }
+    }
+    let Some(first) = frozen.first() else { return Ok(None) };
+    Ok(Some(format!(
+        "{} vectors are frozen: the server holds them in F32, the files in 16 bits ({first}, ...)",
+        frozen.len()
+    )))
 }
 
 /// Files that somebody changed since the last generation would make every sync fail, and a restore of
