@@ -165,3 +165,75 @@ fn added_tokens(json: &Value, settings: &Value) -> [(&'static str, bool); 2] {
         ("eos", single.map_or(by_settings("add_eos_token"), |single| special(single.last()))),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn byte_level(pre_tokenizer: Value, ignore_merges: bool) -> Value {
+        json!({
+            "normalizer": {"type": "NFC"}, "pre_tokenizer": pre_tokenizer, "post_processor": null,
+            "added_tokens": [{"id": 5, "content": "<|end|>", "special": false}, {"id": 4, "content": "<s>", "special": true},
+                             {"id": 2, "content": "name", "special": false}],
+            "model": {"type": "BPE", "byte_fallback": false, "ignore_merges": ignore_merges,
+                      "vocab": {"a": 0, "b": 1, "ab": 3}, "merges": [["a", "b"]]}
+        })
+    }
+
+    fn split(regex: &str) -> Value {
+        json!({"type": "Sequence", "pretokenizers": [
+            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": false},
+            {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]})
+    }
+
+    #[test]
+    fn pre_tokenizers_are_named_only_where_llama_cpp_computes_the_same() {
+        let plain = json!({"type": "ByteLevel", "add_prefix_space": false, "use_regex": true});
+        let digits =
+            json!({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": true}, plain]});
+        let name = |json: &Value| pre_tokenizer(json).map_err(|error| error.to_string());
+        assert_eq!(name(&byte_level(plain.clone(), false)), Ok("gpt-2"));
+        assert_eq!(name(&byte_level(digits, false)), Ok("smollm"));
+        for (pre, ignore_merges, regex) in SPLITS {
+            assert_eq!(name(&byte_level(split(regex), ignore_merges)), Ok(pre));
+            assert!(name(&byte_level(split(regex), !ignore_merges)).unwrap_err().contains("ignore_merges"), "{pre}");
+            assert!(name(&byte_level(split(&regex[1..]), ignore_merges)).unwrap_err().contains("no name"), "{pre}");
+        }
+        let mut prefixed = plain.clone();
+        prefixed["add_prefix_space"] = true.into();
+        assert!(name(&byte_level(prefixed, false)).is_err());
+        let mut lower = byte_level(plain.clone(), false);
+        lower["normalizer"] = json!({"type": "Lowercase"});
+        assert!(name(&lower).unwrap_err().contains("Lowercase"));
+        let mut unigram = byte_level(plain, false);
+        unigram["model"]["type"] = "Unigram".into();
+        assert!(name(&unigram).unwrap_err().contains("Unigram"));
+    }
+
+    #[test]
+    fn every_place_of_the_vocabulary_has_a_token_and_its_kind() {
+        let json = byte_level(Value::Null, false);
+        let (tokens, kinds) = tokens(&json, 7).unwrap();
+        assert_eq!(tokens, ["a", "b", "name", "ab", "<s>", "<|end|>", "[PAD6]"]);
+        assert_eq!(kinds, [NORMAL, NORMAL, USER_DEFINED, NORMAL, CONTROL, CONTROL, UNUSED]);
+        let error = super::tokens(&json, 5).unwrap_err().to_string();
+        assert!(error.contains("<|end|>") && error.contains("vocab_size, 5"), "{error}");
+        assert_eq!(merges(&json).unwrap(), ["a b"]);
+        assert_eq!(merges(&json!({"model": {"merges": ["c d"]}})).unwrap(), ["c d"]);
+        assert!(merges(&json!({"model": {"merges": [3]}})).is_err());
+    }
+
+    #[test]
+    fn the_first_and_last_token_are_added_as_the_post_processor_says() {
+        let mut json = byte_level(Value::Null, false);
+        let settings = json!({"add_bos_token": true});
+        assert_eq!(added_tokens(&json, &settings), [("bos", true), ("eos", false)]);
+        json["post_processor"] = json!({"type": "ByteLevel"});
+        assert_eq!(added_tokens(&json, &settings), [("bos", false), ("eos", false)]);
+        let template = json!({"type": "TemplateProcessing", "single": [
+            {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]});
+        json["post_processor"] = json!({"type": "Sequence", "processors": [{"type": "ByteLevel"}, template]});
+        assert_eq!(added_tokens(&json, &json!({})), [("bos", true), ("eos", false)]);
+    }
+}
