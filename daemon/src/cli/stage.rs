@@ -20,7 +20,7 @@ Example:
 For llama.cpp, which serves one GGUF file:
   apollod stage ./model /dev/shm/live --gguf                    written from the model directory
   apollod stage ./model /dev/shm/live --gguf=model-bf16.gguf    or a copy of one that llama.cpp's converter made of it
-  llama-server -m /dev/shm/live/model.gguf &
+  llama-server -m /dev/shm/live/model.gguf -ngl 0 --no-cache-prompt --port 8000 &
 
 The copy is memory: server and trainer see the same pages. The model directory is only written by sync.
 After a reboot tmpfs is empty: stage again before the server starts.")]
