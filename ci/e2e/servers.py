@@ -87,15 +87,18 @@ class Vllm(Server):
 
 
 class LlamaCpp(Server):
-    """`llama_cpp.server`, which maps the GGUF file that it is given."""
-
-    health = "/v1/models"
+    """llama.cpp's own server on one GGUF file, which it maps. Prompts are computed anew, so no answer comes from keys and
+    values of older weights."""
 
     def __init__(self, venv, gguf, log):
-        port = free_port()
-        command = [venv / "bin" / "python", "-m", "llama_cpp.server", "--model", gguf, "--host", "127.0.0.1",
-                   "--port", port, "--n_ctx", "512", "--n_threads", "2"]
-        super().__init__("llama.cpp", command, log, str(gguf), port)
+        port, self.gguf = free_port(), gguf
+        script = pathlib.Path(__file__).parent.parent / "llama_server.py"
+        command = [venv / "bin" / "python", script, gguf, "--port", port, "--no-cache-prompt"]
+        super().__init__("llama.cpp", command, log, gguf.stem, port)
+
+    def check_maps(self):
+        maps = pathlib.Path(f"/proc/{self.pid}/maps").read_text()
+        require(str(self.gguf) in maps, f"{self.name}: does not map {self.gguf}, so writing there cannot change it")
 
 
 class TorchProgram(Server):

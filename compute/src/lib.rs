@@ -20,7 +20,7 @@ mod sink;
 pub use cpu::Cpu;
 pub use random::{Philox, Stream};
 pub use sink::{Collector, Sink, TensorId};
-pub use weight_map::Dtype;
+pub use weight_map::{Dtype, RowOrder};
 
 /// Shape of one attention operation, the same for forward and backward.
 #[derive(Clone, Copy, Debug, PartialEq)]

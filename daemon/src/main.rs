@@ -10,6 +10,7 @@ mod demo;
 mod doctor;
 mod engine;
 mod examples;
+mod gguf;
 mod grads;
 mod http;
 mod protocol;

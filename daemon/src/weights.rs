@@ -1,6 +1,6 @@
 //! From tensors that somebody holds to the weights that `compute` works on.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use compute::Dtype;
 use compute::cpu::Weight;
 use ipc::{Attachment, SafetensorsDir, SharedWeights};
@@ -25,7 +25,7 @@ pub fn attached(attachment: &Arc<Attachment>) -> Vec<Weight> {
         let (rows, cols) = matrix_shape(live.shape);
         // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
         // that the weight keeps holds the mapping, and nobody makes references into it.
-        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, attachment.clone()) }
+        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, attachment.clone()) }.ordered(live.row_order)
     };
     (0..attachment.len()).map(tensor).collect()
 }
@@ -39,6 +39,50 @@ pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
         unsafe { Weight::new(live.ptr, live.dtype, rows, cols, weights.clone()) }
     };
     (0..weights.len()).map(tensor).collect()
+}
+
+/// How a server's tensor and the files' go together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fit {
+    /// Byte for byte.
+    Same,
+    /// The server holds a vector of 16-bit elements in f32, as llama.cpp does. What it would learn could not be
+    /// written back, so it is not trained.
+    Widened,
+}
+
+impl Fit {
+    /// Compares the element types of a tensor in a server and in the files.
+    ///
+    /// # Errors
+    /// They differ in a way that would lose what is trained.
+    pub fn of(name: &str, shape: &[usize], live: Dtype, files: Dtype) -> Result<Fit> {
+        match (live, shape.len()) {
+            _ if live == files => Ok(Fit::Same),
+            (Dtype::F32, 1) => Ok(Fit::Widened),
+            _ => bail!(
+                "the server holds {name} in {live}, the model directory in {files}: serve it as it is (`--outtype {}` \
+                 of llama.cpp's converter, `--dtype` of other servers); nothing was written",
+                files.as_str().to_lowercase()
+            ),
+        }
+    }
+}
+
+/// The element types of tensors in the files.
+pub fn file_dtypes(files: &SafetensorsDir, names: &[String]) -> Result<Vec<Dtype>> {
+    let dtype = |name: &String| {
+        let tensor = files.find(name).with_context(|| format!("{} holds no {name}", files.dir().display()))?;
+        tensor.dtype().with_context(|| name.clone())
+    };
+    names.iter().map(dtype).collect()
+}
+
+/// Elements of any type as the bytes of f32.
+pub fn widened(bytes: &[u8], dtype: Dtype) -> Vec<u8> {
+    let weight = Weight::zeros(dtype, 1, bytes.len() / dtype.size());
+    weight.write_bytes(0, bytes);
+    weight.values().into_iter().flat_map(f32::to_le_bytes).collect()
 }
 
 /// A model directory's tensors, mapped to the names that its config expects.
@@ -67,15 +111,21 @@ impl ModelFiles {
         Ok(ModelFiles { files, map, places })
     }
 
+    /// A tensor's bytes in the files, and their element type. For directories that nobody writes to meanwhile.
+    pub fn bytes(&self, name: &str) -> Result<(&[u8], Dtype)> {
+        let index = self.map.find(name).with_context(|| format!("no tensor {name}"))?;
+        let (view, (tensor, start)) = (&self.map.views[index], &self.places[index]);
+        Ok((&self.files.bytes(tensor)?[*start..][..view.bytes()], view.dtype))
+    }
+
     /// A private copy of the first `rows` rows of a tensor, as it is or widened to f32.
     pub fn weight(&self, name: &str, rows: usize, widen: bool) -> Result<Weight> {
         let index = self.map.find(name).with_context(|| format!("no tensor {name}"))?;
-        let view = &self.map.views[index];
-        let cols = matrix_shape(&view.shape).1;
-        let (tensor, start) = &self.places[index];
-        let weight = Weight::zeros(view.dtype, rows, cols);
-        weight.write_bytes(0, &self.files.bytes(tensor)?[*start..][..weight.bytes()]);
-        if !widen || view.dtype == Dtype::F32 {
+        let cols = matrix_shape(&self.map.views[index].shape).1;
+        let (bytes, dtype) = self.bytes(name)?;
+        let weight = Weight::zeros(dtype, rows, cols);
+        weight.write_bytes(0, &bytes[..weight.bytes()]);
+        if !widen || dtype == Dtype::F32 {
             return Ok(weight);
         }
         Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))

@@ -10,7 +10,9 @@ use crate::manifest::DOCUMENT_BYTES_MAX;
 use crate::mapping::{FileId, Mapping, file_id};
 use crate::process::{FileSet, Process, check_user, holds, mapped_by, wait_for};
 use crate::stage::{STAGE_LEASE, StageMarker};
-use crate::{Allocation, Control, Error, Gone, LiveTensor, Manifest, SafetensorsDir, Server, Writer};
+use crate::{
+    Allocation, Control, Error, GGUF_FILE, GgufFile, Gone, LiveTensor, Manifest, SafetensorsDir, Server, Writer,
+};
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::os::unix::fs::MetadataExt;
@@ -71,6 +73,8 @@ struct Found {
     connection: Option<Connection>,
     lease: Option<Lease>,
     staged: bool,
+    /// Where the weights are those of llama.cpp.
+    gguf: Option<GgufFile>,
 }
 
 impl Attachment {
@@ -84,8 +88,11 @@ impl Attachment {
             Source::Manifest(path) => by_manifest(path, source)?,
             Source::Staged(path) => by_stage(path)?,
         };
-        let map = weight_map::map(expected, &found.tensors, &found.packing)
+        let mut map = weight_map::map(expected, &found.tensors, &found.packing)
             .map_err(|reason| Error::Map { origin: source.to_string(), reason: Box::new(reason) })?;
+        if let Some(gguf) = &found.gguf {
+            gguf.order_rows(&mut map)?;
+        }
         let mappings = map_allocations(&found)?;
         let mut staged_files = found.staged.then(FileSet::default);
         if let Some(files) = &mut staged_files {
@@ -307,6 +314,7 @@ fn described(manifest: Manifest, source: &Source, server: Process) -> Result<Fou
         connection: None,
         lease: None,
         staged: false,
+        gguf: None,
     })
 }
 
@@ -320,19 +328,29 @@ fn by_stage(live_dir: &Path) -> Result<Found, Error> {
     let marker = StageMarker::read(live_dir)?
         .filter(|marker| marker.complete)
         .ok_or_else(|| refuse("its staging was interrupted; stage it again"))?;
-    let dir = SafetensorsDir::open(live_dir)?;
+    let path = live_dir.join(GGUF_FILE);
+    let gguf = path.exists().then(|| GgufFile::open(&path)).transpose()?;
+    let (tensors, allocations) = match &gguf {
+        Some(gguf) => (gguf.server_tensors()?, vec![(path, gguf.len())]),
+        None => {
+            let dir = SafetensorsDir::open(live_dir)?;
+            let allocations = dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect();
+            (dir.server_tensors()?, allocations)
+        }
+    };
     Ok(Found {
         epoch: marker.epoch,
         model_dir: marker.model_dir,
-        tensors: dir.server_tensors()?,
+        tensors,
         packing: Vec::new(),
-        allocations: dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect(),
+        allocations,
         server: None,
         server_program: None,
         controls: Vec::new(),
         connection: None,
         lease: Some(lease),
         staged: true,
+        gguf,
     })
 }
 

@@ -189,6 +189,15 @@ pub enum Error {
         reason: String,
     },
 
+    /// A GGUF file that is damaged, or of a kind that cannot be read.
+    #[error("{}: {reason}", path.display())]
+    Gguf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and in which entry or tensor.
+        reason: String,
+    },
+
     /// A model that cannot be trained in place.
     #[error("{}: {reason}", path.display())]
     Unsuitable {

@@ -4,7 +4,7 @@
 //! - a server exports its weights ([`SharedWeights`], or any program that writes the [`Manifest`]) as
 //!   shared memory, and says over a Unix socket or in a file what lies where;
 //! - [`stage`] makes a live copy of a model directory on tmpfs, and a server that maps its safetensors
-//!   files then reads the very pages that are trained.
+//!   files then reads the very pages that are trained; [`stage_gguf`] makes one for llama.cpp.
 //!
 //! Either way [`Attachment::open`] checks everything before it hands out the first pointer: the manifest,
 //! the ranges, the mapping to the model's tensors ([`weight_map::map`]), that the server lives, and that
@@ -22,6 +22,7 @@ mod connection;
 mod control;
 mod error;
 mod export;
+mod gguf;
 mod lease;
 mod lend;
 mod manifest;
@@ -36,6 +37,7 @@ pub use attach::{Attachment, Source};
 pub use control::Hold;
 pub use error::{ControlError, Error, Gone};
 pub use export::{ExportHandle, SharedWeights};
+pub use gguf::{GGUF_FILE, GgufFile, GgufLayout, GgufTensor, GgufValue, NewTensor};
 pub use lease::Lease;
 pub use lend::Engine;
 pub use manifest::{Allocation, Manifest, ManifestError, ManifestTensor, Server, Writer};
@@ -43,7 +45,7 @@ pub use mapping::LiveTensor;
 pub use process::servers_of;
 pub use protocol::{Control, Invalidation};
 pub use safetensors_dir::{FileTensor, SafetensorsDir, Shard};
-pub use stage::{STAGE_MARKER, StageMarker, StageReport, stage, tied_head_copy};
+pub use stage::{STAGE_MARKER, StageMarker, StageReport, stage, stage_gguf, tied_head_copy};
 
 /// 128 random bits in hex: the name of one load of the weights.
 ///

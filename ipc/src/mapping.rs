@@ -15,7 +15,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering};
-use weight_map::{Dtype, View};
+use weight_map::{Dtype, RowOrder, View};
 
 /// Device and inode: which file it is, whatever its names.
 pub(crate) type FileId = (u64, u64);
@@ -70,7 +70,7 @@ impl Mapping {
         // SAFETY: offset <= raw.len() was just asserted, so the result stays in or one past the mapping.
         let ptr = unsafe { self.raw.as_mut_ptr().add(offset) };
         let ptr = NonNull::new(ptr).expect("a mapping never starts at null");
-        LiveTensor { name: &view.name, shape: &view.shape, dtype: view.dtype, ptr, bytes }
+        LiveTensor { name: &view.name, shape: &view.shape, dtype: view.dtype, row_order: view.row_order, ptr, bytes }
     }
 }
 
@@ -82,10 +82,12 @@ impl Mapping {
 pub struct LiveTensor<'a> {
     /// Hugging Face name.
     pub name: &'a str,
-    /// Shape: (rows, cols) or (n,), row-contiguous.
+    /// Shape: (rows, cols) or (n,), each row contiguous.
     pub shape: &'a [usize],
     /// Element type.
     pub dtype: Dtype,
+    /// Order of the rows; the methods here read and write them as they lie.
+    pub row_order: RowOrder,
     /// First byte; aligned to the element size.
     pub ptr: NonNull<u8>,
     /// Length in bytes.

@@ -5,7 +5,7 @@
 
 use crate::Error;
 use crate::mapping::{FileId, file_id};
-use crate::safetensors_dir::SafetensorsDir;
+use crate::stage::files_of;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use std::collections::HashSet;
@@ -93,15 +93,14 @@ pub(crate) fn check_user(path: &Path, owner: u32) -> Result<(), Error> {
     if owner == own || owner == 0 { Ok(()) } else { Err(Error::User { path: path.to_owned(), owner, own }) }
 }
 
-/// Processes that use the safetensors files of `live_dir`: those that have one mapped, then those that
+/// Processes that use the weights of `live_dir`, safetensors or GGUF: those that have a file mapped, then those that
 /// only have one open. Leaves out this process, trainers (which map the files shared and writable) and
 /// processes whose `/proc` entries cannot be read.
 ///
 /// # Errors
-/// `live_dir` holds no readable safetensors files, or `/proc` cannot be listed.
+/// `live_dir` holds no readable weights, or `/proc` cannot be listed.
 pub fn servers_of(live_dir: &Path) -> Result<Vec<u32>, Error> {
-    let dir = SafetensorsDir::open(live_dir)?;
-    let files = dir.files()?;
+    let files = files_of(live_dir)?;
     let mut mapped = mapped_by(&files)?;
     let open: Vec<u32> = others()?.into_iter().filter(|pid| !mapped.contains(pid) && has_open(*pid, &files)).collect();
     mapped.extend(open);

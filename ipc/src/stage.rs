@@ -1,4 +1,4 @@
-//! A live copy of a model directory on tmpfs, for a server that maps its safetensors files.
+//! A live copy of a model directory on tmpfs, for a server that maps its safetensors files, or one GGUF file.
 //!
 //! The copy is memory, not the model: a server maps the files privately and read-only, the trainer maps
 //! them shared and writable, and both see the same pages. The model directory itself is only read here.
@@ -6,10 +6,10 @@
 //! A marker file says what the directory is. It is written first with `complete: false`, so that an
 //! interrupted copy can be recognised and made again, and last with `complete: true`.
 
-use crate::process::mapped_by;
+use crate::process::{FileSet, mapped_by};
 use crate::safetensors_dir::INDEX;
 use crate::shard_copy::copy_weights;
-use crate::{Error, Lease, SafetensorsDir, random_epoch};
+use crate::{Error, GGUF_FILE, GgufFile, Lease, SafetensorsDir, random_epoch};
 use serde::{Deserialize, Serialize};
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -93,39 +93,89 @@ impl StageMarker {
 /// `live_dir` is the model directory, in it or around it; it holds something else; a server maps it or a
 /// trainer leases it; the model is quantized, misaligned or damaged; there is no room.
 pub fn stage(model_dir: &Path, live_dir: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<StageReport, Error> {
-    let model_dir = fs::canonicalize(model_dir).map_err(|source| Error::io("find", model_dir, source))?;
-    let source = SafetensorsDir::open(&model_dir)?;
-    let config = read_config(&model_dir)?;
-    source.server_tensors()?;
-    let left_out: Vec<String> = tied_head_copy(&source, config.tied())?.into_iter().collect();
-
-    fs::create_dir_all(live_dir).map_err(|source| Error::io("create", live_dir, source))?;
-    let live_dir = &fs::canonicalize(live_dir).map_err(|source| Error::io("find", live_dir, source))?;
-    check_apart(&model_dir, live_dir)?;
-    check_ours(&model_dir, live_dir)?;
-    let _lease = Lease::take(&live_dir.join(STAGE_LEASE))?;
-    check_unused(live_dir)?;
-
-    let mut marker =
-        StageMarker { version: 1, model_dir: model_dir.clone(), epoch: random_epoch()?, left_out, complete: false };
-    marker.write(live_dir)?;
-    remove_old_weights(live_dir)?;
-    check_room(&source, live_dir)?;
-    let files = copy_small_files(&model_dir, live_dir, &marker.left_out)?;
-    copy_weights(&source, live_dir, &marker.left_out, progress)?;
-    let copy = SafetensorsDir::open(live_dir)?;
+    let mut place = Place::take(model_dir, live_dir)?;
+    place.check_room(place.source.shards().iter().map(|shard| shard.bytes).sum())?;
+    copy_weights(&place.source, &place.live_dir, &place.marker.left_out, progress)?;
+    let copy = SafetensorsDir::open(&place.live_dir)?;
     copy.server_tensors()?;
-    marker.complete = true;
-    marker.write(live_dir)?;
-    Ok(StageReport {
-        model_dir,
-        live_dir: live_dir.clone(),
-        epoch: marker.epoch,
-        tensors: copy.tensors().len(),
-        files: files + copy.shards().len(),
-        bytes: copy.tensors().iter().map(|tensor| tensor.bytes).sum(),
-        left_out: marker.left_out,
-    })
+    let bytes = copy.tensors().iter().map(|tensor| tensor.bytes).sum();
+    place.finish(copy.tensors().len(), copy.shards().len(), bytes)
+}
+
+/// As [`stage`], with the weights in one GGUF file of `bytes` bytes, which `write` makes at the path it is given.
+///
+/// # Errors
+/// As [`stage`], and those of `write`; what it has written cannot be trained in place.
+pub fn stage_gguf<E: From<Error>>(
+    model_dir: &Path,
+    live_dir: &Path,
+    bytes: u64,
+    write: impl FnOnce(&Path) -> Result<(), E>,
+) -> Result<StageReport, E> {
+    let mut place = Place::take(model_dir, live_dir)?;
+    place.check_room(bytes)?;
+    let path = place.live_dir.join(GGUF_FILE);
+    let part = part_of(&path);
+    write(&part)?;
+    fs::rename(&part, &path).map_err(|source| Error::io("rename to", &path, source))?;
+    let tensors = GgufFile::open(&path)?.server_tensors()?.len();
+    Ok(place.finish(tensors, 1, bytes)?)
+}
+
+/// A live directory in which everything but the weights was staged.
+struct Place {
+    source: SafetensorsDir,
+    live_dir: PathBuf,
+    marker: StageMarker,
+    small_files: usize,
+    _lease: Lease,
+}
+
+impl Place {
+    fn take(model_dir: &Path, live_dir: &Path) -> Result<Place, Error> {
+        let model_dir = fs::canonicalize(model_dir).map_err(|source| Error::io("find", model_dir, source))?;
+        let source = SafetensorsDir::open(&model_dir)?;
+        let config = read_config(&model_dir)?;
+        source.server_tensors()?;
+        let left_out: Vec<String> = tied_head_copy(&source, config.tied())?.into_iter().collect();
+
+        fs::create_dir_all(live_dir).map_err(|source| Error::io("create", live_dir, source))?;
+        let live_dir = fs::canonicalize(live_dir).map_err(|source| Error::io("find", live_dir, source))?;
+        check_apart(&model_dir, &live_dir)?;
+        check_ours(&model_dir, &live_dir)?;
+        let lease = Lease::take(&live_dir.join(STAGE_LEASE))?;
+        check_unused(&live_dir)?;
+
+        let marker =
+            StageMarker { version: 1, model_dir: model_dir.clone(), epoch: random_epoch()?, left_out, complete: false };
+        marker.write(&live_dir)?;
+        remove_old_weights(&live_dir)?;
+        let small_files = copy_small_files(&model_dir, &live_dir, &marker.left_out)?;
+        Ok(Place { source, live_dir, marker, small_files, _lease: lease })
+    }
+
+    fn check_room(&self, want: u64) -> Result<(), Error> {
+        let room = rustix::fs::statvfs(&self.live_dir).map_err(|error| Error::io("measure", &self.live_dir, error))?;
+        let free = room.f_bavail.saturating_mul(room.f_frsize);
+        if free < want {
+            return Err(refusal(&self.live_dir, format!("{want} bytes are needed, {free} are free")));
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, tensors: usize, weight_files: usize, bytes: u64) -> Result<StageReport, Error> {
+        self.marker.complete = true;
+        self.marker.write(&self.live_dir)?;
+        Ok(StageReport {
+            model_dir: self.marker.model_dir.clone(),
+            live_dir: self.live_dir.clone(),
+            epoch: self.marker.epoch.clone(),
+            tensors,
+            files: self.small_files + weight_files,
+            bytes,
+            left_out: self.marker.left_out.clone(),
+        })
+    }
 }
 
 /// The name of a head that the files hold although the model ties it to the embedding. Loaders ignore it as
@@ -219,30 +269,27 @@ fn check_ours(model_dir: &Path, live_dir: &Path) -> Result<(), Error> {
 
 /// No server maps what is about to be replaced: it would go on serving pages that nobody trains.
 fn check_unused(live_dir: &Path) -> Result<(), Error> {
-    let Ok(old) = SafetensorsDir::open(live_dir) else { return Ok(()) };
-    let pids = mapped_by(&old.files()?)?;
+    let Ok(files) = files_of(live_dir) else { return Ok(()) };
+    let pids = mapped_by(&files)?;
     if pids.is_empty() {
         return Ok(());
     }
     Err(refusal(live_dir, format!("pids {pids:?} serve from it; stop them before staging again")))
 }
 
+/// The files of weights of a live directory, to be looked for in other processes.
+pub(crate) fn files_of(live_dir: &Path) -> Result<FileSet, Error> {
+    let gguf = live_dir.join(GGUF_FILE);
+    if gguf.exists() { GgufFile::open(&gguf)?.files() } else { SafetensorsDir::open(live_dir)?.files() }
+}
+
 fn remove_old_weights(live_dir: &Path) -> Result<(), Error> {
     for entry in fs::read_dir(live_dir).map_err(|source| Error::io("list", live_dir, source))?.flatten() {
         let path = entry.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors" || extension == "part") {
+        let weights = |extension: &std::ffi::OsStr| ["safetensors", "gguf", "part"].iter().any(|old| extension == *old);
+        if path.extension().is_some_and(weights) || path.file_name().is_some_and(|name| name == INDEX) {
             fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))?;
         }
-    }
-    Ok(())
-}
-
-fn check_room(source: &SafetensorsDir, live_dir: &Path) -> Result<(), Error> {
-    let want: u64 = source.shards().iter().map(|shard| shard.bytes).sum();
-    let room = rustix::fs::statvfs(live_dir).map_err(|error| Error::io("measure", live_dir, error))?;
-    let free = room.f_bavail.saturating_mul(room.f_frsize);
-    if free < want {
-        return Err(refusal(live_dir, format!("{want} bytes are needed, {free} are free")));
     }
     Ok(())
 }

@@ -18,5 +18,5 @@ mod window;
 
 pub use config::{Config, ConfigError};
 pub use forward::{Cache, Model};
-pub use rope::Rope;
+pub use rope::{Rope, Scaling};
 pub use window::{Example, ExampleError, Extent, Report, Timings};

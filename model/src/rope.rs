@@ -8,9 +8,36 @@ use crate::config::{ConfigError, Keys};
 use serde_json::Value;
 use std::f64::consts::TAU;
 
+/// How the frequencies were scaled for longer contexts.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scaling {
+    /// Not at all.
+    Default,
+    /// All of them divided by a factor.
+    Linear {
+        /// The factor.
+        factor: f64,
+    },
+    /// The low ones divided, with a smooth band between.
+    Llama3,
+    /// A blend of f and f/factor over a band.
+    Yarn {
+        /// The factor.
+        factor: f64,
+        /// Positions that the model was trained with before.
+        original: f64,
+        /// Whether band and attention factor are those of the paper.
+        plain: bool,
+    },
+}
+
 /// Rotary embedding of a model.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rope {
+    /// Base of the frequencies before any scaling, `rope_theta`.
+    pub theta: f64,
+    /// How they were scaled.
+    pub scaling: Scaling,
     /// Inverse frequencies, head_dim/2.
     pub frequencies: Vec<f32>,
     /// Factor on cos and sin, 1 except for yarn.
@@ -36,18 +63,19 @@ impl Rope {
             _ => keys.float_or("rope_theta", 10000.0)?,
         };
         let base: Vec<f64> = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect();
-        let Some(p) = parameters else { return Ok(Rope::new(base, 1.0)) };
+        let Some(p) = parameters else { return Ok(Rope::new(theta, Scaling::Default, base, 1.0)) };
         if p.get("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
             return p.wrong("partial_rotary_factor", "1 or absent");
         }
         let kind = p.get("rope_type").or(p.get("type")).cloned().unwrap_or(Value::from("default"));
         match kind.as_str() {
-            Some("default") => Ok(Rope::new(base, 1.0)),
+            Some("default") => Ok(Rope::new(theta, Scaling::Default, base, 1.0)),
             Some("linear") => {
                 let factor = p.float("factor")?;
-                Ok(Rope::new(base.iter().map(|f| f / factor).collect(), 1.0))
+                let scaled = base.iter().map(|f| f / factor).collect();
+                Ok(Rope::new(theta, Scaling::Linear { factor }, scaled, 1.0))
             }
-            Some("llama3") => llama3(base, &p, original(&p)? as f64),
+            Some("llama3") => llama3(base, &p, theta, original(&p)? as f64),
             Some("yarn") => yarn(base, &p, theta, max_positions as f64, original(&p)? as f64),
             _ => Err(ConfigError::Unsupported {
                 key: format!("{}rope_type", p.prefix),
@@ -57,9 +85,9 @@ impl Rope {
         }
     }
 
-    fn new(frequencies: Vec<f64>, attention_factor: f64) -> Rope {
+    fn new(theta: f64, scaling: Scaling, frequencies: Vec<f64>, attention_factor: f64) -> Rope {
         let frequencies = frequencies.iter().map(|f| *f as f32).collect();
-        Rope { frequencies, attention_factor: attention_factor as f32 }
+        Rope { theta, scaling, frequencies, attention_factor: attention_factor as f32 }
     }
 
     /// Rows first..first + n of the table (position, head_dim): cos of each frequency, then sin, both
@@ -75,7 +103,7 @@ impl Rope {
     }
 }
 
-fn llama3(base: Vec<f64>, p: &Keys, original: f64) -> Result<Rope, ConfigError> {
+fn llama3(base: Vec<f64>, p: &Keys, theta: f64, original: f64) -> Result<Rope, ConfigError> {
     let (factor, low, high) = (p.float("factor")?, p.float("low_freq_factor")?, p.float("high_freq_factor")?);
     let scaled = base.into_iter().map(|f| {
         let turns = original * f / TAU;
@@ -88,7 +116,7 @@ fn llama3(base: Vec<f64>, p: &Keys, original: f64) -> Result<Rope, ConfigError> 
             (1.0 - smooth) * f / factor + smooth * f
         }
     });
-    Ok(Rope::new(scaled.collect(), 1.0))
+    Ok(Rope::new(theta, Scaling::Llama3, scaled.collect(), 1.0))
 }
 
 fn yarn(base: Vec<f64>, p: &Keys, theta: f64, max_positions: f64, original: f64) -> Result<Rope, ConfigError> {
@@ -114,5 +142,7 @@ fn yarn(base: Vec<f64>, p: &Keys, theta: f64, max_positions: f64, original: f64)
         let interpolate = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
         interpolate * f / factor + (1.0 - interpolate) * f
     });
-    Ok(Rope::new(blended.collect(), attention_factor))
+    const OWN: [&str; 6] = ["attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"];
+    let plain = OWN.iter().all(|key| p.get(key).is_none());
+    Ok(Rope::new(theta, Scaling::Yarn { factor, original, plain }, blended.collect(), attention_factor))
 }

@@ -165,6 +165,17 @@ pub enum Error {
         reason: String,
     },
 
+    /// Queries or keys that are no whole heads.
+    #[error("`{name}` has {rows} rows, which are no whole heads of {head_dim} (want an even number of rows in each)")]
+    Heads {
+        /// Hugging Face name.
+        name: String,
+        /// Its rows.
+        rows: usize,
+        /// Rows of a head, as the server says.
+        head_dim: usize,
+    },
+
     /// The expected list names a tensor twice.
     #[error("the model's own list of tensors holds `{name}` twice")]
     ExpectedTwice {

@@ -2,9 +2,9 @@
 //!
 //! A trainer thinks in the names of the model's files (`model.layers.0.self_attn.q_proj.weight`),
 //! a server holds what suits its kernels: `qkv_proj` and `gate_up_proj` merged by rows, a vocabulary
-//! padded to a multiple of 64, prefixes of wrappers, a head that is the embedding. This crate turns a
-//! list of server tensors into one [`View`] per expected tensor: a span of bytes in an allocation,
-//! row-contiguous, zero-copy.
+//! padded to a multiple of 64, prefixes of wrappers, a head that is the embedding, llama.cpp's own names
+//! and order of rows. This crate turns a list of server tensors into one [`View`] per expected tensor: a
+//! span of bytes in an allocation, each row contiguous, zero-copy.
 //!
 //! Shapes are as in the files: a matrix is (rows, cols) = (out features, in features), a vector (n,).
 //! Strides count elements, offsets count bytes from the start of the allocation.
@@ -18,11 +18,15 @@
 mod decoder;
 mod dtype;
 mod error;
+mod gguf_names;
 mod map;
 mod names;
+mod row_order;
 
 pub use decoder::{Decoder, Family, HfTensor, Role};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::Error;
+pub use gguf_names::{gguf_name, hf_name};
 pub use map::{Packing, ServerTensor, View, WeightMap, map};
 pub use names::{canonical_name, is_known_buffer};
+pub use row_order::RowOrder;

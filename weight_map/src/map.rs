@@ -6,7 +6,7 @@
 //! views, so that the padding of a vocabulary cannot hide a neighbour.
 
 use crate::names::{canonical_name, default_parts, is_known_buffer};
-use crate::{Dtype, Error, HfTensor, Role};
+use crate::{Dtype, Error, HfTensor, Role, RowOrder};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
@@ -43,7 +43,7 @@ pub struct Packing {
     pub parts: Vec<String>,
 }
 
-/// One tensor of the model, in place in the server's memory. Always row-contiguous.
+/// One tensor of the model, in place in the server's memory. Always contiguous.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
     /// Hugging Face name.
@@ -60,6 +60,9 @@ pub struct View {
     pub allocation: usize,
     /// First byte in the allocation.
     pub offset: u64,
+    /// Order of its rows there.
+    #[serde(default)]
+    pub row_order: RowOrder,
 }
 
 impl View {
@@ -95,6 +98,26 @@ impl WeightMap {
     /// Index of the tensor with this Hugging Face name.
     pub fn find(&self, name: &str) -> Option<usize> {
         self.views.iter().position(|view| view.name == name)
+    }
+
+    /// Says that the server holds the rows of queries and keys, and the elements of their biases, as
+    /// [`RowOrder::Interleaved`], which llama.cpp does for its architecture `llama`.
+    ///
+    /// # Errors
+    /// [`Error::Heads`]: the rows are no whole heads of an even number of rows.
+    pub fn interleave_heads(&mut self, head_dim: usize) -> Result<(), Error> {
+        let order = RowOrder::Interleaved { head_dim };
+        for view in &mut self.views {
+            let module = view.name.rsplit_once('.').map_or("", |(module, _)| module);
+            if !module.ends_with(".q_proj") && !module.ends_with(".k_proj") {
+                continue;
+            }
+            if !order.fits(view.shape[0]) {
+                return Err(Error::Heads { name: view.name.clone(), rows: view.shape[0], head_dim });
+            }
+            view.row_order = order;
+        }
+        Ok(())
     }
 
     /// Total bytes of all views.
@@ -256,6 +279,7 @@ impl<'a> Claims<'a> {
             server_tensor: index,
             allocation: tensor.allocation,
             offset,
+            row_order: RowOrder::AsFiles,
         });
         Ok(())
     }

@@ -1,14 +1,20 @@
 //! Names: what a server calls a tensor, and what the model's files call it.
 
+use crate::gguf_names::hf_name;
+
 /// Modules that servers and multi-modal checkpoints wrap around the decoder.
 const WRAPPERS: [&str; 6] = ["model", "language_model", "text_model", "transformer", "module", "_orig_mod"];
 
 /// The file name of the tensor that a server calls `name`.
 ///
 /// Wrapping modules are dropped (`language_model.model.layers.0.…`, `model.language_model.layers.0.…`
-/// and a bare `layers.0.…` all become `model.layers.0.…`). A name that is not the decoder's own, such
-/// as `visual.blocks.0.…`, comes back unchanged, and is then unknown to the expected list.
+/// and a bare `layers.0.…` all become `model.layers.0.…`), and llama.cpp's names are translated (see
+/// [`hf_name`](crate::hf_name)). A name that is not the decoder's own, such as `visual.blocks.0.…`, comes
+/// back unchanged, and is then unknown to the expected list.
 pub fn canonical_name(name: &str) -> String {
+    if let Some(name) = hf_name(name) {
+        return name;
+    }
     let mut rest = name;
     loop {
         let (head, tail) = rest.split_once('.').unwrap_or((rest, ""));
@@ -21,10 +27,11 @@ pub fn canonical_name(name: &str) -> String {
     }
 }
 
-/// Whether `name` is a tensor that servers hold and nobody trains: rotary tables and the scale
-/// buffers of an unquantized key-value cache.
+/// Whether `name` is a tensor that servers hold and nobody trains: rotary tables (llama.cpp's
+/// `rope_freqs.weight` is one) and the scale buffers of an unquantized key-value cache.
 pub fn is_known_buffer(name: &str) -> bool {
-    const SUFFIXES: [&str; 7] = [
+    const SUFFIXES: [&str; 8] = [
+        "rope_freqs.weight",
         "rotary_emb.inv_freq",
         "rotary_emb.original_inv_freq",
         "rotary_emb.cos_sin_cache",
@@ -63,6 +70,8 @@ mod tests {
             ("layers.0.self_attn.qkv_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"),
             ("language_model.lm_head.weight", "lm_head.weight"),
             ("model.norm.weight", "model.norm.weight"),
+            ("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight"),
+            ("output.weight", "lm_head.weight"),
         ] {
             assert_eq!(canonical_name(server), file);
         }

@@ -8,9 +8,10 @@
 //! x86 and Arm split at element boundaries at worst).
 
 use super::simd::multiversion;
-use crate::{Dtype, Stream};
+use crate::{Dtype, RowOrder, Stream};
 use half::slice::HalfFloatSliceExt;
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
@@ -19,11 +20,16 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 const CHUNK: usize = 512;
 
 /// A row-major matrix (rows, cols) in foreign memory.
+///
+/// Rows are counted as the files count them, in every method and in the random numbers of the rounding. Where a
+/// server holds them in another order, this type alone knows: a row's address is computed from it, which costs
+/// nothing beside the row's conversion, and whoever trains, compares or saves the weight need not care.
 pub struct Weight {
     data: NonNull<u8>,
     dtype: Dtype,
     rows: usize,
     cols: usize,
+    order: RowOrder,
     /// Keeps the memory mapped.
     _owner: Arc<dyn Send + Sync>,
 }
@@ -54,7 +60,18 @@ impl Weight {
         owner: Arc<dyn Send + Sync>,
     ) -> Weight {
         assert_eq!(data.addr().get() % dtype.size(), 0, "weight is not aligned to its element");
-        Weight { data, dtype, rows, cols, _owner: owner }
+        Weight { data, dtype, rows, cols, order: RowOrder::AsFiles, _owner: owner }
+    }
+
+    /// The same memory, whose rows lie in `order`. One row is a vector: there it is its elements that do.
+    ///
+    /// # Panics
+    /// If the rows are no whole heads of the order.
+    pub fn ordered(mut self, order: RowOrder) -> Weight {
+        let units = if self.rows == 1 { self.cols } else { self.rows };
+        assert!(order.fits(units), "{units} rows in {order:?}");
+        self.order = order;
+        self
     }
 
     /// A weight in memory of its own, zeroed: for checks, benchmarks and models without a server.
@@ -83,12 +100,53 @@ impl Weight {
         self.rows * self.cols * self.dtype.size()
     }
 
-    /// Copies bytes `at..at + out.len()` as they lie; a whole number of elements.
+    /// Copies bytes `at..at + out.len()`, counted as the files hold the weight; a whole number of elements.
     pub fn read_bytes(&self, at: usize, out: &mut [u8]) {
-        let (from, size) = (self.bytes_at(at, out.len()), self.dtype.size());
+        for (from, range) in self.pieces(at, out.len()) {
+            self.read_piece(from, &mut out[range]);
+        }
+    }
+
+    /// Writes bytes from `at` on, counted as the files hold the weight; a whole number of elements, each of which
+    /// changes as a whole.
+    pub fn write_bytes(&self, at: usize, bytes: &[u8]) {
+        for (to, range) in self.pieces(at, bytes.len()) {
+            self.write_piece(to, &bytes[range]);
+        }
+    }
+
+    /// Where bytes `at..at + len` of the files lie: the address of each piece, and its range of the `len` bytes.
+    fn pieces(&self, at: usize, len: usize) -> impl Iterator<Item = (NonNull<u8>, Range<usize>)> {
+        let size = self.dtype.size();
+        assert!(at.is_multiple_of(size) && len.is_multiple_of(size), "{at}+{len} bytes cut an element of {size}");
+        assert!(
+            at.checked_add(len).is_some_and(|end| end <= self.bytes()),
+            "{at}+{len} outside {} bytes",
+            self.bytes()
+        );
+        // Bytes that lie together in any case.
+        let unit = match self.order {
+            RowOrder::AsFiles => self.bytes(),
+            RowOrder::Interleaved { .. } => self.bytes() / if self.rows == 1 { self.cols } else { self.rows },
+        };
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            (done < len).then(|| {
+                let (row, within) = ((at + done) / unit, (at + done) % unit);
+                let range = done..len.min(done + unit - within);
+                done = range.end;
+                // SAFETY: the order maps rows to rows, so this is inside the memory promised to `new`.
+                (unsafe { self.data.add(self.order.in_server(row) * unit + within) }, range)
+            })
+        })
+    }
+
+    /// `from` is in the weight, and so is the rest of `out`'s length.
+    fn read_piece(&self, from: NonNull<u8>, out: &mut [u8]) {
+        let size = self.dtype.size();
         let mut elements = [0u32; CHUNK];
         for (i, out) in out.chunks_mut(CHUNK * 4).enumerate() {
-            // SAFETY: `bytes_at` checked the range, of which this is a part that ends at an element.
+            // SAFETY: the caller's range, of which this is a part that ends at an element.
             let from = unsafe { from.add(i * CHUNK * 4) };
             let words = &mut elements[..out.len().div_ceil(4)];
             if size == 4 {
@@ -105,12 +163,12 @@ impl Weight {
         }
     }
 
-    /// Writes bytes from `at` on; a whole number of elements, each of which changes as a whole.
-    pub fn write_bytes(&self, at: usize, bytes: &[u8]) {
-        let (to, size) = (self.bytes_at(at, bytes.len()), self.dtype.size());
+    /// `to` is in the weight, and so is the rest of the bytes' length.
+    fn write_piece(&self, to: NonNull<u8>, bytes: &[u8]) {
+        let size = self.dtype.size();
         let mut elements = [0u32; CHUNK];
         for (i, bytes) in bytes.chunks(CHUNK * 4).enumerate() {
-            // SAFETY: `bytes_at` checked the range, of which this is a part that ends at an element.
+            // SAFETY: the caller's range, of which this is a part that ends at an element.
             let to = unsafe { to.add(i * CHUNK * 4) };
             let words = &mut elements[..bytes.len().div_ceil(4)];
             // SAFETY: the words hold at least bytes.len() bytes, and any bytes are a valid word.
@@ -123,18 +181,6 @@ impl Weight {
                 unsafe { store::<u16>(to, std::slice::from_raw_parts(words.as_ptr().cast(), bytes.len() / 2)) };
             }
         }
-    }
-
-    fn bytes_at(&self, at: usize, len: usize) -> NonNull<u8> {
-        let size = self.dtype.size();
-        assert!(at.is_multiple_of(size) && len.is_multiple_of(size), "{at}+{len} bytes cut an element of {size}");
-        assert!(
-            at.checked_add(len).is_some_and(|end| end <= self.bytes()),
-            "{at}+{len} outside {} bytes",
-            self.bytes()
-        );
-        // SAFETY: inside the memory promised to `new`, as asserted above.
-        unsafe { self.data.add(at) }
     }
 
     /// All values as f32, row-major.
@@ -159,24 +205,36 @@ impl Weight {
         self.cols
     }
 
-    fn at(&self, row: usize, col: usize, len: usize) -> NonNull<u8> {
+    /// Runs `part(address, range)` for what lies together of the `len` elements of row `row` from column `col` on.
+    fn parts(&self, row: usize, col: usize, len: usize, mut part: impl FnMut(NonNull<u8>, Range<usize>)) {
         assert!(row < self.rows && col + len <= self.cols, "({row},{col}+{len}) outside ({},{})", self.rows, self.cols);
-        // SAFETY: inside the rows·cols elements promised to `new`, as asserted above.
-        unsafe { self.data.add((row * self.cols + col) * self.dtype.size()) }
+        // SAFETY: inside the rows·cols elements promised to `new`, as asserted above and because the order maps
+        // rows to rows.
+        let at = |element: usize| unsafe { self.data.add(element * self.dtype.size()) };
+        match self.order {
+            RowOrder::Interleaved { .. } if self.rows == 1 => {
+                (0..len).for_each(|i| part(at(self.order.in_server(col + i)), i..i + 1));
+            }
+            order => part(at(order.in_server(row) * self.cols + col), 0..len),
+        }
     }
 
     /// Row `row` from column `col` on as f32.
     pub fn read(&self, row: usize, col: usize, out: &mut [f32]) {
-        let base = self.at(row, col, out.len());
+        self.parts(row, col, out.len(), |base, range| self.read_part(base, &mut out[range]));
+    }
+
+    /// `base` is in the weight, and so are the elements of `out` from there.
+    fn read_part(&self, base: NonNull<u8>, out: &mut [f32]) {
         if self.dtype == Dtype::F32 {
-            // SAFETY: `at` checked the range; f32 is 4 bytes without padding.
+            // SAFETY: the caller's range; f32 is 4 bytes without padding.
             unsafe { load::<u32>(base, bits_mut(out)) };
             return;
         }
         let mut raw = [0u16; CHUNK];
         for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
             let raw = &mut raw[..chunk.len()];
-            // SAFETY: `at` checked the whole range, of which this is a part.
+            // SAFETY: the caller's range, of which this is a part.
             unsafe { load::<u16>(base.add(i * CHUNK * 2), raw) };
             match self.dtype {
                 Dtype::BF16 => widen_bf16(raw, chunk),
@@ -189,14 +247,20 @@ impl Weight {
     /// stochastically: up with the probability of the share that is cut off, so that the expected
     /// value is the f32 value. The random number of an element depends on `stream` and its index alone.
     pub fn write(&self, row: usize, col: usize, values: &[f32], stream: &Stream) {
-        let base = self.at(row, col, values.len());
+        let first = (row * self.cols + col) as u64;
+        self.parts(row, col, values.len(), |base, range| {
+            self.write_part(base, first + range.start as u64, &values[range], stream);
+        });
+    }
+
+    /// `base` is in the weight, and so are the elements of `values` from there; the first is element `first`.
+    fn write_part(&self, base: NonNull<u8>, first: u64, values: &[f32], stream: &Stream) {
         if self.dtype == Dtype::F32 {
-            // SAFETY: `at` checked the range.
+            // SAFETY: the caller's range.
             unsafe { store::<u32>(base, bits(values)) };
             return;
         }
         let (mut raw, mut random) = ([0u16; CHUNK], [0u16; CHUNK]);
-        let first = (row * self.cols + col) as u64;
         for (i, chunk) in values.chunks(CHUNK).enumerate() {
             let (raw, random) = (&mut raw[..chunk.len()], &mut random[..chunk.len()]);
             stream.fill_u16(first + (i * CHUNK) as u64, random);
@@ -204,7 +268,7 @@ impl Weight {
                 Dtype::BF16 => round_bf16(chunk, random, raw),
                 _ => round_f16(chunk, random, raw),
             }
-            // SAFETY: `at` checked the whole range, of which this is a part.
+            // SAFETY: the caller's range, of which this is a part.
             unsafe { store::<u16>(base.add(i * CHUNK * 2), raw) };
         }
     }

@@ -10,4 +10,5 @@ mod loss;
 mod optimizer;
 mod random;
 mod reference;
+mod row_order;
 mod threads;

@@ -22,6 +22,7 @@ Examples:
   apollod checkpoint list ./model
   apollod checkpoint rollback ./model 12
   apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs
+  apollod checkpoint export ./model --gguf model.gguf          for llama.cpp
   apollod checkpoint adopt ./model                             after files were changed on purpose")]
 pub struct CheckpointArgs {
     #[command(subcommand)]
@@ -62,12 +63,28 @@ enum Action {
         generation: u64,
     },
     /// Copy the directory as one generation, without .apollod, even while syncs go on.
-    #[command(after_help = "Example:\n  apollod checkpoint export ./model /backup/model-2026-11-20")]
+    #[command(after_help = "\
+Examples:
+  apollod checkpoint export ./model /backup/model-2026-11-20
+  apollod checkpoint export ./model --gguf model.gguf                                  for llama.cpp
+  apollod checkpoint export ./model --gguf model.gguf --gguf-template original.gguf
+
+A GGUF file has matrices in the directory's element type and vectors in F32, as llama.cpp's converter writes them; quantize
+it with llama-quantize. Its metadata come from config.json and the tokenizer's files. A tokenizer that is no byte-level BPE
+is not written; --gguf-template then copies all metadata, the tokenizer's too, from another GGUF of the same model. Writing
+takes room for the weights twice beside FILE.")]
     Export {
         /// The model directory.
         dir: PathBuf,
         /// The copy, which must not exist.
-        to: PathBuf,
+        #[arg(required_unless_present = "gguf", conflicts_with = "gguf")]
+        to: Option<PathBuf>,
+        /// Write one GGUF file instead, which must not exist.
+        #[arg(long, value_name = "FILE")]
+        gguf: Option<PathBuf>,
+        /// Take the metadata from this GGUF of the same model, of any element type.
+        #[arg(long, value_name = "FILE", requires = "gguf")]
+        gguf_template: Option<PathBuf>,
     },
     /// Take the files as they are as a new generation, after somebody changed them on purpose.
     #[command(after_help = "\
@@ -88,9 +105,18 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
         Action::Sync { dir } => sync(dir.as_deref(), &args.client)?,
         Action::List { dir, json } => list(dir, *json)?,
         Action::Rollback { dir, generation } => rollback(dir, *generation, &args.client)?,
-        Action::Export { dir, to } => {
+        Action::Export { dir, to, gguf, gguf_template } => {
             need_directory(dir)?;
-            println!("{}: {}", to.display(), checkpoint::export(dir, to)?);
+            if let Some(to) = to {
+                println!("{}: {}", to.display(), checkpoint::export(dir, to)?);
+            }
+            if let Some(to) = gguf {
+                println!(
+                    "{}: {}",
+                    to.display(),
+                    crate::gguf::export(dir, to, gguf_template.as_deref(), &mut |_, _| {})?
+                );
+            }
         }
         Action::Adopt { dir } => adopt(dir)?,
         Action::Verify { dir } => {

@@ -63,7 +63,7 @@ pub enum LogFormat {
 pub enum Command {
     /// Train a served model: HTTP, queue, schedule, and the trainer that it starts.
     Serve(serve::ServeArgs),
-    /// Copy a model directory onto tmpfs, for a server that maps its weights.
+    /// Copy a model directory onto tmpfs, for a server that maps its weights (safetensors, or --gguf for llama.cpp).
     Stage(stage::StageArgs),
     /// Post examples to a running daemon and watch them being learned.
     Train(train::TrainArgs),

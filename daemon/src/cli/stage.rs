@@ -7,6 +7,8 @@ use anyhow::{Context, Result};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
+use crate::gguf::{self, Gguf};
+
 /// `apollod stage`
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -15,6 +17,11 @@ Example:
   transformers serve /dev/shm/live --host 127.0.0.1 --port 8000 --device cpu --dtype auto &
   apollod serve --set model.dir=./model --set server.live=/dev/shm/live
 
+For llama.cpp, which serves one GGUF file:
+  apollod stage ./model /dev/shm/live --gguf                    written from the model directory
+  apollod stage ./model /dev/shm/live --gguf=model-bf16.gguf    or a copy of one that llama.cpp's converter made of it
+  llama-server -m /dev/shm/live/model.gguf -ngl 0 --no-cache-prompt --port 8000 &
+
 The copy is memory: server and trainer see the same pages. The model directory is only written by sync.
 After a reboot tmpfs is empty: stage again before the server starts.")]
 pub struct StageArgs {
@@ -22,11 +29,15 @@ pub struct StageArgs {
     model: PathBuf,
     /// Folder of the copy, on tmpfs; made if it is not there.
     live: PathBuf,
+    /// Make model.gguf in it, for llama.cpp, instead of safetensors files; with =FILE a copy of that file, which must
+    /// hold the model directory's weights, unquantized.
+    #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
+    gguf: Option<Option<PathBuf>>,
 }
 
 /// Copies and says what was copied.
 pub fn run(args: &StageArgs) -> Result<ExitCode> {
-    model::Config::read(&args.model).with_context(|| args.model.display().to_string())?;
+    let config = model::Config::read(&args.model).with_context(|| args.model.display().to_string())?;
     if !is_memory(&args.live) {
         eprintln!(
             "warning: {} is not on tmpfs: every trained weight is then also written to its disk; use a folder of \
@@ -37,10 +48,18 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
     let bar = ProgressBar::new(0).with_style(
         ProgressStyle::with_template("{bar:40} {bytes}/{total_bytes} {bytes_per_sec}").expect("a valid template"),
     );
-    let report = ipc::stage(&args.model, &args.live, &mut |done, total| {
+    let mut progress = |done, total| {
         bar.set_length(total);
         bar.set_position(done);
-    })?;
+    };
+    let report = match &args.gguf {
+        None => ipc::stage(&args.model, &args.live, &mut progress)?,
+        Some(None) => {
+            let file = Gguf::of(&args.model, &gguf::name(&args.model), None)?;
+            ipc::stage_gguf(&args.model, &args.live, file.bytes(), |path| file.write(path, &mut progress))?
+        }
+        Some(Some(file)) => copy(&args.model, &args.live, file, &config)?,
+    };
     bar.finish_and_clear();
     println!(
         "{}: {} tensors, {} bytes, epoch {}",
@@ -53,6 +72,17 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
         println!("left out, as the model ties them to its embedding: {}", report.left_out.join(", "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Stages a GGUF file that was made elsewhere, if it holds the model directory's weights.
+fn copy(model_dir: &Path, live: &Path, file: &Path, config: &model::Config) -> Result<ipc::StageReport> {
+    let source = ipc::GgufFile::open(file)?;
+    gguf::check(&source, config)?;
+    gguf::compare(&source, model_dir, config)?;
+    ipc::stage_gguf(model_dir, live, source.len(), |path| {
+        std::fs::copy(file, path).with_context(|| format!("cannot copy {} to {}", file.display(), path.display()))?;
+        Ok(())
+    })
 }
 
 /// Whether a folder, which need not be there yet, is or would be on tmpfs. What cannot be told counts as such.

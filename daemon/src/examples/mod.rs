@@ -20,7 +20,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 pub use input::Example;
-pub use tokens::Decoder;
+pub use template::source as chat_template;
+pub use tokens::{Decoder, read_json, token_text};
 
 use input::Form;
 use template::ChatTemplate;

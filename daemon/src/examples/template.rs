@@ -6,7 +6,7 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use minijinja::value::{Kwargs, Rest};
 use minijinja::{Environment, Error, ErrorKind, Value as Jinja, context};
@@ -31,17 +31,8 @@ pub(super) struct ChatTemplate {
 impl ChatTemplate {
     /// Reads chat_template.jinja, or else tokenizer_config.json's `chat_template`; `None` when there is neither.
     pub(super) fn load(dir: &Path) -> Result<Option<Self>, TextError> {
-        let config_path = dir.join("tokenizer_config.json");
-        let config = read_json(&config_path)?.unwrap_or_default();
-        let path = dir.join("chat_template.jinja");
-        let (origin, default, tool_use) = match std::fs::read_to_string(&path) {
-            Ok(text) => (path, text, None),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                let Some((default, tool_use)) = of_config(&config["chat_template"]) else { return Ok(None) };
-                (config_path, default, tool_use)
-            }
-            Err(source) => return Err(TextError::Read { path, source }),
-        };
+        let Some(Source { origin, default, tool_use }) = source(dir)? else { return Ok(None) };
+        let config = read_json(&dir.join("tokenizer_config.json"))?.unwrap_or_default();
         let special_tokens = SPECIAL_TOKENS
             .into_iter()
             .filter_map(|name| Some((name.to_owned(), token_text(&config[name])?.to_owned())))
@@ -89,6 +80,29 @@ struct Variables<'a> {
     messages: &'a [Value],
     tools: Option<&'a Value>,
     add_generation_prompt: bool,
+}
+
+/// A model's templates as they are written.
+pub struct Source {
+    origin: PathBuf,
+    /// The one for all conversations.
+    pub default: String,
+    tool_use: Option<String>,
+}
+
+/// What chat_template.jinja says, or else tokenizer_config.json's `chat_template`; `None` when there is neither.
+pub fn source(dir: &Path) -> Result<Option<Source>, TextError> {
+    let path = dir.join("chat_template.jinja");
+    match std::fs::read_to_string(&path) {
+        Ok(default) => Ok(Some(Source { origin: path, default, tool_use: None })),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            let origin = dir.join("tokenizer_config.json");
+            let config = read_json(&origin)?.unwrap_or_default();
+            let templates = of_config(&config["chat_template"]);
+            Ok(templates.map(|(default, tool_use)| Source { origin, default, tool_use }))
+        }
+        Err(source) => Err(TextError::Read { path, source }),
+    }
 }
 
 /// `chat_template` is a text, or a list of named ones.

@@ -111,7 +111,7 @@ impl Decoder<'_> {
 }
 
 /// A JSON file; `None` when there is none.
-pub(super) fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
+pub fn read_json(path: &Path) -> Result<Option<Value>, TextError> {
     let bytes = match std::fs::read(path) {
         Ok(bytes) => bytes,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
@@ -140,6 +140,6 @@ fn end_of_sequence(dir: &Path, config: &Value, tokenizer: &Tokenizer) -> Result<
 }
 
 /// The text of a special token, which is a string or an object with `content`.
-pub(super) fn token_text(token: &Value) -> Option<&str> {
+pub fn token_text(token: &Value) -> Option<&str> {
     token.as_str().or_else(|| token["content"].as_str())
 }

@@ -9,10 +9,13 @@
 //! - another epoch: the server has loaded its weights itself. They must equal the files; where they do
 //!   not, this is another model or another version, and nothing is written.
 
+use crate::weights::widened;
 use anyhow::{Context, Result, bail};
 use checkpoint::Checkpoint;
+use compute::Dtype;
 use compute::cpu::Weight;
 use serde::{Deserialize, Serialize};
+use std::borrow::Cow;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::Path;
@@ -58,9 +61,9 @@ pub fn remember_epoch(state_dir: &Path, attached: &Attached) -> Result<()> {
 }
 
 /// Fails at the first tensor whose live bytes differ from the files.
-pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weight]) -> Result<()> {
-    for (name, weight) in names.iter().zip(weights) {
-        let same = compare(checkpoint, name, weight, |_, _| false)?;
+pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weight], files: &[Dtype]) -> Result<()> {
+    for ((name, weight), files) in names.iter().zip(weights).zip(files) {
+        let same = compare(checkpoint, name, weight, *files, |_, _| false)?;
         if !same {
             bail!(
                 "live tensor {name} differs from the model directory's: the server holds another model or another \
@@ -71,10 +74,10 @@ pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weigh
     Ok(())
 }
 
-/// Writes the files' bytes over live bytes that differ; returns how many bytes that were.
-pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight) -> Result<u64> {
+/// Writes the files' values over live bytes that differ; returns how many bytes that were.
+pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight, files: Dtype) -> Result<u64> {
     let mut written = 0;
-    compare(checkpoint, name, weight, |at, bytes| {
+    compare(checkpoint, name, weight, files, |at, bytes| {
         weight.write_bytes(at, bytes);
         written += bytes.len() as u64;
         true
@@ -82,23 +85,27 @@ pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight) -> Result<u
     Ok(written)
 }
 
-/// Calls `differs(offset, bytes of the file)` for every chunk that differs until it returns false;
-/// whether nothing differed.
+/// Calls `differs(offset in the weight, bytes as they should be)` for every chunk that differs from the files,
+/// whose element type is `files`, until it returns false; whether nothing differed.
 fn compare(
     checkpoint: &Checkpoint,
     name: &str,
     weight: &Weight,
+    files: Dtype,
     mut differs: impl FnMut(usize, &[u8]) -> bool,
 ) -> Result<bool> {
-    let (mut file, mut live) = (vec![0; CHUNK], vec![0; CHUNK]);
+    let (mut file, mut live) = (vec![0; CHUNK], vec![0; CHUNK / files.size() * weight.dtype().size()]);
+    let bytes = weight.bytes() / weight.dtype().size() * files.size();
     let mut same = true;
-    for at in (0..weight.bytes()).step_by(CHUNK) {
-        let len = CHUNK.min(weight.bytes() - at);
-        checkpoint.read_tensor(name, at as u64, &mut file[..len])?;
-        weight.read_bytes(at, &mut live[..len]);
-        if file[..len] != live[..len] {
+    for at in (0..bytes).step_by(CHUNK) {
+        let file = &mut file[..CHUNK.min(bytes - at)];
+        checkpoint.read_tensor(name, at as u64, file)?;
+        let wanted = if files == weight.dtype() { Cow::Borrowed(&*file) } else { Cow::Owned(widened(file, files)) };
+        let (at, live) = (at / files.size() * weight.dtype().size(), &mut live[..wanted.len()]);
+        weight.read_bytes(at, live);
+        if *live != *wanted {
             same = false;
-            if !differs(at, &file[..len]) {
+            if !differs(at, &wanted) {
                 break;
             }
         }

@@ -6,15 +6,15 @@ use super::shadow::{self, Failure, Finding};
 use super::{restore, settings, watch};
 use crate::config::{self, Attach, Config, Update};
 use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
-use crate::weights;
+use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
-use compute::Cpu;
 use compute::cpu::Weight;
+use compute::{Cpu, Dtype};
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use weight_map::Role;
@@ -59,6 +59,8 @@ pub struct Session {
     extent: Extent,
     lr: f32,
     checkpoint: Checkpoint,
+    /// Element type of each tensor in the files.
+    file_dtypes: Vec<Dtype>,
     /// Name of the head that the files hold although it is the embedding; it is written along.
     head_copy: Option<String>,
     /// Of the live weights; becomes the next generation's.
@@ -76,7 +78,7 @@ impl Session {
     /// generation. Nothing is written to live weights before everything was checked.
     pub fn open(config: &Config) -> Result<Session, StartError> {
         let model_config = model::Config::read(&config.model.dir)?;
-        let tensors = settings::tensors(&model_config, &config.train);
+        let mut tensors = settings::tensors(&model_config, &config.train);
         // The configuration counts the current generation, the library those before it.
         let options = Options { keep: config.sync.keep.saturating_sub(1), ..Options::default() };
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
@@ -95,17 +97,19 @@ impl Session {
         let model = Model::new(device.clone(), model_config, weights::attached(&attachment), longest);
         let mut cache = model.cache(longest);
         let mut recovery = vec![recovery.to_string()];
+        let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
+        let file_dtypes = weights::file_dtypes(&files, &names)?;
+        recovery.extend(freeze_widened(&mut tensors, &model, &file_dtypes)?);
         let known = restore::known_epoch(&config.state_dir(), attachment.epoch())?;
         if known.is_some() {
-            let bytes = restore_all(&checkpoint, &tensors, &model)?;
+            let bytes = restore_all(&checkpoint, &tensors, &model, &file_dtypes)?;
             if bytes > 0 {
                 recovery.push(format!("{bytes} bytes of live weights restored from the files"));
             }
             // The last trainer may have died before it could say that weights had moved.
             prefix_cache.moved();
         } else {
-            let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
-            restore::require_equal(&checkpoint, &names, model.weights())?;
+            restore::require_equal(&checkpoint, &names, model.weights(), &file_dtypes)?;
         }
         let mut shadow_check = known.as_ref().and_then(|known| known.shadow_check.clone());
         if shadow_check.is_none() {
@@ -134,6 +138,7 @@ impl Session {
             model,
             optimizer,
             checkpoint,
+            file_dtypes,
             head_copy,
             progress,
             prefix_cache,
@@ -315,7 +320,7 @@ impl Session {
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
         self.prefix_cache.moved();
-        restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model)?;
+        restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
         load_state(&mut self.optimizer, &self.checkpoint)?;
@@ -358,9 +363,14 @@ fn released(held: ipc::Hold<'_>, since: Instant) -> Hold {
 }
 
 /// Brings every tensor to the files' bytes, also one that is frozen now; how many bytes that took.
-fn restore_all(checkpoint: &Checkpoint, tensors: &[apollo::Tensor], model: &Model<Cpu>) -> Result<u64> {
-    let each = tensors.iter().zip(model.weights());
-    each.map(|(tensor, weight)| restore::restore(checkpoint, &tensor.name, weight)).sum()
+fn restore_all(
+    checkpoint: &Checkpoint,
+    tensors: &[apollo::Tensor],
+    model: &Model<Cpu>,
+    files: &[Dtype],
+) -> Result<u64> {
+    let each = tensors.iter().zip(model.weights()).zip(files);
+    each.map(|((tensor, weight), files)| restore::restore(checkpoint, &tensor.name, weight, *files)).sum()
 }
 
 fn can_be_held(update: Update, attachment: &Attachment) -> Result<()> {
@@ -396,7 +406,14 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
     let source = match config.server.attach().context("[server] names no way to the weights")? {
         Attach::Socket(path) => Source::Socket(path.into()),
         Attach::Manifest(path) => Source::Manifest(path.into()),
-        Attach::Live(path) => Source::Staged(path.into()),
+        Attach::Live(path) => {
+            let path = PathBuf::from(path);
+            let gguf = path.join(ipc::GGUF_FILE);
+            if gguf.exists() {
+                crate::gguf::check(&ipc::GgufFile::open(&gguf)?, model)?;
+            }
+            Source::Staged(path)
+        }
     };
     Attachment::open(&source, &model.decoder.tensors()).map_err(|error| {
         let absent = match &error {
@@ -408,6 +425,24 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
         };
         if absent { StartError::ServerGone(error.to_string()) } else { StartError::Failed(error.into()) }
     })
+}
+
+/// Freezes the vectors that the server holds in f32 and the files in 16 bits; what there is to say about it.
+fn freeze_widened(tensors: &mut [apollo::Tensor], model: &Model<Cpu>, files: &[Dtype]) -> Result<Option<String>> {
+    let mut frozen = Vec::new();
+    let held = model.tensors().iter().zip(model.weights());
+    for ((tensor, (expected, weight)), files) in tensors.iter_mut().zip(held).zip(files) {
+        let fit = Fit::of(&expected.name, &expected.shape, weight.dtype(), *files)?;
+        if fit == Fit::Widened && tensor.rule != Rule::Frozen {
+            tensor.rule = Rule::Frozen;
+            frozen.push(expected.name.clone());
+        }
+    }
+    let Some(first) = frozen.first() else { return Ok(None) };
+    Ok(Some(format!(
+        "{} vectors are frozen: the server holds them in F32, the files in 16 bits ({first}, ...)",
+        frozen.len()
+    )))
 }
 
 /// Files that somebody changed since the last generation would make every sync fail, and a restore of

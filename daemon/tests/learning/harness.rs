@@ -82,11 +82,14 @@ impl Place {
 
     /// The daemon's command line: lr as in the demo, syncs only when asked.
     pub fn daemon_command(&self, settings: &[&str]) -> Command {
+        self.command(&format!("server.socket={}", self.dir.path().join("engine.sock").display()), settings)
+    }
+
+    fn command(&self, server: &str, settings: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_apollod"));
         command.arg("serve").env("APOLLOD_LOG", "warn");
         let model = format!("model.dir={}", self.model().display());
-        let socket = format!("server.socket={}", self.dir.path().join("engine.sock").display());
-        let fixed = [&model, &socket, "http.listen=127.0.0.1:0", "train.lr=2e-4", "sync.schedule=0 0 1 1 *"];
+        let fixed = [&model, server, "http.listen=127.0.0.1:0", "train.lr=2e-4", "sync.schedule=0 0 1 1 *"];
         fixed.iter().chain(settings).for_each(|s| {
             command.args(["--set", s]);
         });
@@ -94,7 +97,23 @@ impl Place {
     }
 
     pub fn daemon(&self, settings: &[&str]) -> Process {
-        let daemon = Process::start(&mut self.daemon_command(settings));
+        Self::ready(&mut self.daemon_command(settings))
+    }
+
+    /// A daemon on the live copy in `live`.
+    pub fn live_daemon(&self, live: &Path, settings: &[&str]) -> Process {
+        Self::ready(&mut self.command(&format!("server.live={}", live.display()), settings))
+    }
+
+    /// The command line of a daemon on the live copy in `live`, its output thrown away.
+    pub fn live_command(&self, live: &Path) -> Command {
+        let mut command = self.command(&format!("server.live={}", live.display()), &[]);
+        command.stdout(Stdio::null());
+        command
+    }
+
+    fn ready(command: &mut Command) -> Process {
+        let daemon = Process::start(command);
         until("the daemon is ready", || ureq::get(format!("{}/ready", daemon.url)).call().is_ok());
         daemon
     }
