@@ -31,8 +31,10 @@ Examples:
   apollod serve --config apollod.toml
   apollod serve --set model.dir=./model --set server.live=/dev/shm/live
   curl -s localhost:8844/v1/examples -d '{\"context\": \"2 + 2 = \", \"decision\": \"4\"}'
+  curl -sN localhost:8844/v1/events
 
 The first line on stdout is JSON: where it listens and its process id.
+GET /v1/events streams what happens, GET /metrics is for Prometheus.
 Stops on SIGTERM or Ctrl-C after the step in flight and a last sync (sync.on_shutdown); a second signal stops at once.")]
 pub struct ServeArgs {
     #[command(flatten)]

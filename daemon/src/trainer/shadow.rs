@@ -113,12 +113,14 @@ struct Tolerance {
 }
 
 impl Tolerance {
-    /// Servers compute in the dtype of their weights: bf16 keeps 8 bits of every activation. research/LOG.md has what
-    /// was measured.
+    /// Servers compute in the dtype of their weights, and bf16 keeps 8 bits of every activation. The demo model under
+    /// transformers, 41 prompts, worst mean and worst difference: 0.039 and 0.23 in bf16, 0.005 and 0.024 in f16, 1e-5
+    /// at most in f32. Rows of one k_proj in another order give 0.35 and 1.1, weights rounded to 4 bits 0.67 and 1.3.
+    /// Weights rounded to 8 bits give 0.035 and 0.19: these cannot be told from bf16 by their answers.
     fn of(weights: &[Weight]) -> Tolerance {
         match weights.iter().all(|weight| weight.dtype() == Dtype::F32) {
             true => Tolerance { mean: 1e-3, largest: 1e-2 },
-            false => Tolerance { mean: 0.05, largest: 0.5 },
+            false => Tolerance { mean: 0.1, largest: 1.0 },
         }
     }
 }

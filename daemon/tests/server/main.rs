@@ -1,5 +1,9 @@
 //! The daemon and its server: refusals that leave every byte, the server's end, holds, signs of what happens.
 
+#[path = "../learning/harness.rs"]
+#[allow(dead_code)]
+mod harness;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::FileExt;
@@ -12,7 +16,7 @@ use std::time::{Duration, Instant};
 use ipc::{Manifest, SharedWeights};
 use serde_json::{Value, json};
 
-use super::harness::{Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
+use harness::{Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
 
 /// The memory of an engine's weights, which stays readable after its end.
 fn memory_of(pid: u32) -> File {
