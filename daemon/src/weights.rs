@@ -138,3 +138,33 @@ pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
     let weight = |t: HfTensor| files.weight(&t.name, matrix_shape(&t.shape).0, widen);
     config.decoder.tensors().into_iter().map(weight).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_vectors_may_be_wider_in_the_server() {
+        let fit = |shape: &[usize], live, files| Fit::of("w", shape, live, files).map_err(|error| error.to_string());
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            assert_eq!(fit(&[4, 4], dtype, dtype), Ok(Fit::Same));
+            assert_eq!(fit(&[4], dtype, dtype), Ok(Fit::Same));
+        }
+        assert_eq!(fit(&[4], Dtype::F32, Dtype::BF16), Ok(Fit::Widened));
+        for (shape, live, files) in [
+            (&[4, 4][..], Dtype::F32, Dtype::BF16),
+            (&[4, 4], Dtype::F16, Dtype::BF16),
+            (&[4], Dtype::BF16, Dtype::F32),
+        ] {
+            let error = fit(shape, live, files).unwrap_err();
+            assert!(error.contains("--outtype") && error.contains("nothing was written"), "{error}");
+        }
+    }
+
+    #[test]
+    fn widening_keeps_every_value() {
+        let halves = [0x3f80u16, 0xc000, 0x0001, 0x7f7f].map(u16::to_le_bytes).concat();
+        let want = [0x3f80_0000u32, 0xc000_0000, 0x0001_0000, 0x7f7f_0000].map(u32::to_le_bytes).concat();
+        assert_eq!(widened(&halves, Dtype::BF16), want);
+    }
+}

@@ -283,7 +283,10 @@ fn staging_replaces_one_kind_of_weights_by_the_other() {
     let live = dir.path().join("live");
     ipc::stage(&model, &live, &mut |_, _| {}).unwrap();
     let bytes = bytes(&metadata("qwen3"), &tensors(&expected));
-    let write = |path: &Path| Ok::<_, Error>(std::fs::write(path, &bytes).unwrap());
+    let write = |path: &Path| {
+        std::fs::write(path, &bytes).unwrap();
+        Ok::<_, Error>(())
+    };
     let report = stage_gguf(&model, &live, bytes.len() as u64, write).unwrap();
     assert!(live.join(GGUF_FILE).exists() && !live.join("model.safetensors").exists());
     assert_eq!((report.tensors, report.files), (expected.len(), 3));

@@ -46,7 +46,9 @@ fn values_and_bytes_come_and_go_in_the_order_of_the_files() {
                 live.read_bytes(from, &mut b);
                 assert_eq!(a, b, "{dtype} {from}..{to}");
                 a.iter_mut().for_each(|byte| *byte = byte.wrapping_mul(3) & 0x3b);
-                [&plain, &live].map(|w| w.write_bytes(from, &a));
+                for weight in [&plain, &live] {
+                    weight.write_bytes(from, &a);
+                }
             }
             assert_eq!(live.values(), plain.values(), "{dtype} after writes");
         }
