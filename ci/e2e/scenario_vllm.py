@@ -19,7 +19,7 @@ import subprocess
 import time
 
 from daemon import Daemon, chat
-from harness import Broken, Failed, Memory, check_same_tensors, descendants, require, say, tail, tensors, wait_until
+from harness import Broken, Failed, Memory, check_same_tensors, descendants, free_port, require, say, tail, tensors, wait_until
 from servers import Vllm
 
 # Of tokens drawn at random, whose log-probabilities are around -12 nats: vLLM computes in bfloat16, where a logit of
@@ -41,7 +41,8 @@ QUIET_S = 0.1    # after the server's death
 def test(options, work):
     model, socket = work.copy_of(options.model), work.folder / "weights.sock"
     reference = work.keep(Reference(options.venv, work.folder / "reference.log"))
-    server = work.keep(start(options, work, model, socket))
+    port = free_port()    # the same for the second server, since the daemon asks there
+    server = work.keep(start(options, work, model, socket, port))
     processes = descendants(server.pid)
     before, reason = server.ask(options.question)
     say(f"before: {options.question!r} -> {before!r} ({reason})")
@@ -59,7 +60,7 @@ def test(options, work):
     server.check_same_process()
 
     ids = kill_among_steps(options, daemon, server)
-    server = work.keep(start(options, work, model, socket))
+    server = work.keep(start(options, work, model, socket, port))
     daemon.wait_trained(ids)
     daemon.check()
     say(f"vLLM was started again and attached by itself; all {len(ids)} examples are trained")
@@ -67,9 +68,9 @@ def test(options, work):
     require(again == (options.answer, "stop"), f"the restarted vLLM answers {again}, want {options.answer!r}")
 
 
-def start(options, work, model, socket):
+def start(options, work, model, socket, port):
     number = len(list(work.folder.glob("vllm-*.log"))) + 1
-    return Vllm(options.venv, model, work.folder / f"vllm-{number}.log", socket, *FLAGS)
+    return Vllm(options.venv, model, work.folder / f"vllm-{number}.log", socket, *FLAGS, port=port)
 
 
 def attached(options, work, model, server, socket, **settings):

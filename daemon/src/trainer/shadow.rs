@@ -3,7 +3,8 @@
 //! Equal bytes in the exported memory do not prove that the server computes with them: it may have copied, quantized
 //! or reordered its weights, or be another server. Equal log-probabilities do. The server is asked over its socket
 //! (`score`) where it offers that, and else over HTTP: for the log-probabilities of the prompt (vLLM's
-//! `prompt_logprobs`), or, where there are none, for that of the most likely next token after each of its beginnings.
+//! `prompt_logprobs`), or, where there are none (llama.cpp), for that of the most likely next token after each of its
+//! beginnings.
 
 use anyhow::{Result, anyhow};
 use compute::Cpu;
@@ -186,9 +187,12 @@ impl Http<'_> {
     /// Of the most likely token after `ids`.
     fn greedy_logprob(&self, ids: &[u32]) -> Result<Given<f32>, Failure> {
         let answer = self.complete(ids, &json!({}))?;
-        Ok(answer.and_then(|choice| match choice["logprobs"]["token_logprobs"][0].as_f64() {
-            Some(logprob) => Ok(logprob as f32),
-            None => Err(format!("{}/v1/completions gives no log-probabilities", self.url)),
+        Ok(answer.and_then(|choice| {
+            let logprobs = &choice["logprobs"];
+            // As OpenAI's completions have them, or, from llama.cpp, as its chat completions do.
+            let first = logprobs["token_logprobs"][0].as_f64().or_else(|| logprobs["content"][0]["logprob"].as_f64());
+            let missing = || format!("{}/v1/completions gives no log-probabilities", self.url);
+            first.map(|logprob| logprob as f32).ok_or_else(missing)
         }))
     }
 
@@ -280,6 +284,11 @@ mod tests {
         let http = Http::open(&url).unwrap().unwrap();
         assert!(http.prompt_logprobs(&[5, 7]).unwrap().is_err());
         assert_eq!(http.greedy_logprob(&[5]).unwrap(), Ok(-0.75));
+        let url = server(|path, _| {
+            let found = json!({ "logprobs": { "content": [{ "id": 7, "logprob": -0.5 }] } });
+            named(path).unwrap_or((200, json!({ "choices": [found] })))
+        });
+        assert_eq!(Http::open(&url).unwrap().unwrap().greedy_logprob(&[5]).unwrap(), Ok(-0.5));
     }
 
     #[test]
