@@ -23,7 +23,7 @@ def test(options, work):
     if before == options.answer:
         raise Broken("the model gives the taught answer already; teach it another with --answer")
 
-    daemon = work.keep(Daemon(options, work.folder, model, {"live": str(live)}))
+    daemon = work.keep(Daemon(options, work.folder, model, {"live": str(live), "prefix_cache": "ignore"}))
     daemon.wait_attached()
     daemon.teach(server, options.question, options.answer, options.rounds, options.per_round)
     streamed = server.ask(options.question, stream=True)

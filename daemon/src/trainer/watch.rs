@@ -15,6 +15,9 @@ use std::time::Duration;
 /// How often a live copy is looked at anew, whose server may come later.
 const LOOK: Duration = Duration::from_millis(200);
 
+/// How long the last word may take.
+const LAST_WORD: Duration = Duration::from_millis(50);
+
 /// Starts a thread that sleeps until the server's process or its connection ends, says so to the supervisor and ends
 /// this process.
 pub fn start(attachment: Arc<Attachment>) -> Result<()> {
@@ -24,14 +27,25 @@ pub fn start(attachment: Arc<Attachment>) -> Result<()> {
                 break gone;
             }
         };
-        // Held to the end, so that nothing follows the last word.
-        let mut out = stdout().lock();
-        // A supervisor that cannot be told sees the end of the process.
-        let _ = protocol::send(&mut out, &FromTrainer::ServerGone { reason: gone.to_string() });
-        // SAFETY: `_exit` ends the process without running anything in it (no destructor, no exit handler), so no
-        // state of this program can be seen afterwards.
-        unsafe { libc::_exit(0) }
+        // The last word has a thread of its own: a supervisor that does not read must not keep the writes going.
+        let last_word = move || {
+            // Held to the end, so that nothing follows it.
+            let mut out = stdout().lock();
+            // A supervisor that cannot be told sees the end of the process.
+            let _ = protocol::send(&mut out, &FromTrainer::ServerGone { reason: gone.to_string() });
+            exit()
+        };
+        if std::thread::Builder::new().spawn(last_word).is_ok() {
+            std::thread::sleep(LAST_WORD);
+        }
+        exit()
     };
     std::thread::Builder::new().name("server-watch".into()).spawn(watch).context("cannot start a thread")?;
     Ok(())
+}
+
+fn exit() -> ! {
+    // SAFETY: `_exit` ends the process without running anything in it (no destructor, no exit handler), so no
+    // state of this program can be seen afterwards.
+    unsafe { libc::_exit(0) }
 }
