@@ -100,7 +100,7 @@ pub enum Error {
     },
 
     /// The exporter answered the handshake with an error.
-    #[error("the exporter at {} refused: {reason}", socket.display())]
+    #[error("the exporter at {} does not lend the weights: {reason}", socket.display())]
     Refused {
         /// The socket.
         socket: PathBuf,

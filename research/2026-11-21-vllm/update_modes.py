@@ -116,7 +116,7 @@ def stream(server, ids, seconds, clients):
         thread.start()
     for thread in threads:
         thread.join()
-    cuts = statistics.quantiles(gaps, n=1000)
+    cuts = statistics.quantiles(gaps, n=1000, method="inclusive")
     result = {"tokens_per_s": round(len(counts) / seconds, 1), "itl_ms": {
         "median": round(1e3 * cuts[499], 2), "p99": round(1e3 * cuts[989], 2), "p99.9": round(1e3 * cuts[998], 2), "largest": round(1e3 * max(gaps), 1)}}
     say(json.dumps(result))

@@ -29,7 +29,8 @@ const CONNECTIONS_PATIENCE: Duration = Duration::from_secs(2);
 #[command(after_help = "\
 Examples:
   apollod serve --config apollod.toml
-  apollod serve --set model.dir=./model --set server.live=/dev/shm/live
+  apollod serve --set model.dir=./model --set server.live=/dev/shm/live --set server.prefix_cache=ignore
+  apollod serve --set model.dir=./model --set server.socket=/tmp/vllm.sock --set server.url=http://127.0.0.1:8000
   curl -s localhost:8844/v1/examples -d '{\"context\": \"2 + 2 = \", \"decision\": \"4\"}'
   curl -sN localhost:8844/v1/events
 

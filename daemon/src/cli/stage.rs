@@ -15,7 +15,7 @@ use crate::gguf::{self, Gguf};
 Example:
   apollod stage ./model /dev/shm/live
   transformers serve /dev/shm/live --host 127.0.0.1 --port 8000 --device cpu --dtype auto &
-  apollod serve --set model.dir=./model --set server.live=/dev/shm/live
+  apollod serve --set model.dir=./model --set server.live=/dev/shm/live --set server.prefix_cache=ignore
 
 For llama.cpp, which serves one GGUF file:
   apollod stage ./model /dev/shm/live --gguf                    written from the model directory

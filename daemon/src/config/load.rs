@@ -16,8 +16,8 @@ const PATHS: [(&str, &str); 5] =
     [("model", "dir"), ("server", "socket"), ("server", "manifest"), ("server", "live"), ("queue", "path")];
 
 /// Environment variables with the prefix that are not configuration keys.
-const OTHER_VARIABLES: [&str; 5] =
-    ["APOLLOD_CONFIG", "APOLLOD_URL", "APOLLOD_API_KEY", "APOLLOD_LOG", "APOLLOD_LOG_FORMAT"];
+const OTHER_VARIABLES: [&str; 6] =
+    ["APOLLOD_CONFIG", "APOLLOD_URL", "APOLLOD_API_KEY", "APOLLOD_LOG", "APOLLOD_LOG_FORMAT", "APOLLOD_SOCKET"];
 
 const PREFIX: &str = "APOLLOD_";
 

@@ -44,11 +44,16 @@ impl Supervisor {
             }
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
-                tracing::warn!("the inference server is gone: {reason}");
                 // One that is waited for is told once.
                 if self.attached.as_ref().is_some_and(|attached| attached.ready) {
+                    tracing::warn!("the inference server is gone: {reason}");
                     self.tell(What::ServerGone { reason: reason.clone() });
+                } else if self.waits_because() != Some(&reason) {
+                    tracing::warn!("waiting for the inference server: {reason}");
                 }
+                self.update(|status| {
+                    (status.server, status.server_pid, status.epoch, status.shadow_check) = (None, None, None, None);
+                });
                 self.lose_child(State::WaitingForServer, reason);
                 Ok(())
             }

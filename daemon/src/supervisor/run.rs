@@ -214,6 +214,11 @@ impl Supervisor {
         self.queue.take(self.options.batch_examples)
     }
 
+    /// Why the last trainer found no server, until one does.
+    pub(super) fn waits_because(&self) -> Option<&String> {
+        self.absent.as_ref().filter(|(state, _)| *state == State::WaitingForServer).map(|(_, reason)| reason)
+    }
+
     fn spawn(&mut self) {
         self.children += 1;
         let number = self.children;
@@ -222,7 +227,10 @@ impl Supervisor {
         let output = move |output| drop(events.send(Event::Child { number, output }));
         match Child::spawn(&self.options.command, output) {
             Ok(child) => {
-                tracing::info!("trainer {} started", child.pid());
+                // While a server is waited for, one is started every second.
+                if self.waits_because().is_none() {
+                    tracing::info!("trainer {} started", child.pid());
+                }
                 self.attached = Some(Attached { child, number, ready: false, heard: None });
             }
             Err(error) => {

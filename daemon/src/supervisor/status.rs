@@ -252,7 +252,7 @@ impl fmt::Display for Status {
             or_none(self.epoch.clone())
         )?;
         if let Some(found) = &self.shadow_check {
-            writeln!(f, "  checked     {found}")?;
+            writeln!(f, "  checked     at the first contact: {found}")?;
         }
         if let Some(LastInvalidation { at, invalidated }) = &self.prefix_cache {
             let what = invalidated.done.as_deref().unwrap_or("not invalidated");

@@ -112,11 +112,12 @@ impl Session {
             restore::require_equal(&checkpoint, &names, model.weights(), &file_dtypes)?;
         }
         let mut shadow_check = known.as_ref().and_then(|known| known.shadow_check.clone());
+        let mut unchecked = None;
         if shadow_check.is_none() {
             let url = config.server.url.as_deref();
             match device.run(|| shadow::check(&model, &mut cache, &attachment, url))? {
                 Finding::Agrees(figures) => shadow_check = Some(figures),
-                Finding::NotPossible(why) => warnings.push(why),
+                Finding::NoWay(how) => unchecked = Some(how),
             }
             let attached = Attached { epoch: attachment.epoch().into(), shadow_check: shadow_check.clone() };
             restore::remember_epoch(&config.state_dir(), &attached)?;
@@ -142,7 +143,7 @@ impl Session {
             head_copy,
             progress,
             prefix_cache,
-            shadow_check,
+            shadow_check: shadow_check.or(unchecked),
             warnings,
         })
     }
@@ -420,10 +421,17 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
             ipc::Error::Io { error, .. } => {
                 matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused)
             }
-            ipc::Error::Gone(_) => true,
+            // It is loading, or lends the weights to another trainer.
+            ipc::Error::Gone(_) | ipc::Error::Refused { .. } => true,
             _ => false,
         };
-        if absent { StartError::ServerGone(error.to_string()) } else { StartError::Failed(error.into()) }
+        match (absent, &source) {
+            (true, Source::Socket(_)) => StartError::ServerGone(format!(
+                "{error}; is the server running, with its weights offered there (vLLM: the plugin, and APOLLOD_SOCKET)?"
+            )),
+            (true, _) => StartError::ServerGone(error.to_string()),
+            (false, _) => StartError::Failed(error.into()),
+        }
     })
 }
 

@@ -25,8 +25,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 pub enum Finding {
     /// The server computes with the exported bytes; the figures.
     Agrees(String),
-    /// The server cannot be asked; why, and what to do.
-    NotPossible(String),
+    /// There is no way to ask the server; what to do.
+    NoWay(String),
 }
 
 /// Why weights must not be written.
@@ -61,33 +61,31 @@ pub fn check(
         return compare(&model.logprobs(cache, &ids), &theirs, &tolerance);
     }
     let Some(url) = url else {
-        return Ok(Finding::NotPossible(
-            "the shadow check was not possible: the server offers no `score` on its socket; set server.url to compare \
-             its log-probabilities over HTTP"
+        return Ok(Finding::NoWay(
+            "not made: only bytes were compared. Set server.url to compare the server's log-probabilities too, if its \
+             completions API takes token ids and gives them"
                 .into(),
         ));
     };
-    let server = match Http::open(url)? {
-        Ok(server) => server,
-        Err(reason) => return Ok(Finding::NotPossible(not_possible(&reason))),
-    };
+    let server = Http::open(url)?.map_err(cannot_be_asked)?;
     match server.prompt_logprobs(&ids)? {
         Ok(theirs) => compare(&model.logprobs(cache, &ids), &theirs, &tolerance),
         Err(_) => {
             let mut theirs = Vec::new();
             for end in 1..ids.len() {
-                match server.greedy_logprob(&ids[..end])? {
-                    Ok(logprob) => theirs.push(logprob),
-                    Err(reason) => return Ok(Finding::NotPossible(not_possible(&reason))),
-                }
+                theirs.push(server.greedy_logprob(&ids[..end])?.map_err(cannot_be_asked)?);
             }
             compare(&greedy_logprobs(model, cache, &ids), &theirs, &tolerance)
         }
     }
 }
 
-fn not_possible(reason: &str) -> String {
-    format!("the shadow check was not possible: {reason}; the server must take token ids and give log-probabilities")
+/// An operator who names a server to ask wants it asked.
+fn cannot_be_asked(reason: String) -> Failure {
+    Failure::Differs(anyhow!(
+        "the shadow check is not possible at server.url: {reason}. Nothing was written. Give the URL of a completions API \
+         that takes token ids and gives log-probabilities, or leave server.url out to train without the check"
+    ))
 }
 
 /// A fixed prompt from the middle of the vocabulary: special tokens are at its ends.
@@ -210,7 +208,8 @@ impl Http<'_> {
 
 /// A server that is not up yet is waited for; one that says no has said so.
 fn read(place: &str, answer: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Given<Value>, Failure> {
-    let no_answer = |why: String| Failure::NoAnswer(format!("the shadow check: {place} does not answer: {why}"));
+    let no_answer =
+        |why: String| Failure::NoAnswer(format!("the shadow check at server.url: {place} does not answer: {why}"));
     let mut answer = answer.map_err(|error| no_answer(error.to_string()))?;
     match answer.status().as_u16() {
         200..=299 => {}
