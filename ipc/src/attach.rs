@@ -274,14 +274,6 @@ fn by_manifest(path: &Path, source: &Source) -> Result<Found, Error> {
     let document = std::fs::read(path).map_err(|error| Error::io("read", path, error))?;
     let manifest = parse(&document, source)?;
     let server = watch(manifest.pid, source)?;
-    // A manifest outlives its server, and process ids are used again: the process must hold the memory.
-    for Allocation::File { path, .. } in &manifest.allocations {
-        let mut files = FileSet::default();
-        files.add(path)?;
-        if !holds(manifest.pid, &files) {
-            return Err(Error::Stale { pid: manifest.pid, path: path.clone() });
-        }
-    }
     let mut found = described(manifest, source, server)?;
     found.lease = Some(lease);
     Ok(found)
@@ -292,6 +284,14 @@ fn parse(document: &[u8], source: &Source) -> Result<Manifest, Error> {
 }
 
 fn described(manifest: Manifest, source: &Source, server: Process) -> Result<Found, Error> {
+    // A manifest in a file outlives its server, and process ids are used again; one from a socket may name any file.
+    for Allocation::File { path, .. } in &manifest.allocations {
+        let mut files = FileSet::default();
+        files.add(path)?;
+        if !holds(manifest.pid, &files) {
+            return Err(Error::Stale { pid: manifest.pid, path: path.clone() });
+        }
+    }
     let tensors = manifest
         .server_tensors()
         .map_err(|reason| Error::Manifest { origin: source.to_string(), reason: Box::new(reason) })?;

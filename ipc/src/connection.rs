@@ -61,13 +61,11 @@ impl Connection {
         let peer = rustix::net::sockopt::socket_peercred(&stream)
             .map_err(|error| Error::io("ask who serves", socket, error))?;
         check_user(socket, peer.uid.as_raw())?;
-        stream
-            .set_read_timeout(Some(HANDSHAKE))
-            .and_then(|()| stream.set_write_timeout(Some(HANDSHAKE)))
-            .map_err(io)?;
+        stream.set_write_timeout(Some(HANDSHAKE)).map_err(io)?;
         write_line(&stream, &Request::Hello(HELLO)).map_err(io)?;
         let mut reader = BufReader::new(stream.try_clone().map_err(io)?);
-        let line = read_line(&mut reader, &mut Vec::new(), DOCUMENT_BYTES_MAX).map_err(io)?;
+        let deadline = Instant::now() + HANDSHAKE;
+        let line = read_line(&mut reader, &mut Vec::new(), DOCUMENT_BYTES_MAX, Some(deadline)).map_err(io)?;
         let manifest = line.ok_or_else(|| Error::Protocol {
             socket: socket.to_owned(),
             reason: "it closed the connection without an answer".into(),
@@ -85,7 +83,7 @@ impl Connection {
         let mut talk = self.talk.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         write_line(&self.stream, request).map_err(Silence::of)?;
         talk.owed += 1;
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + patience.max(Duration::from_millis(1));
         loop {
             let line = talk.next_line(deadline)?;
             talk.owed -= 1;
@@ -112,10 +110,17 @@ impl Connection {
 
 impl Talk {
     fn next_line(&mut self, deadline: Instant) -> Result<Vec<u8>, Silence> {
-        let left = deadline.saturating_duration_since(Instant::now()).max(Duration::from_millis(1));
-        self.reader.get_ref().set_read_timeout(Some(left)).map_err(Silence::of)?;
-        let line = read_line(&mut self.reader, &mut self.line, DOCUMENT_BYTES_MAX).map_err(Silence::of)?;
-        line.ok_or_else(|| Silence::Closed("it closed the connection".into()))
+        match read_line(&mut self.reader, &mut self.line, DOCUMENT_BYTES_MAX, Some(deadline)) {
+            Ok(line) => line.ok_or_else(|| Silence::Closed("it closed the connection".into())),
+            Err(error) => {
+                let silence = Silence::of(error);
+                if matches!(silence, Silence::Closed(_)) {
+                    // Whoever watches the connection is to see that it is over.
+                    let _ = self.reader.get_ref().shutdown(std::net::Shutdown::Both);
+                }
+                Err(silence)
+            }
+        }
     }
 }
 
@@ -130,7 +135,6 @@ impl Silence {
     fn of(error: io::Error) -> Silence {
         match error.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => Silence::TimedOut,
-            ErrorKind::Other => Silence::Babble(error.to_string()),
             _ => Silence::Closed(format!("it cannot be reached: {error}")),
         }
     }

@@ -156,7 +156,7 @@ pub enum Error {
     Gone(#[from] Gone),
 
     /// The manifest in a file is of an earlier server.
-    #[error("pid {pid} does not hold {}: the manifest is stale; start the server again so that it writes a new one", path.display())]
+    #[error("pid {pid} does not hold {}, which its manifest names: start the server again, so that it makes a new one", path.display())]
     Stale {
         /// The process in the manifest.
         pid: u32,

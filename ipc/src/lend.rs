@@ -164,7 +164,7 @@ impl Lender {
         stream.set_write_timeout(Some(HANDSHAKE))?;
         let pid = rustix::net::sockopt::socket_peercred(&stream)?.pid.as_raw_nonzero().get().unsigned_abs();
         let (mut reader, mut line) = (BufReader::new(stream), Vec::new());
-        let Some(hello) = read_line(&mut reader, &mut line, REQUEST_BYTES_MAX)? else { return Ok(()) };
+        let Some(hello) = read_line(&mut reader, &mut line, REQUEST_BYTES_MAX, None)? else { return Ok(()) };
         let refused = match serde_json::from_slice(&hello) {
             Ok(Request::Hello(HELLO)) => self.lend(number, pid).err(),
             Ok(Request::Hello(version)) => Some(format!("protocol version {version} is not spoken here, want {HELLO}")),
@@ -176,7 +176,7 @@ impl Lender {
         }
         write_line(reader.get_ref(), &self.manifest)?;
         reader.get_ref().set_read_timeout(None)?;
-        while let Some(request) = read_line(&mut reader, &mut line, REQUEST_BYTES_MAX)? {
+        while let Some(request) = read_line(&mut reader, &mut line, REQUEST_BYTES_MAX, None)? {
             let answer = match serde_json::from_slice(&request) {
                 Ok(request) => self.answer(request),
                 Err(error) => Err(format!("that is no request: {error}")),

@@ -25,8 +25,9 @@
 //! the connection first and then serves a manifest with another epoch.
 
 use serde::{Deserialize, Serialize};
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 /// The version that `hello` asks for.
 pub(crate) const HELLO: u32 = 1;
@@ -114,24 +115,36 @@ pub(crate) struct Refusal {
 }
 
 /// Reads on to the end of a line of at most `bytes_max` bytes and takes it from `line`, without its end. None at the
-/// end of the stream. After an error, `line` holds what has come so far, and reading can go on.
+/// end of the stream. After a time-out, `line` holds what has come so far, and reading can go on. The deadline is for
+/// the whole line, however slowly its bytes come; without one the stream's own time-out is for each of them.
 pub(crate) fn read_line(
     reader: &mut BufReader<UnixStream>,
     line: &mut Vec<u8>,
     bytes_max: u64,
+    deadline: Option<Instant>,
 ) -> io::Result<Option<Vec<u8>>> {
-    let room = bytes_max.saturating_sub(line.len() as u64);
-    reader.by_ref().take(room).read_until(b'\n', line)?;
-    match line.last() {
-        None => Ok(None),
-        Some(b'\n') => {
-            line.pop();
-            Ok(Some(std::mem::take(line)))
+    loop {
+        if let Some(deadline) = deadline {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            reader.get_ref().set_read_timeout(Some(left))?;
         }
-        Some(_) if line.len() as u64 == bytes_max => {
-            Err(io::Error::other(format!("a line longer than {bytes_max} bytes")))
+        let come = reader.fill_buf()?;
+        if come.is_empty() {
+            return if line.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
         }
-        Some(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+        let end = come.iter().position(|&byte| byte == b'\n');
+        let taken = end.unwrap_or(come.len());
+        line.extend_from_slice(&come[..taken]);
+        reader.consume(taken + usize::from(end.is_some()));
+        if line.len() as u64 >= bytes_max {
+            return Err(io::Error::other(format!("a line longer than {bytes_max} bytes")));
+        }
+        if end.is_some() {
+            return Ok(Some(std::mem::take(line)));
+        }
     }
 }
 

@@ -226,6 +226,47 @@ fn an_exporter_that_babbles_is_refused() {
 }
 
 #[test]
+fn a_file_that_the_exporter_does_not_hold_is_refused() {
+    let exporter = exporter();
+    let mut manifest = exporter.weights.manifest().clone();
+    let Allocation::File { path, bytes, .. } = &mut manifest.allocations[0];
+    let backup = exporter.dir.path().join("backup");
+    let before = vec![7; *bytes as usize];
+    std::fs::write(&backup, &before).unwrap();
+    *path = backup.clone();
+    let mut answer = serde_json::to_vec(&manifest).unwrap();
+    answer.push(b'\n');
+    let thread = impostor(&exporter.socket, answer);
+    let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err();
+    thread.join().unwrap();
+    assert!(matches!(&error, Error::Stale { path, .. } if *path == backup), "{error}");
+    assert_eq!(std::fs::read(&backup).unwrap(), before);
+}
+
+#[test]
+fn an_answer_that_trickles_in_is_given_up_in_time() {
+    let exporter = exporter();
+    let mut manifest = serde_json::to_vec(exporter.weights.manifest()).unwrap();
+    manifest.push(b'\n');
+    let listener = UnixListener::bind(&exporter.socket).unwrap();
+    let thread = std::thread::spawn(move || {
+        let (stream, _) = listener.accept().unwrap();
+        (&stream).write_all(&manifest).unwrap();
+        // Ends when the other side has gone.
+        while (&stream).write_all(b" ").is_ok() {
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    });
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    let clock = Instant::now();
+    let error = attachment.ping(Duration::from_millis(200)).unwrap_err();
+    assert!(matches!(error, ControlError::TimedOut { .. }), "{error}");
+    assert!(clock.elapsed() < Duration::from_secs(5), "{:?}", clock.elapsed());
+    drop(attachment);
+    thread.join().unwrap();
+}
+
+#[test]
 fn a_client_that_babbles_is_told_and_takes_no_lease() {
     let exporter = exporter();
     let handle = exporter.weights.serve(&exporter.socket, Arc::new(())).unwrap();

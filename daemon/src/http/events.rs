@@ -21,7 +21,12 @@ pub async fn events(State(app): State<App>) -> Sse<impl Stream<Item = Result<Eve
     let (sender, receiver) = mpsc::channel(1);
     tokio::spawn(async move {
         loop {
-            let (event, last) = match happenings.recv().await {
+            let happening = tokio::select! {
+                happening = happenings.recv() => happening,
+                // The reader has gone while nothing happened.
+                () = sender.closed() => return,
+            };
+            let (event, last) = match happening {
                 Ok(happening) => {
                     let event = Event::default().event(happening.what.name()).data(json_text(&happening));
                     (event, happening.what == What::Stopped)

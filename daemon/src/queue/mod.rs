@@ -215,6 +215,16 @@ impl Queue {
         Ok(Some(number(&self.lock(), "last_sync_ms")?).filter(|ms| *ms > 0))
     }
 
+    /// The highest weight version that an example was trained to; 0 without one.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn weight_version(&self) -> Result<u64, QueueError> {
+        let highest: Option<i64> =
+            self.lock().query_row("SELECT MAX(weight_version) FROM examples", [], |row| row.get(0))?;
+        Ok(highest.unwrap_or_default() as u64)
+    }
+
     /// Records the trainer's answer to a step.
     ///
     /// # Errors

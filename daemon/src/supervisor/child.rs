@@ -56,10 +56,15 @@ impl Child {
     ///
     /// # Errors
     /// When the program cannot be started.
-    pub fn spawn(command: &ChildCommand, output: impl Fn(Output) + Send + 'static) -> io::Result<Self> {
+    pub fn spawn(
+        command: &ChildCommand,
+        weight_version: u64,
+        output: impl Fn(Output) + Send + 'static,
+    ) -> io::Result<Self> {
         let parent = rustix::process::getpid();
         let mut spawning = Command::new(&command.program);
-        spawning.args(&command.arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
+        spawning.args(&command.arguments).arg(format!("--weight-version={weight_version}"));
+        spawning.stdin(Stdio::piped()).stdout(Stdio::piped()).process_group(0);
         for (name, _) in std::env::vars_os() {
             // The file holds what the environment said; a flag may have overruled it, so it must not be read again.
             if name.to_str().is_some_and(crate::config::is_config_variable) {

@@ -78,6 +78,7 @@ impl Supervisor {
     ) -> Self {
         // A sync that was due while the daemon was down is due now, once.
         let last = queue.last_sync_ms().ok().flatten().and_then(DateTime::from_timestamp_millis);
+        let weight_version = queue.weight_version().unwrap_or_default();
         let next_sync = options.schedule.next_after(last.unwrap_or_else(Utc::now));
         let new = Self {
             options,
@@ -105,6 +106,7 @@ impl Supervisor {
             status.version = env!("CARGO_PKG_VERSION").into();
             status.model = new.options.model.clone();
             status.since = now();
+            status.weight_version = weight_version;
         });
         new
     }
@@ -133,8 +135,7 @@ impl Supervisor {
 
     /// Tells whoever listens.
     pub(super) fn tell(&self, what: What) {
-        let weight_version = self.status.lock().unwrap_or_else(PoisonError::into_inner).weight_version;
-        self.happenings.tell(weight_version, what);
+        self.happenings.tell(self.weight_version(), what);
     }
 
     /// Until when nothing happens by itself.
@@ -214,6 +215,10 @@ impl Supervisor {
         self.queue.take(self.options.batch_examples)
     }
 
+    fn weight_version(&self) -> u64 {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).weight_version
+    }
+
     /// Why the last trainer found no server, until one does.
     pub(super) fn waits_because(&self) -> Option<&String> {
         self.absent.as_ref().filter(|(state, _)| *state == State::WaitingForServer).map(|(_, reason)| reason)
@@ -225,7 +230,7 @@ impl Supervisor {
         let events = self.events.clone();
         // The receiver ends with the supervisor; a child's last words are then nobody's.
         let output = move |output| drop(events.send(Event::Child { number, output }));
-        match Child::spawn(&self.options.command, output) {
+        match Child::spawn(&self.options.command, self.weight_version(), output) {
             Ok(child) => {
                 // While a server is waited for, one is started every second.
                 if self.waits_because().is_none() {

@@ -27,14 +27,14 @@ const WATCH: Duration = Duration::from_millis(200);
 /// How often the supervisor gets a sign of life.
 const HEARTBEAT: Duration = Duration::from_secs(1);
 
-/// Runs until told to stop, until stdin ends or until the server is gone.
-pub fn run(config: &Config) -> Result<()> {
+/// Runs until told to stop, until stdin ends or until the server is gone. Versions of the weights go on after `told`.
+pub fn run(config: &Config, told: u64) -> Result<()> {
     std::thread::spawn(|| {
         while say(&FromTrainer::Alive).is_ok() {
             std::thread::sleep(HEARTBEAT);
         }
     });
-    let mut session = match Session::open(config) {
+    let mut session = match Session::open(config, told) {
         Ok(session) => session,
         Err(StartError::ServerGone(reason)) => return say(&FromTrainer::ServerGone { reason }),
         Err(StartError::Failed(error)) => {

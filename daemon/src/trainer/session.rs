@@ -22,6 +22,10 @@ use weight_map::Role;
 /// Longest time for which an engine is held, and for which its running step is waited for.
 const HOLD: Duration = Duration::from_secs(5);
 
+/// Attempts to hold the engine for one step, and the pause between two.
+const HOLDS_MAX: u32 = 12;
+const HOLD_AGAIN: Duration = Duration::from_millis(500);
+
 /// How often an idle trainer asks the server for a sign of life, and how long it waits for it.
 const PING: Duration = Duration::from_secs(1);
 
@@ -75,8 +79,8 @@ pub struct Session {
 
 impl Session {
     /// Takes the model directory's lock, attaches, and brings live weights and optimizer to the last
-    /// generation. Nothing is written to live weights before everything was checked.
-    pub fn open(config: &Config) -> Result<Session, StartError> {
+    /// generation. `told` is the highest weight version that anybody was told. Nothing is written to live weights before everything was checked.
+    pub fn open(config: &Config, told: u64) -> Result<Session, StartError> {
         let model_config = model::Config::read(&config.model.dir)?;
         let mut tensors = settings::tensors(&model_config, &config.train);
         // The configuration counts the current generation, the library those before it.
@@ -111,7 +115,9 @@ impl Session {
         } else {
             restore::require_equal(&checkpoint, &names, model.weights(), &file_dtypes)?;
         }
-        let mut shadow_check = known.as_ref().and_then(|known| known.shadow_check.clone());
+        // A live copy keeps its epoch when another server maps it, and that one is to be asked too.
+        let lasting = !matches!(attachment.source(), Source::Staged(_));
+        let mut shadow_check = known.as_ref().filter(|_| lasting).and_then(|known| known.shadow_check.clone());
         let mut unchecked = None;
         if shadow_check.is_none() {
             let url = config.server.url.as_deref();
@@ -125,7 +131,11 @@ impl Session {
 
         let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
-        let progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
+        let mut progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
+        if told > progress.weight_version {
+            // Weights of that version are gone; these are older ones again, which no version has named so far.
+            progress.weight_version = told + 1;
+        }
         Ok(Session {
             cache,
             gates: settings::gates(&config.train),
@@ -347,10 +357,23 @@ fn hold(attachment: &Attachment, update: Update) -> Result<Option<(ipc::Hold<'_>
     if update == Update::Hogwild {
         return Ok(None);
     }
-    match attachment.hold(HOLD) {
-        Ok(held) => Ok(Some((held, Instant::now()))),
-        Err(ControlError::Gone(gone)) => Err(gone.into()),
-        Err(error) => Err(error).context("server.update is \"between\" and the engine could not be held"),
+    let mut attempts = 0;
+    loop {
+        attempts += 1;
+        match attachment.hold(HOLD) {
+            Ok(held) => return Ok(Some((held, Instant::now()))),
+            Err(ControlError::Gone(gone)) => return Err(gone.into()),
+            // A long prompt is one long step of the engine: the example waits for its end.
+            Err(error) if attempts < HOLDS_MAX => {
+                tracing::warn!("the engine could not be held, tried again: {error}");
+                std::thread::sleep(HOLD_AGAIN);
+            }
+            Err(error) => {
+                return Err(error).context(format!(
+                    "server.update is \"between\" and the engine could not be held in {attempts} attempts"
+                ));
+            }
+        }
     }
 }
 

@@ -15,6 +15,8 @@ use weight_map::{Dtype, ServerTensor, WeightMap};
 const HEADER_BYTES_MAX: usize = 1 << 30;
 /// Dimensions that ggml knows.
 const DIMENSIONS_MAX: u32 = 4;
+/// Longest array of metadata: a vocabulary has some 10⁵ tokens and as many merges, and each element costs 32 bytes here.
+const ARRAY_LEN_MAX: usize = 1 << 22;
 
 /// One tensor in a GGUF file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -332,6 +334,9 @@ impl<'a> Cursor<'a> {
                     return Err("an array of arrays, which llama.cpp does not know either".into());
                 }
                 let len = self.count(len, 1, "elements of an array")?;
+                if len > ARRAY_LEN_MAX {
+                    return Err(format!("an array of {len} elements; {ARRAY_LEN_MAX} are read at most"));
+                }
                 GgufValue::Array(of, (0..len).map(|_| self.value(of)).collect::<Result<_, _>>()?)
             }
             10 => GgufValue::U64(self.u64()?),
