@@ -127,6 +127,52 @@ class Memory(Exported):
         before.sum().backward()
 
 
+class Replaced(Exported):
+    REFUSAL = {"error": "the model's parameters were replaced after it was exported; export it again"}
+
+    def test_parameters_that_are_replaced_end_the_lease_and_are_not_lent(self):
+        def assign(model):
+            model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+        def untie(model):
+            model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+
+        def new_layer(model):
+            model.layer = torch.nn.Linear(6, 6, dtype=torch.bfloat16)
+
+        for replace in (torch.nn.Module.float, assign, untie, new_layer):
+            with self.subTest(replace.__name__):
+                model = Tied()
+                with export(model, socket=self.socket, model_dir=self.folder) as handle:
+                    with Client(handle.socket) as client:
+                        client.ask({"hello": 1})
+                        self.assertEqual(client.ask({"ping": 1})["pong"], 1)
+                        replace(model)
+                        self.assertIsNone(client.ask({"ping": 2}))
+                    with Client(handle.socket) as client:
+                        self.assertEqual(client.ask({"hello": 1}), self.REFUSAL)
+                with export(model, socket=self.socket, model_dir=self.folder) as handle:
+                    self.assertIn("epoch", self.manifest(handle))
+
+    def test_values_that_are_loaded_in_place_keep_the_lease(self):
+        model = Tied()
+        client = Client(self.export(model).socket)
+        self.addCleanup(client.close)
+        client.ask({"hello": 1})
+        model.load_state_dict(Tied().state_dict())
+        self.assertEqual(client.ask({"ping": 1})["pong"], 1)
+
+    def test_what_is_exported_already_is_refused_and_stays_where_it_is(self):
+        model = Tied()
+        manifest = self.manifest(self.export(model))
+        for part in (model, model.layer):
+            with self.assertRaisesRegex(ExportError, f"already exported on {self.socket}; close that first"):
+                export(part, socket=self.folder / "second.sock", model_dir=self.folder)
+        self.assertFalse((self.folder / "second.sock").exists())
+        Mapped(manifest)["layer.weight"].fill_(3)
+        self.assertTrue((model.layer.weight == 3).all())
+
+
 class Manifest(Exported):
     def test_it_says_what_a_trainer_needs(self):
         model = Tied()

@@ -1,4 +1,6 @@
+import itertools
 import os
+import resource
 import socket
 import stat
 import tempfile
@@ -6,11 +8,15 @@ import threading
 import time
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import apollod.gate
 import apollod.server
 from apollod.errors import ExportError
 from apollod.gate import Gate
 from apollod.server import REQUEST_BYTES_MAX, Controls, WeightServer
+from apollod.vllm_engine import EngineControl
 from client import Client
 
 MANIFEST = {"version": 1, "epoch": "0" * 32}
@@ -149,6 +155,55 @@ class Withdrawal(Serving):
         self.server.close()
         self.assertFalse(self.path.exists())
 
+    def test_closing_in_a_forked_child_leaves_the_parents_socket_and_lease(self):
+        client = self.lease()
+        child = os.fork()
+        if child == 0:
+            try:
+                self.server.close()
+            finally:
+                os._exit(0)
+        os.waitpid(child, 0)
+        self.assertEqual(client.ask({"ping": 1})["pong"], 1)
+        client.close()
+        self.lease_soon()
+
+    def assert_stale_weights_end_the_lease_at(self, request):
+        why = None
+        self.server.offer(MANIFEST, self.controls, lambda: why)
+        client = self.lease()
+        self.assertEqual(list(client.ask({"ping": 1})), ["pong", "epoch"])
+        why = "moved"
+        self.assertIsNone(client.ask(request))
+        with Client(self.path) as second:
+            self.assertEqual(second.ask({"hello": 1}), {"error": "moved"})
+
+    def test_stale_weights_end_the_lease_at_a_ping(self):
+        self.assert_stale_weights_end_the_lease_at({"ping": 1})
+
+    def test_stale_weights_end_the_lease_at_a_score(self):
+        self.assert_stale_weights_end_the_lease_at({"score": [1, 2]})
+
+
+class Exhaustion(Serving):
+    def test_a_moment_without_descriptors_does_not_end_the_service(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        clients = [socket.socket(socket.AF_UNIX) for _ in range(2)]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, limits[1]))
+        held = []
+        with self.assertRaises(OSError):
+            while True:
+                held.append(os.dup(0))
+        for client in clients:
+            client.connect(str(self.path))
+        time.sleep(0.2)
+        for descriptor in held:
+            os.close(descriptor)
+        for client in clients:
+            client.close()
+        self.lease()
+
 
 class SocketPath(Serving):
     def test_the_socket_of_a_living_server_is_not_taken(self):
@@ -253,6 +308,17 @@ class Hold(Serving):
         self.assertFalse(self.gate.hold(0.05, lambda: time.sleep(0.1)))
         self.assert_steps()
 
+    def test_it_ends_though_its_time_passes_between_two_looks_at_the_clock(self):
+        gate = Gate()
+        # Two looks by the hold, one by the step; then its time is over.
+        looks = itertools.chain([0, 0, 0], itertools.repeat(1))
+        with mock.patch.object(apollod.gate, "time", SimpleNamespace(monotonic=lambda: next(looks))):
+            self.assertTrue(gate.hold(0.1))
+            engine = threading.Thread(target=lambda: gate.step().__enter__(), daemon=True)
+            engine.start()
+            engine.join(5)
+        self.assertFalse(engine.is_alive(), "the engine waits for a hold that is over")
+
     def test_whoever_asks_gets_in_before_the_next_step_and_the_engine_waits(self):
         for _ in range(20):
             with self.gate.between(5) as inside:
@@ -263,6 +329,30 @@ class Hold(Serving):
         self.running = False
         time.sleep(0.05)
         self.assertEqual(self.lease().ask({"hold": 1000}), {"held": True})
+
+
+class Busy(unittest.TestCase):
+    def test_an_invalidation_is_answered_before_the_trainer_gives_up(self):
+        stepping, end = threading.Event(), threading.Event()
+
+        class Engine:
+            def step(self):
+                stepping.set()
+                end.wait()
+
+            def preprocess_add_request(self, request):
+                return request
+
+        engine = Engine()
+        controls = EngineControl(engine).controls
+        thread = threading.Thread(target=engine.step)
+        thread.start()
+        self.addCleanup(thread.join)
+        self.addCleanup(end.set)
+        stepping.wait()
+        started = time.monotonic()
+        self.assertEqual(controls.invalidate("reset"), "salt")
+        self.assertLess(time.monotonic() - started, 4, "a trainer waits 5 s")
 
 
 if __name__ == "__main__":

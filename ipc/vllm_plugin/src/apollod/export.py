@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -10,11 +11,14 @@ from typing import Any
 import torch
 
 from .errors import ExportError
+from .footprint import Footprint
 from .manifest import document
 from .server import Controls, WeightServer
 from .weights import SharedWeights
 
 Score = Callable[[list[int]], list[float]]
+
+REPLACED = "the model's parameters were replaced after it was exported; export it again"
 
 
 class Export:
@@ -37,6 +41,12 @@ class Export:
         """Ends the lease and removes the socket. The model stays usable."""
         self._server.close()
         self._weights.close()
+        _open.pop(self, None)
+
+    def _offer(self, model: torch.nn.Module, model_dir: Path, controls: Controls) -> None:
+        manifest = document(self._weights.share(model), model_dir=model_dir, controls=controls.names())
+        footprint = _open[self] = Footprint(model)
+        self._server.offer(manifest, controls, lambda: None if footprint.is_of(model) else REPLACED)
 
     def __enter__(self) -> "Export":
         return self
@@ -45,6 +55,12 @@ class Export:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+#: Exports that are not closed, and what they keep.
+_open: dict[Export, Footprint] = {}
+#: One export at a time, so that no two can take the same parameters.
+_exporting = threading.Lock()
 
 
 def export(
@@ -56,26 +72,34 @@ def export(
     """Offers the parameters of ``model`` to a trainer, which will change them while the model is used.
 
     On a CPU the parameters are moved into shared memory; on a GPU they stay where they are. Keep the model's
-    parameters from then on: one that is replaced (``load_state_dict`` does not, ``.to`` does) is trained no more.
+    parameters from then on: when one is replaced (``load_state_dict`` does not, ``.to`` does) the lease ends and
+    no other is given until the export is closed, which keeps the old memory, and the model is exported again.
 
     socket: default ``$APOLLOD_SOCKET``, else ``$XDG_RUNTIME_DIR/apollod.sock`` or ``/tmp/apollod-UID.sock``.
     model_dir: the directory that the model was loaded from; default the one that a transformers model names.
     score: token ids to the log-probability of each but the first; default the model's own for transformers.
 
-    Raises ExportError if a parameter cannot be trained in place, or the socket cannot be had.
+    Raises ExportError if a parameter cannot be trained in place or is exported already, or the socket cannot be had.
     """
     directory = _model_dir(model, model_dir)
-    weights = SharedWeights()
-    server = WeightServer(socket or os.environ.get("APOLLOD_SOCKET") or _default_socket())
-    try:
-        controls = Controls(score=score or _default_score(model))
-        server.offer(document(weights.share(model), model_dir=directory, controls=controls.names()), controls)
-    except BaseException:
-        server.close()
-        weights.close()
-        raise
-    print(f"apollod: weights are offered on {server.path}", file=sys.stderr, flush=True)
-    return Export(server, weights)
+    with _exporting:
+        _refuse_exported(model)
+        exported = Export(
+            WeightServer(socket or os.environ.get("APOLLOD_SOCKET") or _default_socket()), SharedWeights()
+        )
+        try:
+            exported._offer(model, directory, Controls(score=score or _default_score(model)))
+        except BaseException:
+            exported.close()
+            raise
+    print(f"apollod: weights are offered on {exported.socket}", file=sys.stderr, flush=True)
+    return exported
+
+
+def _refuse_exported(model: torch.nn.Module) -> None:
+    for other, footprint in tuple(_open.items()):
+        if footprint.overlaps(model):
+            raise ExportError(f"the model is already exported on {other.socket}; close that first")
 
 
 def _default_socket() -> Path:

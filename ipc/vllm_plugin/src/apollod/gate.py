@@ -80,8 +80,9 @@ class Gate:
             if self._inside == thread:
                 self._depth += 1
                 return
-            while self._inside is not None or self._waiting or self._held_for() is not None:
-                self._changed.wait(self._held_for())
+            # One look at the clock a round: a hold that ended between two would be waited for without end.
+            while (left := self._held_for()) is not None or self._inside is not None or self._waiting:
+                self._changed.wait(left)
             self._inside, self._depth = thread, 1
 
     def _leave(self) -> None:

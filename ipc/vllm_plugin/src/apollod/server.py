@@ -17,6 +17,7 @@
     exporter {"error":"…"}                      to any request that cannot be done; the connection stays
 
 The open connection is the lease: one connection has it at a time, and it and its hold end with the connection.
+The exporter ends it when the weights are no longer those of the manifest.
 """
 
 import json
@@ -25,6 +26,7 @@ import socket
 import stat
 import struct
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,6 +46,8 @@ CONNECTIONS_MAX = 16
 HOLD_MS_MAX = 600_000
 #: How long a trainer has to go when its lease is ended.
 GOODBYE_S = 2.0
+#: Pause after a connection that could not be accepted.
+ACCEPT_PAUSE_S = 0.05
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,8 @@ class Offer:
 
     manifest: dict[str, Any]
     controls: Controls
+    #: Why the manifest no longer holds; None while it does. Asked at hello and before every answer.
+    stale: Callable[[], str | None]
 
 
 class WeightServer:
@@ -84,18 +90,21 @@ class WeightServer:
         self._connections: set[_Connection] = set()
         self._lease: _Connection | None = None
         self._closed = False
+        self._owner_pid = os.getpid()
         self._listener = _listen(self.path)
         threading.Thread(target=self._accept, name="apollod-accept", daemon=True).start()
 
-    def offer(self, manifest: dict[str, Any], controls: Controls) -> None:
-        """Lends these weights from now on."""
+    def offer(
+        self, manifest: dict[str, Any], controls: Controls, stale: Callable[[], str | None] = lambda: None
+    ) -> None:
+        """Lends these weights from now on, while ``stale`` gives no reason not to. It is called by any thread."""
         with self._lock:
-            self._offer = Offer(manifest, controls)
+            self._offer = Offer(manifest, controls, stale)
 
     def withdraw(self, why: str) -> None:
         """Ends the lease and lends nothing until the next offer; ``why`` is what a trainer is told.
 
-        Returns when the trainer has gone, or has had ``GOODBYE_S`` to go.
+        Returns when the trainer has gone, or has had ``GOODBYE_S`` to go and as long again to be cut off.
         """
         with self._lock:
             self._offer, self._why_not = None, why
@@ -104,7 +113,12 @@ class WeightServer:
             lease.say_goodbye()
 
     def close(self) -> None:
-        """Ends every connection and removes the socket. A second call does nothing."""
+        """Ends every connection and removes the socket. A second call does nothing.
+
+        In a forked child it closes the child's descriptors; the socket and the connections are its parent's.
+        """
+        if os.getpid() != self._owner_pid:
+            return self._close_inherited()
         with self._lock:
             closed, self._closed = self._closed, True
         if closed:
@@ -123,25 +137,41 @@ class WeightServer:
         with self._lock:
             return None if self._lease is None else self._lease.pid
 
+    def _close_inherited(self) -> None:
+        # No lock: the one thread of a forked child may have inherited it locked.
+        self._listener.close()
+        for connection in self._connections:
+            connection.forget()
+        self._connections.clear()
+
     def _accept(self) -> None:
-        while True:
+        while not self._closed:
             try:
                 stream, _ = self._listener.accept()
-            except OSError:
-                return  # The listener was shut down.
-            with self._lock:
-                if len(self._connections) >= CONNECTIONS_MAX:
-                    stream.close()
-                    continue
-                connection = _Connection(self, stream)
-                self._connections.add(connection)
+                self._admit(stream)
+            except (OSError, RuntimeError):  # Shut down, or out of descriptors or threads for the moment.
+                time.sleep(ACCEPT_PAUSE_S)
+
+    def _admit(self, stream: socket.socket) -> None:
+        with self._lock:
+            if len(self._connections) >= CONNECTIONS_MAX:
+                return stream.close()
+            connection = _Connection(self, stream)
+            self._connections.add(connection)
+        try:
             threading.Thread(target=connection.run, name="apollod-lease", daemon=True).start()
+        except RuntimeError:
+            self._ended(connection)
+            stream.close()
+            raise
 
     def _lend(self, connection: "_Connection") -> Offer | str:
         """The offer, or why it is refused."""
         with self._lock:
             if self._offer is None:
                 return self._why_not
+            if why := self._offer.stale():
+                return why
             if self._lease is not None:
                 return f"leased by pid {self._lease.pid}"
             self._lease = connection
@@ -168,9 +198,15 @@ class _Connection:
         self._shutdown(socket.SHUT_WR)
         if not self._over.wait(GOODBYE_S):
             self.cut()
+            self._over.wait(GOODBYE_S)  # Its thread may still be at an answer.
 
     def cut(self) -> None:
         self._shutdown(socket.SHUT_RDWR)
+
+    def forget(self) -> None:
+        """Closes this process's descriptor, without a word to the trainer."""
+        if (descriptor := self._stream.detach()) >= 0:
+            os.close(descriptor)
 
     def run(self) -> None:
         try:
@@ -193,7 +229,7 @@ class _Connection:
         try:
             self._write(offer.manifest)
             self._stream.settimeout(None)
-            while (line := _read_line(reader)) is not None:
+            while (line := _read_line(reader)) is not None and not offer.stale():
                 self._stream.sendall(_answer(line, offer))
         except _TooLong as error:
             self._write({"error": str(error)})

@@ -32,8 +32,8 @@ OTHER_PASSES = (
     "_handle_client_request",
     "_notify_idle_state_callbacks",
 )
-#: How long an invalidation waits for the running step to end; then it salts.
-INVALIDATE_S = 5.0
+#: How long an invalidation waits for the running step to end; then it salts. The trainer waits 5 s for the answer.
+INVALIDATE_S = 2.0
 
 
 class EngineControl:
