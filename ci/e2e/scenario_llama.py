@@ -4,14 +4,15 @@
    answer to the question is not yet the taught one.
 2. The daemon attaches, knows the server's process, and compares log-probabilities with it; the example is posted until
    the greedy answer is the taught text.
-3. A sync writes the model directory's safetensors; `apollod checkpoint export --gguf` of it is the live file byte for
+3. The server is killed; the daemon waits, the live copy stays. Another one, started on it, is attached by itself.
+4. A sync writes the model directory's safetensors; `apollod checkpoint export --gguf` of it is the live file byte for
    byte, and a second server, started from the export, gives the same answer.
-4. A GGUF of other weights (the export, compared with the original model) is refused.
+5. A GGUF of other weights (the export, compared with the original model) is refused.
 """
 import subprocess
 
-from daemon import Daemon
-from harness import Broken, check_same_tensors, require, run, say, tensors
+from daemon import Daemon, chat
+from harness import Broken, check_same_tensors, free_port, require, run, say, tensors, wait_until
 from servers import LlamaCpp
 
 
@@ -19,7 +20,8 @@ def test(options, work):
     model, live, log = work.copy_of(options.model), work.memory / "live", work.folder / "apollod.log"
     gguf = live / "model.gguf"
     run([options.apollod, "stage", model, live, "--gguf"], log)
-    server = work.keep(LlamaCpp(options.venv, gguf, work.folder / "server.log"))
+    port = free_port()    # the same for the next one, since the daemon asks there
+    server = work.keep(LlamaCpp(options.venv, gguf, work.folder / "server.log", port))
     server.check_maps()
     before, reason = server.ask(options.question)
     say(f"before: {options.question!r} -> {before!r} ({reason})")
@@ -36,8 +38,17 @@ def test(options, work):
     daemon.sync()
     changed = check_same_tensors(tensors(options.model), tensors(model), "the sync")
     say(f"{changed} tensors changed in the files")
-    daemon.stop()
     server.check_same_process()
+    server.popen.kill()
+    wait_until("the daemon waits for a server", lambda: daemon.status()["state"] == "waiting_for_server", 30)
+    ids = daemon.post([chat(options.question, options.answer)] * 4)
+    server = work.keep(LlamaCpp(options.venv, gguf, work.folder / "restarted_server.log", port))
+    daemon.wait_trained(ids)
+    served = server.ask(options.question)
+    require(served == (options.answer, "stop"), f"the restarted server answers {served}, want {options.answer!r}")
+    say(f"llama.cpp was killed, started again and attached by itself; {len(ids)} examples that waited are trained")
+    daemon.sync()
+    daemon.stop()
     server.stop()
 
     exported = work.folder / "exported.gguf"

@@ -2,9 +2,12 @@
 
 1. The program serves the model directory; its greedy answer to the question is not yet the taught one.
 2. The daemon attaches through the socket; the example is posted until the greedy answer is the taught text.
-3. A sync writes the model directory; the program, started anew from it, gives the same answer.
+3. A sync writes the model directory. The program is killed among steps: the weights' memory no longer changes, examples
+   wait. Started again from the model directory, it is attached by itself, every example is trained, and it gives the
+   same answer.
 """
 from daemon import Daemon
+from death import kill_among_steps
 from harness import Broken, check_same_tensors, require, say, tensors
 from servers import TorchProgram
 
@@ -24,11 +27,9 @@ def test(options, work):
     daemon.sync()
     changed = check_same_tensors(tensors(options.model), tensors(model), "the sync")
     say(f"{changed} tensors changed in the files")
-    daemon.stop()
-    server.check_same_process()
-    server.stop()
-
-    second = work.keep(TorchProgram(options.venv, model, work.folder / "second_server.log", socket))
-    again = second.ask(options.question)
+    ids = kill_among_steps(options, daemon, server)
+    server = work.keep(TorchProgram(options.venv, model, work.folder / "second_server.log", socket))
+    daemon.wait_trained(ids)
+    say(f"the program was started again and attached by itself; all {len(ids)} examples are trained")
+    again = server.ask(options.question)
     require(again == (options.answer, "stop"), f"the program started from the model directory answers {again}")
-    say(f"the program started from the model directory gives the same answer: {again[0]!r}")

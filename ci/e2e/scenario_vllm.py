@@ -13,14 +13,13 @@ import json
 import os
 import pathlib
 import random
-import select
-import signal
 import statistics
 import subprocess
 import time
 
 from daemon import Daemon, chat
-from harness import Broken, Failed, Memory, check_same_tensors, descendants, free_port, require, say, tail, tensors, wait_until
+from death import kill_among_steps
+from harness import Broken, check_same_tensors, descendants, free_port, require, say, tail, tensors
 from servers import Vllm
 
 # Of tokens drawn at random, whose log-probabilities are around -12 nats: vLLM computes in bfloat16, where a logit of
@@ -36,7 +35,6 @@ CACHED_TOKENS = 300
 ANSWER_TOKENS = 8
 # Blocks of 32 tokens, so that the prompts above fill several.
 FLAGS = ("--block-size", "32", "--enable-prefix-caching")
-QUIET_S = 0.1    # after the server's death
 
 
 def test(options, work):
@@ -179,54 +177,3 @@ def differing(answers, wanted):
 def train_a_little(options, daemon):
     """Move the weights visibly, away from the answer that is to be taught later."""
     daemon.wait_trained(daemon.post([chat(options.question, "Nobody knows, and the list of words is closed.")] * 4))
-
-
-# ---- death of the server --------------------------------------------------------------------------------------------
-
-
-def kill_among_steps(options, daemon, server):
-    """Kill vLLM's engine while steps are applied. Returns the examples that were posted."""
-    engine = daemon.status()["server_pid"]
-    ids = daemon.post([chat(options.question, options.answer)] * 60)
-    memory = weights_of(engine)
-    first = memory.bytes()
-    wait_until("the weights move", lambda: memory.bytes() != first, 30, interval_s=0.01)
-    dead, last = kill_and_watch(engine, memory)
-    require(last - dead <= QUIET_S, f"the weights still changed {last - dead:.3f} s after the server's death")
-    wait_until("the daemon waits for a server", lambda: daemon.status()["state"] == "waiting_for_server", 30)
-    states = [daemon.example(example_id)[0] for example_id in ids]
-    untrained = sum(state in ("queued", "training") for state in states)
-    say(f"vLLM's engine {engine} was killed with {untrained} of {len(ids)} examples untrained; it was dead after "
-        f"{1e3 * dead:.0f} ms, the last change of the weights was seen after {1e3 * last:.0f} ms")
-    require(untrained > 0, "every example was trained before the server was killed, so this proves nothing")
-    lost = [s for s in states if s not in ("queued", "training", "trained")]
-    require(not lost, f"examples are {lost}")
-    late = daemon.post([chat(options.question, options.answer)])
-    server.stop()
-    return ids + late
-
-
-def kill_and_watch(pid, memory):
-    """Kill a process. Returns when it was dead and when the memory changed last, in seconds from the kill. Between the
-    kill and the death the kernel takes the process's own memory down, and nobody can see that it will die."""
-    with open(os.pidfd_open(pid)) as process:
-        dying = select.poll()
-        dying.register(process, select.POLLIN)
-        started, before, dead, last = time.monotonic(), memory.bytes(), None, 0.0
-        os.kill(pid, signal.SIGKILL)
-        while (now := time.monotonic() - started) < 2:
-            if dead is None and dying.poll(0):
-                dead = now
-            if (seen := memory.bytes()) != before:
-                before, last = seen, now
-            time.sleep(0.002)
-    require(dead is not None, f"process {pid} is still not dead {now:.1f} s after SIGKILL")
-    return dead, last
-
-
-def weights_of(pid):
-    """The memory in which process `pid` shares its weights."""
-    for entry in pathlib.Path(f"/proc/{pid}/fd").iterdir():
-        if os.readlink(entry).startswith("/memfd:apollod-weights"):
-            return Memory(entry)
-    raise Failed(f"process {pid} shares no weights")

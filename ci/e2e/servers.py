@@ -92,8 +92,8 @@ class LlamaCpp(Server):
     """llama.cpp's own server on one GGUF file, which it maps. Prompts are computed anew, so no answer comes from keys and
     values of older weights."""
 
-    def __init__(self, venv, gguf, log):
-        port, self.gguf = free_port(), gguf
+    def __init__(self, venv, gguf, log, port=None):
+        port, self.gguf = port or free_port(), gguf
         script = pathlib.Path(__file__).parent.parent / "llama_server.py"
         command = [venv / "bin" / "python", script, gguf, "--port", port, "--no-cache-prompt"]
         super().__init__("llama.cpp", command, log, gguf.stem, port)
