@@ -6,8 +6,8 @@
    prompt gets the new model's. The new model's are those of a fresh transformers run from the synced directory.
 3. The example is posted until the greedy answer is the taught text. vLLM's processes are the same all along.
 4. After a sync, log-probabilities of held-out prompts equal those of a fresh transformers run from the model directory.
-5. vLLM's engine is killed among steps: 100 ms after its death the weights' memory no longer changes. Examples that are posted
-   now wait. vLLM is started again, the daemon attaches by itself, and every example is trained.
+5. vLLM's engine is killed among steps: 100 ms later the weights' memory no longer changes. Examples that are posted now
+   wait. vLLM is started again, the daemon attaches by itself, and every example is trained.
 """
 import json
 import os

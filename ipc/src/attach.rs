@@ -183,7 +183,7 @@ impl Attachment {
         self.check().is_ok()
     }
 
-    /// Checks that the server still lives and still grants the lease. Two system calls at most, so it can be
+    /// Checks that the server still lives and still grants the lease. A few system calls, so it can be
     /// called before every write. A staged copy that no server has mapped yet counts as alive.
     ///
     /// # Errors

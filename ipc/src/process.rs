@@ -63,11 +63,27 @@ impl Process {
         self.pid
     }
 
-    /// Whether the process has ended. One system call.
+    /// Whether the process has ended, or is about to.
     pub(crate) fn exited(&self) -> bool {
         wait_for(Some(self), None, Duration::ZERO)
     }
+
+    /// Whether its first thread is ending or has ended (proc_pid_stat(5), field 9, PF_EXITING; field 3). The kernel says
+    /// so on the way into exit, before it takes the memory down, which for a large server takes 100 ms and more; a
+    /// pidfd and sockets tell only after that. Not to be read is no evidence: the pidfd decides.
+    fn is_dying(&self) -> bool {
+        const PF_EXITING: u64 = 4;
+        let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else { return false };
+        // The name of the program may hold anything, brackets too.
+        let mut fields = stat.rsplit_once(')').map_or("", |(_, rest)| rest).split_ascii_whitespace();
+        let state = fields.next();
+        let flags: Option<u64> = fields.nth(5).and_then(|flags| flags.parse().ok());
+        matches!(state, Some("Z" | "X")) || flags.is_some_and(|flags| flags & PF_EXITING != 0)
+    }
 }
+
+/// How often a process that is waited for is looked at.
+const GLANCE: Duration = Duration::from_millis(10);
 
 /// Waits until the process has ended or the other end of the socket has closed it, at most for `timeout`; whether
 /// either is so.
@@ -77,8 +93,10 @@ pub(crate) fn wait_for(process: Option<&Process>, socket: Option<&UnixStream>, t
     fds.extend(socket.map(|socket| PollFd::new(socket, PollFlags::RDHUP)));
     let deadline = Instant::now() + timeout;
     loop {
-        let left = Timespec::try_from(deadline.saturating_duration_since(Instant::now())).ok();
-        match poll(&mut fds, left.as_ref()) {
+        let left = deadline.saturating_duration_since(Instant::now());
+        match poll(&mut fds, Timespec::try_from(left.min(GLANCE)).ok().as_ref()) {
+            Ok(0) if process.is_some_and(Process::is_dying) => return true,
+            Ok(0) if left > GLANCE => {}
             Ok(ready) => return ready > 0,
             Err(rustix::io::Errno::INTR) => {}
             // A descriptor that cannot be polled proves nothing about the server: fail closed.
