@@ -20,6 +20,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>().as_slice() {
         ["serve-export", model, socket] => serve_export(Path::new(model), Path::new(socket)),
+        ["serve-then-die-slowly", model, socket] => serve_then_die_slowly(Path::new(model), Path::new(socket)),
         ["serve-staged", live] => serve_staged(Path::new(live)),
         ["train", socket] => train(Path::new(socket)),
         rest => return run_tests(rest),
@@ -29,10 +30,11 @@ fn main() -> ExitCode {
 
 /// Runs the tests whose names contain a word of the command line, or all of them.
 fn run_tests(arguments: &[&str]) -> ExitCode {
-    let tests: [(&str, fn()); 6] = [
+    let tests: [(&str, fn()); 7] = [
         ("bytes_written_by_another_process_are_seen_by_the_exporter", bytes_are_shared),
         ("a_killed_exporter_is_noticed_within_100_ms_by_its_pid", killed_exporter),
         ("a_watch_sleeps_until_the_exporter_is_killed", watched_exporter),
+        ("a_process_that_is_dying_is_gone_before_it_is_dead", dying_exporter),
         ("a_trainer_that_is_killed_gives_the_lease_back", killed_trainer),
         ("a_server_of_a_live_copy_sees_every_write_and_its_end_is_noticed", staged_server),
         ("a_live_copy_that_is_served_is_not_staged_again", no_staging_under_a_server),
@@ -115,6 +117,19 @@ fn serve_export(model: &Path, socket: &Path) {
     answer(|_| hex(&weights.find(NAME).unwrap().read()));
 }
 
+/// Exports, and a moment later ends its first thread alone: as of a large process that was killed, whose memory takes
+/// long to be taken down, its pidfd and its sockets say nothing.
+fn serve_then_die_slowly(model: &Path, socket: &Path) {
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let _handle = weights.serve(socket, Arc::new(())).unwrap();
+    std::thread::spawn(|| std::thread::sleep(Duration::from_secs(60)));
+    println!("ready");
+    std::thread::sleep(Duration::from_secs(1));
+    // SAFETY: exit(2) as a system call ends this thread and nothing else; what it owns stays as it is, and other
+    // threads never touch its stack.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+}
+
 /// Maps the file privately, as transformers and llama.cpp do.
 fn serve_staged(live: &Path) {
     let dir = SafetensorsDir::open(live).unwrap();
@@ -190,6 +205,17 @@ fn watched_exporter() {
         assert!(seen.is_err());
         assert!(at - killed < Duration::from_millis(100), "seen after {:?}", at - killed);
     });
+}
+
+fn dying_exporter() {
+    let (dir, model, expected) = model(true);
+    let socket = dir.path().join("s");
+    let server = Other::start(&[Path::new("serve-then-die-slowly"), &model, &socket]);
+    let attachment = Attachment::open(&Source::Socket(socket), &expected).unwrap();
+    let started = Instant::now();
+    assert!(attachment.watch(Duration::from_secs(20)).is_err(), "nobody saw that it is dying");
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert!(Path::new(&format!("/proc/{}", server.child.id())).exists(), "it was to be dying, not dead");
 }
 
 fn killed_trainer() {
