@@ -102,6 +102,13 @@ pub struct Factors<'a, B> {
     pub n: usize,
 }
 
+impl<B> Clone for Factors<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Factors<'_, B> {}
+
 impl<B> Factors<'_, B> {
     /// Rows if m >= n, else columns.
     pub fn channels(&self) -> Channels {
@@ -134,6 +141,13 @@ pub struct Compressed<'a, B> {
     /// Decay constants.
     pub moments: Moments,
 }
+
+impl<B> Clone for Compressed<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Compressed<'_, B> {}
 
 /// Number of f32 slots that [`Device::apollo_prepare`] and [`Device::limit`] use for one tensor.
 pub const NORM_SLOTS: usize = 4;
