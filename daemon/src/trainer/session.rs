@@ -7,7 +7,7 @@ use super::{restore, settings, watch};
 use crate::config::{self, Attach, Config, Update};
 use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
 use crate::weights::{self, Fit};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
 use compute::cpu::Weight;
@@ -89,6 +89,9 @@ impl Session {
         require_intact(&checkpoint)?;
         let attachment = Arc::new(attach(config, &model_config)?);
         watch::start(attachment.clone())?;
+        if let Some(device) = attachment.device() {
+            return Err(anyhow!("the weights lie on GPU {device}, and this program computes on the CPU").into());
+        }
         same_directory(attachment.model_dir(), &config.model.dir)?;
         can_be_held(config.server.update, &attachment)?;
         let mut warnings = Vec::new();
