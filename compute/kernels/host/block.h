@@ -102,6 +102,10 @@ inline void become(unsigned lane) {
     Block& b = *block;
     unsigned i = b.warp * LANES + lane;
     b.lane = lane;
+    if (b.threads == b.block_size.x) {
+        b.thread_index.x = i;
+        return;
+    }
     b.thread_index = {i % b.block_size.x, i / b.block_size.x % b.block_size.y, i / b.block_size.x / b.block_size.y};
 }
 
@@ -128,7 +132,7 @@ inline void run_threads() {
 inline Fiber* idle_fiber() {
     Block& b = *block;
     if (b.idle.empty()) {
-        b.fibers.push_back(std::make_unique<Fiber>(run_threads));
+        b.fibers.push_back(std::make_unique<Fiber>(run_threads, b.fibers.size()));
         return b.fibers.back().get();
     }
     Fiber* fiber = b.idle.back();
@@ -346,6 +350,7 @@ inline Outcome run(const Launch& launch) {
     b.launch = launch;
     b.block_size = launch.block;
     b.grid_size = launch.grid;
+    b.thread_index = {0, 0, 0};
     b.threads = launch.block.x * launch.block.y * launch.block.z;
     if (b.threads == 0 || b.threads > THREADS_MAX || launch.dynamic_bytes > DYNAMIC_MAX) fail("bad launch");
     const char* order = getenv("SIMULATED_CUDA_ORDER");

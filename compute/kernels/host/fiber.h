@@ -32,7 +32,8 @@ host_switch_stack:
     popq %r12
     popq %rbx
     popq %rbp
-    ret
+    popq %rcx
+    jmpq *%rcx
     .size host_switch_stack, .-host_switch_stack
 )");
 #elif defined(__aarch64__)
@@ -89,8 +90,9 @@ constexpr size_t PAGE = 4096;
 
 class Fiber {
   public:
-    // A fiber that runs `entry`, which never returns, when it is entered first.
-    explicit Fiber(void (*entry)()) : entry(entry) {
+    // A fiber that runs `entry`, which never returns, when it is entered first. `number` tells it from the others: tops
+    // of stacks that lie a power of two apart share a few lines of the caches, which made a switch four times slower.
+    Fiber(void (*entry)(), size_t number) : entry(entry), top(SIZE - number % 128 * 320) {
         memory = static_cast<char*>(mmap(nullptr, SIZE, PROT_READ | PROT_WRITE,
                                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0));
         if (memory == MAP_FAILED || mprotect(memory, PAGE, PROT_NONE) != 0) out_of_memory("a stack of a kernel's thread");
@@ -102,9 +104,9 @@ class Fiber {
 
     // Forgets what the fiber was doing.
     void reset() {
-        auto* top = reinterpret_cast<uintptr_t*>(memory + SIZE);
+        auto* top = reinterpret_cast<uintptr_t*>(memory + this->top);
 #if defined(__x86_64__)
-        // Six registers, the address that `ret` takes, and one word so that the stack is aligned as after a call.
+        // Six registers, the address to go on at, and one word so that the stack is aligned as after a call.
         top[-2] = reinterpret_cast<uintptr_t>(entry);
         stack = top - 8;
 #else
@@ -123,6 +125,7 @@ class Fiber {
     char* memory;
     void* stack;
     void (*entry)();
+    size_t top;
 };
 
 }  // namespace host

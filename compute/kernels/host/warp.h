@@ -16,12 +16,13 @@ inline void join(Collective& mine) {
     w.posted[b.lane] = &mine;
     w.at_warp |= self;
     bool complete = (w.at_warp & members) == members;
+    if (!complete) return wait();
     Collective* lanes[LANES] = {};
     for (unsigned i = 0; i < LANES && complete; i++) {
         if (!(members >> i & 1)) continue;
         lanes[i] = w.posted[i];
         complete = lanes[i]->mask == mine.mask;
-        if (complete && strcmp(lanes[i]->name, mine.name) != 0) fail_divergent(w);
+        if (lanes[i]->name != mine.name && strcmp(lanes[i]->name, mine.name) != 0) fail_divergent(w);
     }
     if (!complete) return wait();
     mine.exchange(lanes, members);
