@@ -112,7 +112,7 @@ fn hex(bytes: &[u8]) -> String {
 }
 
 fn serve_export(model: &Path, socket: &Path) {
-    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors(), None).unwrap());
     let _handle = weights.serve(socket, Arc::new(())).unwrap();
     answer(|_| hex(&weights.find(NAME).unwrap().read()));
 }
@@ -120,7 +120,7 @@ fn serve_export(model: &Path, socket: &Path) {
 /// Exports, and a moment later ends its first thread alone: as of a large process that was killed, whose memory takes
 /// long to be taken down, its pidfd and its sockets say nothing.
 fn serve_then_die_slowly(model: &Path, socket: &Path) {
-    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors(), None).unwrap());
     let _handle = weights.serve(socket, Arc::new(())).unwrap();
     std::thread::spawn(|| std::thread::sleep(Duration::from_secs(60)));
     println!("ready");
@@ -221,7 +221,7 @@ fn dying_exporter() {
 fn killed_trainer() {
     let (dir, model, expected) = model(true);
     let socket = dir.path().join("s");
-    let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
+    let weights = Arc::new(SharedWeights::load(&model, &expected, None).unwrap());
     let handle = weights.serve(&socket, Arc::new(())).unwrap();
     let mut trainer = Other::start(&[Path::new("train"), &socket]);
     let refusal = Attachment::open(&Source::Socket(socket.clone()), &expected).unwrap_err().to_string();
