@@ -2,6 +2,7 @@
 //!
 //! A test that breaks its context, or that needs another environment, runs in a child process: this same test again.
 
+mod blas;
 mod gpu;
 mod kernels;
 mod memory;

@@ -56,7 +56,8 @@ fn what_cannot_be_recorded_spoils_the_recording() {
     let pageable = || unsafe { sys::cuMemcpyHtoDAsync_v2(at, from.as_ptr().cast(), 16, gpu.stream) };
     // SAFETY: as above.
     let at_once = || unsafe { sys::cuMemcpyHtoD_v2(at, from.as_ptr().cast(), 16) };
-    let calls: [(&str, &dyn Fn() -> Result<(), u32>); 5] = [
+    type Call<'a> = &'a dyn Fn() -> Result<(), u32>;
+    let calls: [(&str, Call); 5] = [
         ("synchronize", &|| gpu.synchronize()),
         ("allocate", &|| gpu.alloc(16).map(|_| ())),
         ("pageable copy", &|| code(pageable())),
