@@ -58,7 +58,7 @@ fn lanes_shuffle_in_whole_and_partial_warps() {
                 if lane + 3 < 32 { of(lane + 3) } else { lane },
                 if lane >= 3 { lane - 3 } else { lane },
                 9,
-                of(lane ^ 3),
+                if lane % 8 < 5 { of(lane + 3) } else { lane },
                 votes,
                 if lane < 8 { 2 } else { 10 },
             ];
