@@ -19,7 +19,8 @@ use std::ffi::CString;
 use std::path::Path;
 use std::sync::Once;
 
-/// Where the library lies, as `libcuda.so` and `libcuda.so.1`: for the `LD_LIBRARY_PATH` of child processes.
+/// Where the libraries lie: for the `LD_LIBRARY_PATH` of child processes. The driver is `libcuda.so` and
+/// `libcuda.so.1`; `libcublasLt.so.13`, to be loaded after it, multiplies matrices.
 pub fn library_dir() -> &'static Path {
     Path::new(env!("OUT_DIR"))
 }
