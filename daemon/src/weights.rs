@@ -25,7 +25,7 @@ pub fn attached(attachment: &Arc<Attachment>) -> Vec<Weight> {
         let (rows, cols) = matrix_shape(live.shape);
         // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
         // that the weight keeps holds the mapping, and nobody makes references into it.
-        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, attachment.clone()) }.ordered(live.row_order)
+        unsafe { Weight::new(live.host(), live.dtype, rows, cols, attachment.clone()) }.ordered(live.row_order)
     };
     (0..attachment.len()).map(tensor).collect()
 }
@@ -36,7 +36,7 @@ pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
         let live = weights.tensor(i);
         let (rows, cols) = matrix_shape(live.shape);
         // SAFETY: as in `attached`: the Arc holds the shared memory that the tensor lies in.
-        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, weights.clone()) }
+        unsafe { Weight::new(live.host(), live.dtype, rows, cols, weights.clone()) }
     };
     (0..weights.len()).map(tensor).collect()
 }

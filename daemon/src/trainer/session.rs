@@ -7,11 +7,11 @@ use super::{restore, settings, watch};
 use crate::config::{self, Attach, Config, Update};
 use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
 use crate::weights::{self, Fit};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
 use compute::cpu::Weight;
-use compute::{Cpu, Dtype};
+use compute::{Cpu, Device, Dtype};
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::{Path, PathBuf};
@@ -89,6 +89,9 @@ impl Session {
         require_intact(&checkpoint)?;
         let attachment = Arc::new(attach(config, &model_config)?);
         watch::start(attachment.clone())?;
+        if let Some(device) = attachment.device() {
+            return Err(anyhow!("the weights lie on GPU {device}, and this program computes on the CPU").into());
+        }
         same_directory(attachment.model_dir(), &config.model.dir)?;
         can_be_held(config.server.update, &attachment)?;
         let mut warnings = Vec::new();
