@@ -267,8 +267,8 @@ __device__ float row_sum(float x) {
 template <int COLUMNS, bool VECTOR>
 __device__ void forward(float* out, float* lse, float* sums_of_splits, float* stats, const float* q, const float* k,
                         const float* v, const float* past_k, const float* past_v, int splits, const Shape& s) {
-    __shared__ __align__(16) Stage shared;
-    __shared__ __align__(16) float weights[TILE][PITCH];
+    __align__(16) __shared__ Stage shared;
+    __align__(16) __shared__ float weights[TILE][PITCH];
     const Place me;
     const int tile = blockIdx.x / splits, split = blockIdx.x % splits, kv_head = blockIdx.y;
     const int column = blockIdx.z * COLUMNS, group = s.group();
@@ -462,8 +462,8 @@ __device__ void backward_keys(float* dk, float* dv, const Saved& saved, int tile
 template <int COLUMNS, bool VECTOR>
 __device__ void backward(float* dq, float* dk, float* dv, float* dq_of_splits, float* dk_of_splits, float* dv_of_splits,
                          const Saved& saved, int key_splits, int query_splits, const Shape& s) {
-    __shared__ __align__(16) Stage shared;
-    __shared__ __align__(16) float weights[TILE][PITCH];
+    __align__(16) __shared__ Stage shared;
+    __align__(16) __shared__ float weights[TILE][PITCH];
     __shared__ Rowwise rowwise;
     const int query_blocks = (s.rows() + TILE - 1) / TILE * key_splits;
     const int block = blockIdx.x;
