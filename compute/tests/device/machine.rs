@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 /// A device, and what a test needs of it besides its operations.
 pub trait Machine: Device {
-    fn open() -> Arc<Self>;
+    fn start() -> Arc<Self>;
     /// A weight in memory of its own with these values, which `dtype` holds exactly.
     fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Self::Weight;
     /// Activations as a product with a weight of `dtype` sees them.
@@ -30,7 +30,7 @@ pub trait Machine: Device {
 }
 
 impl Machine for Cpu {
-    fn open() -> Arc<Cpu> {
+    fn start() -> Arc<Cpu> {
         Arc::new(Cpu::new(2).expect("two threads"))
     }
     fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cpu::Weight {
@@ -43,7 +43,7 @@ impl Machine for Cpu {
 
 /// The CUDA backend on the simulated driver, which runs the kernels' own sources on the CPU.
 impl Machine for Cuda {
-    fn open() -> Arc<Cuda> {
+    fn start() -> Arc<Cuda> {
         simulated_driver::load();
         Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a simulated device"))
     }
@@ -68,20 +68,18 @@ impl Machine for Cuda {
 macro_rules! on_every_device {
     ($($body:ident),* $(,)?) => {
         mod on_cpu {
-            use crate::machine::Machine;
             $(
                 #[test]
                 fn $body() {
-                    super::$body(&compute::Cpu::open());
+                    super::$body(&<compute::Cpu as crate::machine::Machine>::start());
                 }
             )*
         }
         mod on_cuda {
-            use crate::machine::Machine;
             $(
                 #[test]
                 fn $body() {
-                    super::$body(&compute::Cuda::open());
+                    super::$body(&<compute::Cuda as crate::machine::Machine>::start());
                 }
             )*
         }
