@@ -17,8 +17,8 @@
 
 // One weight of a group.
 struct Product {
-    const uint16_t* w;
-    const uint16_t* bias;  // forward: (m), or null
+    const uint16_t* w;     // bf16
+    const bf16* bias;      // forward: (m), or null
     const float* in;       // forward: x; backward: dy
     float* out;            // forward: y; backward: dx
     uint32_t m;
@@ -30,6 +30,7 @@ struct ProductGroup {
     uint32_t count;
     uint32_t t;
     uint32_t n;
+    uint32_t chunks;      // of k: 64 elements of n forward, 32 of m backward, a weight's last one perhaps not full
     uint32_t warps_k;     // warps of a block that share a tile, a power of two
     uint32_t splits;      // blocks that share a tile
     uint32_t accumulate;  // backward: dx += instead of dx =
@@ -61,16 +62,16 @@ __device__ __forceinline__ uint2 four_bf16(const float* row, uint32_t k, uint32_
     return make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
 }
 
-// `Half` elements from `row` + k on, packed in words; zeros from `end` on.
+// 2·WORDS elements from `row` + k on, packed in words; zeros from `end` on.
 template <int WORDS, bool VECTOR>
 __device__ __forceinline__ void load_weights(uint32_t (&out)[WORDS], const uint16_t* row, uint32_t k, uint32_t end) {
-    if (VECTOR) {
+    if constexpr (VECTOR) {
         if (k >= end) {
 #pragma unroll
             for (int i = 0; i < WORDS; i++) out[i] = 0;
-        } else if (WORDS == 4) {
+        } else if constexpr (WORDS == 4) {
             const uint4 v = *reinterpret_cast<const uint4*>(row + k);
-            out[0] = v.x, out[1] = v.y, out[WORDS - 2] = v.z, out[WORDS - 1] = v.w;
+            out[0] = v.x, out[1] = v.y, out[2] = v.z, out[3] = v.w;
         } else {
             const uint2 v = *reinterpret_cast<const uint2*>(row + k);
             out[0] = v.x, out[1] = v.y;
@@ -111,13 +112,8 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     const Product own = FORWARD ? product_at(group, tile) : group.of[0];
     const uint32_t outputs = FORWARD ? own.m : n;
     const uint32_t first = ((FORWARD ? tile - own.first : tile) * warps_o + wo) * COLS;
-    uint32_t chunks = (n + CHUNK - 1) / CHUNK;
-    if (!FORWARD) {
-        const Product last = group.of[group.count - 1 & 3];
-        chunks = last.first + (last.m + CHUNK - 1) / CHUNK;
-    }
-    const uint32_t c0 = static_cast<uint64_t>(chunks) * blockIdx.y / group.splits;
-    const uint32_t c1 = static_cast<uint64_t>(chunks) * (blockIdx.y + 1) / group.splits;
+    const uint32_t c0 = static_cast<uint64_t>(group.chunks) * blockIdx.y / group.splits;
+    const uint32_t c1 = static_cast<uint64_t>(group.chunks) * (blockIdx.y + 1) / group.splits;
 
     // Rows of W beyond the outputs are not read: the last one stands for them, and its results are dropped.
     const uint32_t output = min(first + (FORWARD ? g : 4 * g), outputs - (FORWARD || !VECTOR ? 1 : 4));
@@ -138,7 +134,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     auto load = [&](uint32_t (&to)[16], uint32_t i) {
         const uint32_t c = c0 + i * warps_k + wk;
         if (c >= c1) return;
-        if (FORWARD) {
+        if constexpr (FORWARD) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const uint32_t k = c * CHUNK + 32 * h + 8 * q;
@@ -164,7 +160,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
             uint32_t a[2][TILES][4];
 #pragma unroll
             for (int s = 0; s < 2; s++) {
-                if (FORWARD) {
+                if constexpr (FORWARD) {
                     a[s][0][0] = from[8 * h + 2 * s], a[s][0][1] = from[8 * h + 4 + 2 * s];
                     a[s][0][2] = from[8 * h + 2 * s + 1], a[s][0][3] = from[8 * h + 4 + 2 * s + 1];
                 } else {
@@ -271,35 +267,35 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     }
     if (wk != 0) return;
 
-    if (FORWARD) {
+    if constexpr (FORWARD) {
         float b[2] = {0.0f, 0.0f};
-        if (own.bias) b[0] = bf16_to_f32(own.bias[output]), b[1] = bf16_to_f32(own.bias[output8]);
+        if (own.bias) b[0] = widen(own.bias[output]), b[1] = widen(own.bias[output8]);
 #pragma unroll
         for (int v = 0; v < 4 * NT; v++) {
             const uint32_t token = v / 4 * 8 + 2 * q + v % 2, to = first + g + (v % 4 < 2 ? 0 : 8);
             if (token < t && to < outputs) own.out[static_cast<size_t>(token) * outputs + to] = acc[0][v / 4][v % 4] + b[v % 4 / 2];
         }
-        return;
-    }
+    } else {
 #pragma unroll
-    for (int v = 0; v < 2 * NT; v++) {
-        const uint32_t token = v / 2 * 8 + 2 * q + v % 2, to = first + 4 * g;
-        if (token >= t) continue;
-        float* const out = own.out + static_cast<size_t>(token) * n + to;
-        const int j = v / 2, b = v % 2;
-        float4 sum = make_float4(acc[0][j][b], acc[0][j][2 + b], acc[TILES - 1][j][b], acc[TILES - 1][j][2 + b]);
-        if (VECTOR) {
-            if (to >= n) continue;
-            if (group.accumulate) {
-                const float4 old = *reinterpret_cast<const float4*>(out);
-                sum = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
-            }
-            *reinterpret_cast<float4*>(out) = sum;
-        } else {
-            const float four[4] = {sum.x, sum.y, sum.z, sum.w};
+        for (int v = 0; v < 2 * NT; v++) {
+            const uint32_t token = v / 2 * 8 + 2 * q + v % 2, to = first + 4 * g;
+            if (token >= t) continue;
+            float* const out = own.out + static_cast<size_t>(token) * n + to;
+            const int j = v / 2, b = v % 2;
+            float4 sum = make_float4(acc[0][j][b], acc[0][j][2 + b], acc[1][j][b], acc[1][j][2 + b]);
+            if (VECTOR) {
+                if (to >= n) continue;
+                if (group.accumulate) {
+                    const float4 old = *reinterpret_cast<const float4*>(out);
+                    sum = make_float4(old.x + sum.x, old.y + sum.y, old.z + sum.z, old.w + sum.w);
+                }
+                *reinterpret_cast<float4*>(out) = sum;
+            } else {
+                const float four[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll
-            for (uint32_t i = 0; i < 4; i++) {
-                if (to + i < n) out[i] = group.accumulate ? out[i] + four[i] : four[i];
+                for (uint32_t i = 0; i < 4; i++) {
+                    if (to + i < n) out[i] = group.accumulate ? out[i] + four[i] : four[i];
+                }
             }
         }
     }
@@ -342,7 +338,7 @@ __device__ __forceinline__ void plain_product(
             const uint32_t k = stride_k == 1 ? i % K : i / OUTPUTS, o = stride_k == 1 ? i / K : i % OUTPUTS;
             const bool inside = k0 + k < depth && first + o < outputs;
             const size_t at = static_cast<size_t>(k0 + k) * stride_k + static_cast<size_t>(first + o) * stride_o;
-            b[k][o] = inside ? to_f32(w[at]) : 0.0f;
+            b[k][o] = inside ? widen(w[at]) : 0.0f;
         }
         __syncthreads();
 #pragma unroll
@@ -362,7 +358,7 @@ __device__ __forceinline__ void plain_product(
             const uint32_t row = top + y + 16 * i, o = first + x + 16 * j;
             if (row >= t || o >= outputs) continue;
             float* const to = out + static_cast<size_t>(row) * outputs + o;
-            const float value = sum[i][j] + (bias ? to_f32(bias[o]) : 0.0f);
+            const float value = sum[i][j] + (bias ? widen(bias[o]) : 0.0f);
             *to = accumulate ? *to + value : value;
         }
     }
@@ -375,7 +371,7 @@ __device__ __forceinline__ void plain_product(
         plain_product<T>(out, in, w, bias, t, depth, outputs, stride_k, stride_o, accumulate);                \
     }
 PLAIN(f32, float)
-PLAIN(f16, __half)
+PLAIN(f16, f16)
 
 // Activations for a matrix library's product: bf16, rounded to nearest even.
 extern "C" __global__ void activations_bf16(uint16_t* out, const float* in, uint64_t len) {
