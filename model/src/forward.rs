@@ -142,6 +142,10 @@ impl<D: Device> Model<D> {
         Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights }
     }
 
+    /// What it runs on.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
@@ -293,13 +297,7 @@ impl<D: Device> Model<D> {
     }
 
     /// One layer over t tokens that follow `past`.
-    pub(crate) fn layer(
-        &self,
-        layer: usize,
-        x: Arc<D::Buffer>,
-        past: Past<D>,
-        t: usize,
-    ) -> (Arc<D::Buffer>, Saved<D>) {
+    pub(crate) fn layer(&self, layer: usize, x: Arc<D::Buffer>, past: Past<D>, t: usize) -> (Arc<D::Buffer>, Saved<D>) {
         let (l, hidden) = (&self.layers[layer], self.config.decoder.hidden);
         let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t);
         let mut out = self.device.uninit(t * l.attention.heads * l.attention.head_dim);
