@@ -42,8 +42,8 @@ fn layers(d: &Cpu, out: &mut Results) {
     let (t, m, n) = (37, 700, 1100);
     let (x, dy, g) = (r.normals(t * n), r.normals(t * m), r.normals(t * n));
     for dtype in DTYPES {
-        let w = r.weight(dtype, m, n, 0.1).0;
-        let (norm, bias) = (r.weight(dtype, 1, n, 1.0).0, r.weight(dtype, 1, m, 1.0).0);
+        let w = r.weight(d, dtype, m, n, 0.1).0;
+        let (norm, bias) = (r.weight(d, dtype, 1, n, 1.0).0, r.weight(d, dtype, 1, m, 1.0).0);
         let (mut y, mut dx, mut dw) = (d.zeros(t * m), d.zeros(t * n), d.zeros(n));
         d.linear(&mut y, &x, &w, Some(&bias), t);
         out.keep(&format!("linear {dtype}"), &y);
@@ -112,7 +112,7 @@ fn optimizer(d: &Cpu, out: &mut Results) {
         for (i, dtype) in DTYPES.into_iter().enumerate() {
             let scale_type = if i == 1 { ScaleType::Tensor } else { ScaleType::Channel };
             let (channels, dim) = (m.max(n), m.min(n));
-            let (w, x, dy) = (r.weight(dtype, m, n, 1.0).0, r.normals(t * n), r.normals(t * m));
+            let (w, x, dy) = (r.weight(d, dtype, m, n, 1.0).0, r.normals(t * n), r.normals(t * m));
             let f = Factors { x: &x, dy: &dy, t, m, n };
             let mut p = d.zeros(rank * dim);
             d.normal_projection(&mut p, rank, dim, Stream::projection(3, 1, dim));

@@ -1,6 +1,7 @@
 //! Random inputs from a seed, and the comparison with a tolerance that all tests share.
 
-use compute::{Dtype, Stream, cpu::Weight};
+use crate::machine::Machine;
+use compute::{Dtype, Stream, cpu};
 
 /// SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).
 pub struct Random {
@@ -46,14 +47,21 @@ impl Random {
     }
 
     /// A weight of standard deviation `size`, and its values as the dtype holds them.
-    pub fn weight(&mut self, dtype: Dtype, rows: usize, cols: usize, size: f32) -> (Weight, Vec<f64>) {
-        let w = Weight::zeros(dtype, rows, cols);
+    pub fn weight<D: Machine>(
+        &mut self,
+        device: &D,
+        dtype: Dtype,
+        rows: usize,
+        cols: usize,
+        size: f32,
+    ) -> (D::Weight, Vec<f64>) {
+        let w = cpu::Weight::zeros(dtype, rows, cols);
         for row in 0..rows {
             let line: Vec<f32> = (0..cols).map(|_| size * self.normal()).collect();
             w.write(row, 0, &line, &Stream::rounding(1, 2, 3));
         }
-        let values = wide(&w.values());
-        (w, values)
+        let values = w.values();
+        (device.weight(dtype, rows, cols, &values), wide(&values))
     }
 }
 

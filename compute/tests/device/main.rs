@@ -1,4 +1,4 @@
-//! Every operation of the CPU backend against plain f64 arithmetic written here, backwards also
+//! Every operation of every backend against plain f64 arithmetic written here, backwards also
 //! against finite differences of that arithmetic.
 //!
 //! Inputs are random; a failing test prints its seed, and `TEST_SEED=n cargo test` repeats it.
@@ -6,7 +6,9 @@
 mod attention;
 mod foreign;
 mod layers;
+mod linear;
 mod loss;
+mod machine;
 mod optimizer;
 mod random;
 mod reference;

@@ -1,0 +1,77 @@
+//! Products with weights, and the outer product of two factors.
+
+use crate::machine::{Machine, on_every_device};
+use crate::random::{DTYPES, F32, Random, assert_close, wide};
+use crate::reference;
+use compute::{Dtype, Factors};
+
+on_every_device! {
+    linear_is_the_product_with_the_transposed_weight_plus_bias,
+    linear_dx_sets_or_adds_the_product_with_the_weight,
+    linear_writes_only_its_rows_of_a_larger_buffer,
+    outer_accumulate_adds_the_outer_product_of_the_factors,
+}
+
+/// (t, m, n): one of everything, odd, and across the blocks of 256 rows and 512 columns.
+const SHAPES: [(usize, usize, usize); 7] =
+    [(1, 1, 1), (3, 7, 5), (1, 300, 33), (5, 257, 513), (17, 31, 1025), (2, 513, 256), (70, 16, 3)];
+
+fn linear_is_the_product_with_the_transposed_weight_plus_bias<D: Machine>(device: &D) {
+    let mut r = Random::new("linear");
+    for (t, m, n) in SHAPES {
+        for dtype in DTYPES {
+            let (w, w64) = r.weight(device, dtype, m, n, 0.3);
+            let (b, b64) = r.weight(device, dtype, 1, m, 1.0);
+            let x = r.normals(t * n);
+            for bias in [false, true] {
+                let mut y = device.poisoned(t * m);
+                device.linear(&mut y, &device.upload(&x), &w, bias.then_some(&b), t);
+                let want = reference::linear(&D::seen(dtype, &x), &w64, bias.then_some(&b64), t, m, n);
+                assert_close(&device.download(&y), &want, F32, &format!("{dtype} ({t},{m},{n}) bias {bias}"));
+            }
+        }
+    }
+}
+
+fn linear_dx_sets_or_adds_the_product_with_the_weight<D: Machine>(device: &D) {
+    let mut r = Random::new("linear_dx");
+    for (t, m, n) in SHAPES {
+        for dtype in DTYPES {
+            let (w, w64) = r.weight(device, dtype, m, n, 0.3);
+            let dy = r.normals(t * m);
+            let want = reference::matmul(&D::seen(dtype, &dy), &w64, t, m, n);
+            let dy = device.upload(&dy);
+            let mut dx = device.poisoned(t * n);
+            device.linear_dx(&mut dx, &dy, &w, t, false);
+            assert_close(&device.download(&dx), &want, F32, &format!("{dtype} ({t},{m},{n}) set"));
+            let before = r.normals(t * n);
+            let mut dx = device.upload(&before);
+            device.linear_dx(&mut dx, &dy, &w, t, true);
+            let want: Vec<f64> = want.iter().zip(&before).map(|(a, &b)| a + b as f64).collect();
+            assert_close(&device.download(&dx), &want, F32, &format!("{dtype} ({t},{m},{n}) added"));
+        }
+    }
+}
+
+fn linear_writes_only_its_rows_of_a_larger_buffer<D: Machine>(device: &D) {
+    let mut r = Random::new("larger");
+    let (w, w64) = r.weight(device, Dtype::BF16, 259, 21, 0.3);
+    let (x, mut y) = (r.normals(9 * 21), device.upload(&[7.0; 9 * 259]));
+    device.linear(&mut y, &device.upload(&x), &w, None, 4);
+    let y = device.download(&y);
+    let want = reference::linear(&D::seen(Dtype::BF16, &x), &w64, None, 4, 259, 21);
+    assert_close(&y[..4 * 259], &want, F32, "rows in use");
+    assert!(y[4 * 259..].iter().all(|&v| v == 7.0), "rows beyond t were written");
+}
+
+fn outer_accumulate_adds_the_outer_product_of_the_factors<D: Machine>(device: &D) {
+    let mut r = Random::new("outer");
+    for (t, m, n) in SHAPES {
+        let (x, dy, before) = (r.normals(t * n), r.normals(t * m), r.normals(m * n));
+        let mut g = device.upload(&before);
+        device.outer_accumulate(&mut g, &Factors { x: &device.upload(&x), dy: &device.upload(&dy), t, m, n });
+        let product = reference::outer(&wide(&dy), &wide(&x), t, m, n);
+        let want: Vec<f64> = product.iter().zip(&before).map(|(a, &b)| a + b as f64).collect();
+        assert_close(&device.download(&g), &want, F32, &format!("({t},{m},{n})"));
+    }
+}

@@ -1,0 +1,56 @@
+//! The devices that the bodies of the tests run on.
+
+use crate::random::{poison, wide};
+use compute::{Cpu, Device, Dtype, cpu};
+
+/// A device, and what a test needs of it besides its operations.
+pub trait Machine: Device {
+    fn open() -> Self;
+    /// A weight in memory of its own with these values, which `dtype` holds exactly.
+    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Self::Weight;
+    /// Activations as a product with a weight of `dtype` sees them.
+    fn seen(dtype: Dtype, x: &[f32]) -> Vec<f64>;
+
+    fn upload(&self, x: &[f32]) -> Self::Buffer {
+        let mut buffer = self.uninit(x.len());
+        self.write(&mut buffer, 0, x);
+        buffer
+    }
+    /// What an output holds before a call that claims to set it.
+    fn poisoned(&self, n: usize) -> Self::Buffer {
+        self.upload(&poison(n))
+    }
+    fn download(&self, x: &Self::Buffer) -> Vec<f32> {
+        let mut values = vec![0.0; self.len(x)];
+        self.read(x, 0, &mut values);
+        values
+    }
+}
+
+impl Machine for Cpu {
+    fn open() -> Cpu {
+        Cpu::new(2).expect("two threads")
+    }
+    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cpu::Weight {
+        cpu::Weight::from_values(dtype, rows, cols, values)
+    }
+    fn seen(_: Dtype, x: &[f32]) -> Vec<f64> {
+        wide(x)
+    }
+}
+
+/// Makes a test of each body, for every device.
+macro_rules! on_every_device {
+    ($($body:ident),* $(,)?) => {
+        mod on_cpu {
+            use crate::machine::Machine;
+            $(
+                #[test]
+                fn $body() {
+                    super::$body(&compute::Cpu::open());
+                }
+            )*
+        }
+    };
+}
+pub(crate) use on_every_device;
