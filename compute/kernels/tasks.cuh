@@ -47,3 +47,35 @@ __device__ __forceinline__ void write_element(
         static_cast<bf16*>(w)[element] = round_stochastic<bf16>(value, random_u16(stream, element));
     }
 }
+
+// A tile of G, 64 by 64, in f32 arithmetic: a thread has rows 4·(thread/16).. +3, columns 4·(thread%16).. +3.
+constexpr uint32_t FORMED = 64;
+__device__ __forceinline__ void form_tile(
+    float (&g)[4][4], const float* x, const float* dy, uint32_t t, uint32_t m, uint32_t n, uint32_t row0, uint32_t column0) {
+    constexpr uint32_t K = 16;
+    __shared__ __align__(16) float rows[K][FORMED];
+    __shared__ __align__(16) float columns[K][FORMED];
+    const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
+#pragma unroll
+    for (int i = 0; i < 4; i++) g[i][0] = g[i][1] = g[i][2] = g[i][3] = 0.0f;
+    for (uint32_t top = 0; top < t; top += K) {
+        const uint32_t depth = min(K, t - top);
+        __syncthreads();
+        for (uint32_t i = threadIdx.x; i < depth * FORMED; i += blockDim.x) {
+            const uint32_t k = i / FORMED, c = i % FORMED;
+            rows[k][c] = row0 + c < m ? dy[static_cast<size_t>(top + k) * m + row0 + c] : 0.0f;
+            columns[k][c] = column0 + c < n ? x[static_cast<size_t>(top + k) * n + column0 + c] : 0.0f;
+        }
+        __syncthreads();
+        for (uint32_t k = 0; k < depth; k++) {
+            const float4 u = *reinterpret_cast<const float4*>(&rows[k][4 * ty]);
+            const float4 v = *reinterpret_cast<const float4*>(&columns[k][4 * tx]);
+            const float a[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                g[i][0] = fmaf(a[i], v.x, g[i][0]), g[i][1] = fmaf(a[i], v.y, g[i][1]);
+                g[i][2] = fmaf(a[i], v.z, g[i][2]), g[i][3] = fmaf(a[i], v.w, g[i][3]);
+            }
+        }
+    }
+}
