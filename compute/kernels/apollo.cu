@@ -50,7 +50,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_project(
     const ApolloTask* tasks, const uint32_t* first, uint32_t count) {
     constexpr uint32_t K = 32;
     __shared__ float a[K][PROJECT_ROWS + 2];
-    __shared__ __align__(16) float b[K][PROJECT_RANKS + 4];
+    __align__(16) __shared__ float b[K][PROJECT_RANKS + 4];
     const uint32_t which = find_task(first, count, blockIdx.x), tile = blockIdx.x - first[which];
     const ApolloTask& task = tasks[which];
     const uint32_t t = task.t, rank = task.rank, dim = task.dim();
@@ -132,8 +132,8 @@ constexpr uint32_t CHANNELS = 32;
 template <bool COMMIT>
 __device__ __forceinline__ void apollo_channels(const ApolloTask* tasks, const uint32_t* first, uint32_t count) {
     constexpr uint32_t ROWS = 32, RANKS = 128, OWN = 4;
-    __shared__ __align__(16) float q[ROWS][RANKS];
-    __shared__ __align__(16) float big[ROWS][CHANNELS];
+    __align__(16) __shared__ float q[ROWS][RANKS];
+    __align__(16) __shared__ float big[ROWS][CHANNELS];
     const uint32_t which = find_task(first, count, blockIdx.x), tile = blockIdx.x - first[which];
     const ApolloTask& task = tasks[which];
     const uint32_t t = task.t, rank = task.rank, channels = task.channels();
@@ -303,7 +303,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_norm(const ApolloTask* 
     uint32_t infinite = 0;
     for (uint32_t c = threadIdx.x; c < channels; c += blockDim.x) {
         const float n_c = task.squares[2 * c], r_c = task.squares[2 * c + 1];
-        infinite += !isfinite(n_c) || !isfinite(r_c);
+        infinite += !(n_c < INFINITY && r_c < INFINITY);
         n += n_c, r += r_c;
     }
     const uint32_t chunks_big = (channels + task.gram_columns - 1) / task.gram_columns;

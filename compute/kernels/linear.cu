@@ -42,7 +42,7 @@ struct ProductGroup {
 __device__ __forceinline__ Product product_at(const ProductGroup& group, uint32_t at) {
     Product p = group.of[0];
 #pragma unroll
-    for (int i = 1; i < 4; i++) {
+    for (uint32_t i = 1; i < 4; i++) {
         if (i < group.count && at >= group.of[i].first) p = group.of[i];
     }
     return p;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     constexpr int TILES = COLS / 16;
     constexpr int DEPTH = 3;
     constexpr uint32_t ROW = Staged<NT>::ROW;
-    __shared__ __align__(16) uint16_t staged[8 * NT * ROW];
+    __align__(16) __shared__ uint16_t staged[8 * NT * ROW];
     __shared__ uint32_t is_last;
 
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -379,4 +379,10 @@ extern "C" __global__ void activations_bf16(uint16_t* out, const float* in, uint
     for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < len; i += stride) {
         out[i] = pack_bf16(in[i], 0.0f) & 0xffffu;
     }
+}
+
+// y (t,m) += b (m) in every row, after a matrix library's product.
+extern "C" __global__ void __launch_bounds__(256) add_bias_bf16(float* y, const bf16* bias, uint32_t m) {
+    const uint32_t column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column < m) y[static_cast<size_t>(blockIdx.y) * m + column] += widen(bias[column]);
 }

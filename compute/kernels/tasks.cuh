@@ -53,8 +53,8 @@ constexpr uint32_t FORMED = 64;
 __device__ __forceinline__ void form_tile(
     float (&g)[4][4], const float* x, const float* dy, uint32_t t, uint32_t m, uint32_t n, uint32_t row0, uint32_t column0) {
     constexpr uint32_t K = 16;
-    __shared__ __align__(16) float rows[K][FORMED];
-    __shared__ __align__(16) float columns[K][FORMED];
+    __align__(16) __shared__ float rows[K][FORMED];
+    __align__(16) __shared__ float columns[K][FORMED];
     const uint32_t tx = threadIdx.x % 16, ty = threadIdx.x / 16;
 #pragma unroll
     for (int i = 0; i < 4; i++) g[i][0] = g[i][1] = g[i][2] = g[i][3] = 0.0f;

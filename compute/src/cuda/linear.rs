@@ -174,7 +174,7 @@ pub(super) fn linear_group(cuda: &Cuda, outputs: &mut [LinearOutput<Cuda>], x: &
         return;
     }
     let n = skinny[0].w.cols();
-    if t > SKINNY && cuda.blas_forward(&skinny, x, t) {
+    if t > SKINNY && super::blas::forward(cuda, &skinny, x, t) {
         return;
     }
     for top in (0..t).step_by(SKINNY) {
@@ -216,7 +216,7 @@ pub(super) fn linear_dx_group(cuda: &Cuda, dx: &mut Buffer, inputs: &[(&Buffer, 
         return;
     }
     let n = skinny[0].1.cols();
-    if t > SKINNY && cuda.blas_backward(dx, &skinny, t, accumulate) {
+    if t > SKINNY && super::blas::backward(cuda, dx, &skinny, t, accumulate) {
         return;
     }
     for group in skinny.chunks(GROUP) {
@@ -266,7 +266,7 @@ fn skinny_product(cuda: &Cuda, direction: Direction, products: &[Product], t: us
             Direction::Backward => (product.m as usize).div_ceil(direction.chunk()),
         };
     }
-    let partial = cuda.uninit_words(if plan.splits > 1 { plan.tiles * plan.splits * width * 8 * groups } else { 0 });
+    let partial = cuda.block(if plan.splits > 1 { plan.tiles * plan.splits * width * 32 * groups } else { 0 });
     let group = ProductGroup {
         of,
         count: products.len() as u32,

@@ -7,6 +7,7 @@
 //! An error of the driver ends the thread with one line that names call and error. It is sticky: the process that it
 //! happens in can do nothing more on this device, and its parent starts another.
 
+mod blas;
 mod driver;
 mod graph;
 mod launch;
@@ -46,6 +47,8 @@ pub struct Cuda {
     /// Of what is being recorded, if anything is.
     pool: Mutex<Option<Arc<Pool>>>,
     general: Arc<Pool>,
+    counters: linear::Counters,
+    blas: Option<blas::Blas>,
     /// Last, because everything above needs it to the end.
     context: Arc<Context>,
 }
@@ -121,12 +124,21 @@ impl Cuda {
         let module = Module::load(&CString::new(PTX).expect("PTX has no zeros"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|error| OpenError::Call { call: "cuStreamCreate", error: driver::describe(error) })?;
+        let stream = Stream(stream);
+        let general = Arc::new(Pool::new(context.clone()));
+        let counters = general.block(linear::Counters::BYTES);
+        // SAFETY: the block has as many bytes.
+        unsafe { result::memset_d8_async(counters.ptr, 0, linear::Counters::BYTES, stream.0) }
+            .map_err(|error| OpenError::Call { call: "cuMemsetD8Async", error: driver::describe(error) })?;
+        let blas = blas::Blas::open(|bytes| general.block(bytes));
         Ok(Cuda {
-            stream: Stream(stream),
+            stream,
             functions: Mutex::default(),
             module,
             pool: Mutex::new(None),
-            general: Arc::new(Pool::new(context.clone())),
+            general,
+            counters: linear::Counters::new(counters),
+            blas,
             context,
         })
     }

@@ -1,7 +1,9 @@
 //! The devices that the bodies of the tests run on.
 
 use crate::random::{poison, wide};
-use compute::{Cpu, Device, Dtype, cpu};
+use compute::cuda::{Cuda, DeviceName};
+use compute::{Cpu, Device, Dtype, cpu, cuda};
+use std::sync::{Arc, OnceLock};
 
 /// A device, and what a test needs of it besides its operations.
 pub trait Machine: Device {
@@ -39,6 +41,30 @@ impl Machine for Cpu {
     }
 }
 
+impl Machine for Cuda {
+    fn open() -> Cuda {
+        simulated_driver::load();
+        Cuda::open(&DeviceName::Ordinal(0)).expect("a simulated device")
+    }
+    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cuda::Weight {
+        static OWNER: OnceLock<Arc<Cuda>> = OnceLock::new();
+        let owner = OWNER.get_or_init(|| Arc::new(<Cuda as Machine>::open()));
+        let w = cuda::Weight::zeros(owner, dtype, rows, cols);
+        owner.synchronize();
+        let host = cpu::Weight::from_values(dtype, rows, cols, values);
+        let mut bytes = vec![0; host.bytes()];
+        host.read_bytes(0, &mut bytes);
+        self.write_weight(&w, 0, &bytes);
+        w
+    }
+    fn seen(dtype: Dtype, x: &[f32]) -> Vec<f64> {
+        match dtype {
+            Dtype::BF16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f64()).collect(),
+            _ => wide(x),
+        }
+    }
+}
+
 /// Makes a test of each body, for every device.
 macro_rules! on_every_device {
     ($($body:ident),* $(,)?) => {
@@ -48,6 +74,15 @@ macro_rules! on_every_device {
                 #[test]
                 fn $body() {
                     super::$body(&compute::Cpu::open());
+                }
+            )*
+        }
+        mod on_cuda {
+            use crate::machine::Machine;
+            $(
+                #[test]
+                fn $body() {
+                    super::$body(&<compute::cuda::Cuda as Machine>::open());
                 }
             )*
         }
