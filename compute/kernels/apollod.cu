@@ -2,5 +2,11 @@
 
 #include "adamw.cu"
 #include "apollo.cu"
+#include "attention.cu"
+#include "embed.cu"
 #include "linear.cu"
+#include "loss.cu"
+#include "norm.cu"
+#include "pointwise.cu"
 #include "projection.cu"
+#include "rope.cu"

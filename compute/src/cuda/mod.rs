@@ -7,6 +7,7 @@
 //! An error of the driver ends the thread with one line that names call and error. It is sticky: the process that it
 //! happens in can do nothing more on this device, and its parent starts another.
 
+mod attention;
 mod blas;
 mod driver;
 mod graph;
@@ -359,7 +360,7 @@ impl Device for Cuda {
         t: usize,
         shape: &Attention,
     ) {
-        layers::attention(self, out, lse, q, k, v, past, t, shape);
+        attention::attention(self, out, lse, q, k, v, past, t, shape);
     }
     fn attention_backward(
         &self,
@@ -368,7 +369,7 @@ impl Device for Cuda {
         t: usize,
         shape: &Attention,
     ) {
-        layers::attention_backward(self, grads, saved, t, shape);
+        attention::attention_backward(self, grads, saved, t, shape);
     }
     fn swiglu(&self, h: &mut Buffer, gate: &Buffer, up: &Buffer, len: usize) {
         layers::swiglu(self, h, gate, up, len);

@@ -4,6 +4,7 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, F32, Random, assert_close, wide};
 use crate::reference;
 use compute::Dtype;
+use std::sync::Arc;
 
 on_every_device! {
     rms_norm_divides_rows_by_their_root_mean_square,
@@ -25,7 +26,7 @@ on_every_device! {
 /// (rows, n): odd, of the size of a head, and longer than one thread block takes at once.
 const NORMS: [(usize, usize); 8] = [(1, 1), (3, 5), (9, 16), (17, 37), (40, 128), (33, 515), (2, 1024), (3, 5003)];
 
-fn rms_norm_divides_rows_by_their_root_mean_square<D: Machine>(device: &D) {
+fn rms_norm_divides_rows_by_their_root_mean_square<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("rms_norm");
     for (rows, n) in NORMS {
         for dtype in DTYPES {
@@ -44,7 +45,7 @@ fn rms_norm_divides_rows_by_their_root_mean_square<D: Machine>(device: &D) {
     }
 }
 
-fn rms_norm_backward_agrees_with_finite_differences<D: Machine>(device: &D) {
+fn rms_norm_backward_agrees_with_finite_differences<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("rms_norm_backward");
     for (rows, n) in [(1, 1), (2, 3), (9, 17), (4, 50)] {
         for dtype in DTYPES {
@@ -68,7 +69,7 @@ fn rms_norm_backward_agrees_with_finite_differences<D: Machine>(device: &D) {
 
 /// The formula was proven on small shapes by finite differences; here it is that proof's extension to sizes at which a
 /// backend cuts its work into pieces.
-fn rms_norm_backward_of_many_rows_agrees_with_the_formula<D: Machine>(device: &D) {
+fn rms_norm_backward_of_many_rows_agrees_with_the_formula<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("rms_norm_backward of many rows");
     for (rows, n) in [(300, 128), (131, 20), (5, 3001), (33, 515)] {
         for dtype in DTYPES {
@@ -92,7 +93,7 @@ fn rms_norm_backward_of_many_rows_agrees_with_the_formula<D: Machine>(device: &D
     }
 }
 
-fn rope_rotates_pairs_by_their_position_and_the_inverse_undoes_it<D: Machine>(device: &D) {
+fn rope_rotates_pairs_by_their_position_and_the_inverse_undoes_it<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("rope");
     for (t, heads, d, position) in [(1, 1, 2, 0), (5, 3, 6, 0), (7, 2, 10, 11), (40, 4, 16, 25), (3, 5, 128, 9)] {
         let table = device.upload(&reference::rope_table(position + t, d, 10_000.0));
@@ -112,7 +113,7 @@ fn rope_rotates_pairs_by_their_position_and_the_inverse_undoes_it<D: Machine>(de
 }
 
 /// Windows are padded only where work is recorded, that is where `bucket` gives one.
-fn rope_of_padding_beyond_the_table_leaves_the_other_rows_alone<D: Machine>(device: &D) {
+fn rope_of_padding_beyond_the_table_leaves_the_other_rows_alone<D: Machine>(device: &Arc<D>) {
     if device.bucket(5).is_none() {
         return;
     }
@@ -129,7 +130,7 @@ fn rope_of_padding_beyond_the_table_leaves_the_other_rows_alone<D: Machine>(devi
     assert!(y.iter().all(|v| v.is_finite()), "padding is not finite: {y:?}");
 }
 
-fn swiglu_and_its_backward_agree_with_the_definition<D: Machine>(device: &D) {
+fn swiglu_and_its_backward_agree_with_the_definition<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("swiglu");
     for len in [1, 15, 16_385, 40_000] {
         let gate: Vec<f32> = (0..len).map(|_| 4.0 * r.normal()).collect();
@@ -150,7 +151,7 @@ fn swiglu_and_its_backward_agree_with_the_definition<D: Machine>(device: &D) {
     }
 }
 
-fn swiglu_stays_finite_where_the_exponential_does_not<D: Machine>(device: &D) {
+fn swiglu_stays_finite_where_the_exponential_does_not<D: Machine>(device: &Arc<D>) {
     let values = [-1e4f32, -100.0, -90.0, 90.0, 1e4];
     let (gate, one) = (device.upload(&values), device.upload(&[1.0; 5]));
     let [mut h, mut dgate, mut dup] = [(); 3].map(|()| device.poisoned(5));
@@ -163,7 +164,7 @@ fn swiglu_stays_finite_where_the_exponential_does_not<D: Machine>(device: &D) {
     }
 }
 
-fn embed_copies_the_rows_of_the_tokens<D: Machine>(device: &D) {
+fn embed_copies_the_rows_of_the_tokens<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("embed");
     for dtype in DTYPES {
         for n in [19, 1048] {
@@ -178,7 +179,7 @@ fn embed_copies_the_rows_of_the_tokens<D: Machine>(device: &D) {
     }
 }
 
-fn one_hot_rows_have_a_one_at_their_token<D: Machine>(device: &D) {
+fn one_hot_rows_have_a_one_at_their_token<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("one_hot");
     let (m, at, ids) = (1031, 2, [0, 1030, 7, 7]);
     let before = r.normals((at + ids.len() + 1) * m);
@@ -190,7 +191,7 @@ fn one_hot_rows_have_a_one_at_their_token<D: Machine>(device: &D) {
     assert!(device.download(&y) == want);
 }
 
-fn scatter_add_rows_adds_every_occurrence<D: Machine>(device: &D) {
+fn scatter_add_rows_adds_every_occurrence<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("scatter");
     for (rows, n, count) in [(11, 7, 60), (3, 1030, 700)] {
         let (before, src, index) = (r.normals(rows * n), r.normals(count * n), r.ids(count, rows - 1));
@@ -206,7 +207,7 @@ fn scatter_add_rows_adds_every_occurrence<D: Machine>(device: &D) {
     }
 }
 
-fn sum_rows_sets_the_sums_of_the_columns<D: Machine>(device: &D) {
+fn sum_rows_sets_the_sums_of_the_columns<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("sum_rows");
     for (t, m) in [(1, 1), (5, 3), (130, 17), (9, 1030)] {
         let dy = r.normals(t * m);
@@ -219,7 +220,7 @@ fn sum_rows_sets_the_sums_of_the_columns<D: Machine>(device: &D) {
     }
 }
 
-fn count_nonfinite_adds_the_number_of_values_that_are_not_finite<D: Machine>(device: &D) {
+fn count_nonfinite_adds_the_number_of_values_that_are_not_finite<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("count");
     let mut x = r.normals(100_000);
     for (i, bad) in [(0, f32::NAN), (16_384, f32::INFINITY), (50_000, f32::NEG_INFINITY), (99_999, -f32::NAN)] {
@@ -239,7 +240,7 @@ fn count_nonfinite_adds_the_number_of_values_that_are_not_finite<D: Machine>(dev
     assert_eq!(device.download(&counter), [1505.0, 11.0, 5.0]);
 }
 
-fn sum_squares_sets_one_sum_per_item<D: Machine>(device: &D) {
+fn sum_squares_sets_one_sum_per_item<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("sum_squares");
     let lengths = [1, 0, 1000, 33_333, 5, 100_001];
     let items: Vec<Vec<f32>> = lengths
@@ -261,7 +262,7 @@ fn sum_squares_sets_one_sum_per_item<D: Machine>(device: &D) {
     assert_eq!(device.download(&sums)[0], f32::INFINITY);
 }
 
-fn copy_add_write_and_read_touch_the_elements_they_name<D: Machine>(device: &D) {
+fn copy_add_write_and_read_touch_the_elements_they_name<D: Machine>(device: &Arc<D>) {
     let mut x = device.zeros(6);
     device.write(&mut x, 2, &[1.0, 2.0]);
     let mut y = device.zeros(6);

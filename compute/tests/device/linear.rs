@@ -4,6 +4,7 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, F32, Random, assert_close, wide};
 use crate::reference;
 use compute::{Dtype, Factors};
+use std::sync::Arc;
 
 on_every_device! {
     linear_is_the_product_with_the_transposed_weight_plus_bias,
@@ -16,7 +17,7 @@ on_every_device! {
 const SHAPES: [(usize, usize, usize); 7] =
     [(1, 1, 1), (3, 7, 5), (1, 300, 33), (5, 257, 513), (17, 31, 1025), (2, 513, 256), (70, 16, 3)];
 
-fn linear_is_the_product_with_the_transposed_weight_plus_bias<D: Machine>(device: &D) {
+fn linear_is_the_product_with_the_transposed_weight_plus_bias<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("linear");
     for (t, m, n) in SHAPES {
         for dtype in DTYPES {
@@ -33,7 +34,7 @@ fn linear_is_the_product_with_the_transposed_weight_plus_bias<D: Machine>(device
     }
 }
 
-fn linear_dx_sets_or_adds_the_product_with_the_weight<D: Machine>(device: &D) {
+fn linear_dx_sets_or_adds_the_product_with_the_weight<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("linear_dx");
     for (t, m, n) in SHAPES {
         for dtype in DTYPES {
@@ -53,7 +54,7 @@ fn linear_dx_sets_or_adds_the_product_with_the_weight<D: Machine>(device: &D) {
     }
 }
 
-fn linear_writes_only_its_rows_of_a_larger_buffer<D: Machine>(device: &D) {
+fn linear_writes_only_its_rows_of_a_larger_buffer<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("larger");
     let (w, w64) = r.weight(device, Dtype::BF16, 259, 21, 0.3);
     let (x, mut y) = (r.normals(9 * 21), device.upload(&[7.0; 9 * 259]));
@@ -64,7 +65,7 @@ fn linear_writes_only_its_rows_of_a_larger_buffer<D: Machine>(device: &D) {
     assert!(y[4 * 259..].iter().all(|&v| v == 7.0), "rows beyond t were written");
 }
 
-fn outer_accumulate_adds_the_outer_product_of_the_factors<D: Machine>(device: &D) {
+fn outer_accumulate_adds_the_outer_product_of_the_factors<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("outer");
     for (t, m, n) in SHAPES {
         let (x, dy, before) = (r.normals(t * n), r.normals(t * m), r.normals(m * n));

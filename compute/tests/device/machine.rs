@@ -1,15 +1,15 @@
 //! The devices that the bodies of the tests run on.
 
 use crate::random::{poison, wide};
-use compute::cuda::{Cuda, DeviceName};
-use compute::{Cpu, Device, Dtype, cpu, cuda};
-use std::sync::{Arc, OnceLock};
+use compute::cuda::{self, Cuda, DeviceName};
+use compute::{Cpu, Device, Dtype, cpu};
+use std::sync::Arc;
 
 /// A device, and what a test needs of it besides its operations.
 pub trait Machine: Device {
-    fn open() -> Self;
+    fn start() -> Arc<Self>;
     /// A weight in memory of its own with these values, which `dtype` holds exactly.
-    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Self::Weight;
+    fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> Self::Weight;
     /// Activations as a product with a weight of `dtype` sees them.
     fn seen(dtype: Dtype, x: &[f32]) -> Vec<f64>;
 
@@ -30,10 +30,10 @@ pub trait Machine: Device {
 }
 
 impl Machine for Cpu {
-    fn open() -> Cpu {
-        Cpu::new(2).expect("two threads")
+    fn start() -> Arc<Cpu> {
+        Arc::new(Cpu::new(2).expect("two threads"))
     }
-    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cpu::Weight {
+    fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cpu::Weight {
         cpu::Weight::from_values(dtype, rows, cols, values)
     }
     fn seen(_: Dtype, x: &[f32]) -> Vec<f64> {
@@ -41,22 +41,21 @@ impl Machine for Cpu {
     }
 }
 
+/// The CUDA backend on the simulated driver, which runs the kernels' own sources on the CPU.
 impl Machine for Cuda {
-    fn open() -> Cuda {
+    fn start() -> Arc<Cuda> {
         simulated_driver::load();
-        Cuda::open(&DeviceName::Ordinal(0)).expect("a simulated device")
+        Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a simulated device"))
     }
-    fn weight(&self, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cuda::Weight {
-        static OWNER: OnceLock<Arc<Cuda>> = OnceLock::new();
-        let owner = OWNER.get_or_init(|| Arc::new(<Cuda as Machine>::open()));
-        let w = cuda::Weight::zeros(owner, dtype, rows, cols);
-        owner.synchronize();
-        let host = cpu::Weight::from_values(dtype, rows, cols, values);
-        let mut bytes = vec![0; host.bytes()];
-        host.read_bytes(0, &mut bytes);
+    fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cuda::Weight {
+        let plain = cpu::Weight::from_values(dtype, rows, cols, values);
+        let mut bytes = vec![0; plain.bytes()];
+        plain.read_bytes(0, &mut bytes);
+        let w = cuda::Weight::zeros(self, dtype, rows, cols);
         self.write_weight(&w, 0, &bytes);
         w
     }
+    /// The tensor cores take bf16.
     fn seen(dtype: Dtype, x: &[f32]) -> Vec<f64> {
         match dtype {
             Dtype::BF16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f64()).collect(),
@@ -69,20 +68,18 @@ impl Machine for Cuda {
 macro_rules! on_every_device {
     ($($body:ident),* $(,)?) => {
         mod on_cpu {
-            use crate::machine::Machine;
             $(
                 #[test]
                 fn $body() {
-                    super::$body(&compute::Cpu::open());
+                    super::$body(&<compute::Cpu as crate::machine::Machine>::start());
                 }
             )*
         }
         mod on_cuda {
-            use crate::machine::Machine;
             $(
                 #[test]
                 fn $body() {
-                    super::$body(&<compute::cuda::Cuda as Machine>::open());
+                    super::$body(&<compute::Cuda as crate::machine::Machine>::start());
                 }
             )*
         }

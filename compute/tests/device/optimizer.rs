@@ -1,5 +1,6 @@
 //! APOLLO and AdamW on factors against f64 implementations that form the gradient.
 
+use crate::machine::Machine;
 use crate::random::{DTYPES, Random, assert_close, wide};
 use crate::reference;
 use compute::{
@@ -136,7 +137,7 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
     let Case { m, n, rank, t, scale_type } = *case;
     let (channels, d) = (m.max(n), m.min(n));
     let limiter = Limiter { growth: Some(1.01), floor: 0.2, expected: ((rank * channels) as f32).sqrt() };
-    let (w, mut w64) = r.weight(&cpu(), Dtype::F32, m, n, 1.0);
+    let (w, mut w64) = r.weight(&Cpu::open(), Dtype::F32, m, n, 1.0);
     let mut p = device.zeros(rank * d);
     device.normal_projection(&mut p, rank, d, Stream::projection(r.next(), 0, d));
     let mut direct = Direct { m: vec![0.0; rank * channels], v: vec![0.0; rank * channels], previous: 0.0 };
@@ -261,7 +262,7 @@ fn adamw_on_factors_is_adamw_on_the_formed_gradient() {
     let mut r = Random::new("adamw_factors");
     let device = cpu();
     for (m, n, t) in [(1, 1, 1), (13, 7, 3), (7, 13, 20), (300, 33, 2), (3, 700, 5)] {
-        let (w, mut w64) = r.weight(&cpu(), Dtype::F32, m, n, 0.1);
+        let (w, mut w64) = r.weight(&Cpu::open(), Dtype::F32, m, n, 0.1);
         let (mut a, mut b) = (device.zeros(m * n), device.zeros(m * n));
         let mut adam: Vec<Adam> = (0..m * n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect();
         for i in 1..=4 {
@@ -286,7 +287,7 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names() {
     let mut r = Random::new("adamw_rows");
     let device = cpu();
     let (rows, n) = (9, 21);
-    let (w, mut w64) = r.weight(&cpu(), Dtype::F32, rows, n, 0.1);
+    let (w, mut w64) = r.weight(&Cpu::open(), Dtype::F32, rows, n, 0.1);
     let (mut a, mut b) = (vec![0.0; 3 * n], vec![0.0; 3 * n]);
     // Row 7 has slot 0, row 2 has slot 2; slot 1 belongs to nobody. Row 2 is one gradient behind.
     let mut adam: Vec<Vec<Adam>> = (0..2).map(|_| (0..n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect()).collect();

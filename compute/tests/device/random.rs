@@ -2,6 +2,7 @@
 
 use crate::machine::Machine;
 use compute::{Dtype, Stream, cpu};
+use std::sync::Arc;
 
 /// SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).
 pub struct Random {
@@ -49,7 +50,7 @@ impl Random {
     /// A weight of standard deviation `size`, and its values as the dtype holds them.
     pub fn weight<D: Machine>(
         &mut self,
-        device: &D,
+        device: &Arc<D>,
         dtype: Dtype,
         rows: usize,
         cols: usize,

@@ -5,6 +5,7 @@ use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
     Device, Factors, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write, cpu::Weight,
 };
+use std::sync::Arc;
 
 /// All results of all operations, by name, as bits.
 #[derive(Default)]
@@ -19,7 +20,7 @@ impl Results {
 #[test]
 fn results_are_the_same_with_one_thread_and_with_three() {
     let all = |threads: usize| {
-        let device = Cpu::new(threads).expect("threads");
+        let device = Arc::new(Cpu::new(threads).expect("threads"));
         assert_eq!(device.threads(), threads);
         device.run(|| {
             let mut results = Results::default();
@@ -37,7 +38,7 @@ fn results_are_the_same_with_one_thread_and_with_three() {
     }
 }
 
-fn layers(d: &Cpu, out: &mut Results) {
+fn layers(d: &Arc<Cpu>, out: &mut Results) {
     let mut r = Random::new("threads");
     let (t, m, n) = (37, 700, 1100);
     let (x, dy, g) = (r.normals(t * n), r.normals(t * m), r.normals(t * n));
@@ -82,7 +83,7 @@ fn layers(d: &Cpu, out: &mut Results) {
     out.keep("count_nonfinite", &counter);
 }
 
-fn attention(d: &Cpu, out: &mut Results) {
+fn attention(d: &Arc<Cpu>, out: &mut Results) {
     let mut r = Random::new("threads attention");
     let (t, past, heads, kv_heads, head_dim) = (150, 90, 6, 3, 16);
     for window in [None, Some(100)] {
@@ -104,7 +105,7 @@ fn attention(d: &Cpu, out: &mut Results) {
     }
 }
 
-fn optimizer(d: &Cpu, out: &mut Results) {
+fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
     let mut r = Random::new("threads optimizer");
     let moments = Moments { beta1: 0.9, beta2: 0.999, eps: 1e-6 };
     // The second shape has many Gram blocks, the third forms G.
