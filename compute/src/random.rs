@@ -76,6 +76,11 @@ impl Stream {
         Stream::new(seed, Purpose::Projection, refresh, dim)
     }
 
+    /// Key, step and tensor, as kernels take them.
+    pub(crate) fn words(&self) -> [u32; 4] {
+        [self.key[0], self.key[1], self.step, self.tensor]
+    }
+
     fn block(&self, index: u64) -> [u32; 4] {
         Philox::block(self.key, [index as u32, (index >> 32) as u32, self.step, self.tensor])
     }

@@ -8,6 +8,7 @@
 //! happens in can do nothing more on this device, and its parent starts another.
 
 mod attention;
+mod blas;
 mod driver;
 mod graph;
 mod launch;
@@ -47,6 +48,8 @@ pub struct Cuda {
     /// Of what is being recorded, if anything is.
     pool: Mutex<Option<Arc<Pool>>>,
     general: Arc<Pool>,
+    counters: linear::Counters,
+    blas: Option<blas::Blas>,
     /// Last, because everything above needs it to the end.
     context: Arc<Context>,
 }
@@ -122,12 +125,21 @@ impl Cuda {
         let module = Module::load(&CString::new(PTX).expect("PTX has no zeros"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|error| OpenError::Call { call: "cuStreamCreate", error: driver::describe(error) })?;
+        let stream = Stream(stream);
+        let general = Arc::new(Pool::new(context.clone()));
+        let counters = general.block(linear::Counters::BYTES);
+        // SAFETY: the block has as many bytes.
+        unsafe { result::memset_d8_async(counters.ptr, 0, linear::Counters::BYTES, stream.0) }
+            .map_err(|error| OpenError::Call { call: "cuMemsetD8Async", error: driver::describe(error) })?;
+        let blas = blas::Blas::open(|bytes| general.block(bytes));
         Ok(Cuda {
-            stream: Stream(stream),
+            stream,
             functions: Mutex::default(),
             module,
             pool: Mutex::new(None),
-            general: Arc::new(Pool::new(context.clone())),
+            general,
+            counters: linear::Counters::new(counters),
+            blas,
             context,
         })
     }
