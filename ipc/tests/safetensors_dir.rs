@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bf16, content, decoder, model, write_sharded};
-use ipc::{Allocation, Error, Manifest, SafetensorsDir, SharedWeights};
+use ipc::{Error, Manifest, SafetensorsDir, SharedWeights};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 
