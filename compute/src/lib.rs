@@ -17,10 +17,12 @@
 //! inputs) as Hugging Face stores `nn.Linear`; a vector is (1,n).
 
 pub mod cpu;
+pub mod cuda;
 mod random;
 mod sink;
 
 pub use cpu::Cpu;
+pub use cuda::Cuda;
 pub use random::{Philox, Stream};
 pub use sink::{Collector, Sink, TensorId};
 pub use weight_map::{Dtype, RowOrder};
@@ -476,3 +478,12 @@ pub struct LinearOutput<'a, D: Device> {
 
 /// Target of a row that has none: padding.
 pub const NO_TARGET: u32 = u32::MAX;
+
+/// Elements of any type, as they lie in memory, as f32.
+pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+    }
+}

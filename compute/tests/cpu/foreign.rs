@@ -111,7 +111,7 @@ fn write_all_ways(w: &Weight, r: &mut Random) -> [&'static str; 3] {
         device.apollo_commit(
             &mut norms,
             &mut [ApolloCommit {
-                w: w,
+                w,
                 s: &s,
                 at: 0,
                 exp_avg: &mut a,

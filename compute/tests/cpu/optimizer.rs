@@ -157,7 +157,7 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
             &mut norms,
             &mut [ApolloPrepare {
                 s: &mut s,
-                at: at,
+                at,
                 exp_avg: &exp_avg,
                 exp_avg_sq: &exp_avg_sq,
                 factors: f,
@@ -188,7 +188,7 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
             &mut [ApolloCommit {
                 w: &w,
                 s: &s,
-                at: at,
+                at,
                 exp_avg: &mut exp_avg,
                 exp_avg_sq: &mut exp_avg_sq,
                 factors: f,
@@ -341,7 +341,7 @@ fn a_step_on_16_bit_weights_is_right_on_average() {
             device.apollo_commit(
                 &mut norms,
                 &mut [ApolloCommit {
-                    w: w,
+                    w,
                     s: &s,
                     at: 0,
                     exp_avg: &mut a,

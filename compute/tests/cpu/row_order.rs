@@ -100,7 +100,7 @@ fn products_and_steps_are_the_same_to_the_bit() {
             device.apollo_commit(
                 &mut norms,
                 &mut [ApolloCommit {
-                    w: w,
+                    w,
                     s: &s,
                     at: 0,
                     exp_avg: &mut avg,

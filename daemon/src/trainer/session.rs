@@ -11,7 +11,7 @@ use anyhow::{Context, Result, anyhow, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
 use compute::cpu::Weight;
-use compute::{Cpu, Dtype};
+use compute::{Cpu, Device, Dtype};
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::{Path, PathBuf};
