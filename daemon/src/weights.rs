@@ -1,9 +1,10 @@
 //! From tensors that somebody holds to the weights that `compute` works on.
 
+use crate::backend::Backend;
 use anyhow::{Context, Result, bail};
 use compute::Dtype;
 use compute::cpu::Weight;
-use ipc::{Attachment, SafetensorsDir, SharedWeights};
+use ipc::{SafetensorsDir, SharedWeights};
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,24 +19,12 @@ pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
     }
 }
 
-/// The weights of an attached server, in the model's order.
-pub fn attached(attachment: &Arc<Attachment>) -> Vec<Weight> {
-    let tensor = |i| {
-        let live = attachment.tensor(i);
-        let (rows, cols) = matrix_shape(live.shape);
-        // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
-        // that the weight keeps holds the mapping, and nobody makes references into it.
-        unsafe { Weight::new(live.host(), live.dtype, rows, cols, attachment.clone()) }.ordered(live.row_order)
-    };
-    (0..attachment.len()).map(tensor).collect()
-}
-
 /// The weights that the embedded engine serves, in the model's order.
 pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
     let tensor = |i| {
         let live = weights.tensor(i);
         let (rows, cols) = matrix_shape(live.shape);
-        // SAFETY: as in `attached`: the Arc holds the shared memory that the tensor lies in.
+        // SAFETY: the Arc holds the shared memory that the tensor lies in, and nobody makes references into it.
         unsafe { Weight::new(live.host(), live.dtype, rows, cols, weights.clone()) }
     };
     (0..weights.len()).map(tensor).collect()
@@ -80,9 +69,7 @@ pub fn file_dtypes(files: &SafetensorsDir, names: &[String]) -> Result<Vec<Dtype
 
 /// Elements of any type as the bytes of f32.
 pub fn widened(bytes: &[u8], dtype: Dtype) -> Vec<u8> {
-    let weight = Weight::zeros(dtype, 1, bytes.len() / dtype.size());
-    weight.write_bytes(0, bytes);
-    weight.values().into_iter().flat_map(f32::to_le_bytes).collect()
+    compute::narrow(Dtype::F32, &compute::widen(dtype, bytes))
 }
 
 /// A model directory's tensors, mapped to the names that its config expects.
@@ -119,23 +106,25 @@ impl ModelFiles {
     }
 
     /// A private copy of the first `rows` rows of a tensor, as it is or widened to f32.
-    pub fn weight(&self, name: &str, rows: usize, widen: bool) -> Result<Weight> {
+    pub fn weight<D: Backend>(&self, device: &Arc<D>, name: &str, rows: usize, widen: bool) -> Result<D::Weight> {
         let index = self.map.find(name).with_context(|| format!("no tensor {name}"))?;
         let cols = matrix_shape(&self.map.views[index].shape).1;
         let (bytes, dtype) = self.bytes(name)?;
-        let weight = Weight::zeros(dtype, rows, cols);
-        weight.write_bytes(0, &bytes[..weight.bytes()]);
-        if !widen || dtype == Dtype::F32 {
-            return Ok(weight);
+        let bytes = &bytes[..rows * cols * dtype.size()];
+        let weight = D::weight(device, if widen { Dtype::F32 } else { dtype }, rows, cols);
+        if widen && dtype != Dtype::F32 {
+            device.write_weight(&weight, 0, &widened(bytes, dtype));
+        } else {
+            device.write_weight(&weight, 0, bytes);
         }
-        Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))
+        Ok(weight)
     }
 }
 
 /// A private copy of all of a model directory's weights, in the model's order.
-pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
+pub fn load<D: Backend>(device: &Arc<D>, dir: &Path, config: &Config, widen: bool) -> Result<Vec<D::Weight>> {
     let files = ModelFiles::open(dir, config)?;
-    let weight = |t: HfTensor| files.weight(&t.name, matrix_shape(&t.shape).0, widen);
+    let weight = |t: HfTensor| files.weight(device, &t.name, matrix_shape(&t.shape).0, widen);
     config.decoder.tensors().into_iter().map(weight).collect()
 }
 

@@ -142,6 +142,10 @@ impl<D: Device> Model<D> {
         Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights }
     }
 
+    /// What it runs on.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
