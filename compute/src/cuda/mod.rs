@@ -9,6 +9,7 @@
 
 mod driver;
 mod graph;
+mod hash;
 mod launch;
 mod layers;
 mod linear;
@@ -18,6 +19,7 @@ mod weight;
 
 pub use driver::{DeviceName, OpenError};
 pub use graph::Graph;
+pub use hash::ReadAhead;
 pub use weight::Weight;
 
 use crate::{
