@@ -36,14 +36,19 @@ fn main() {
     let flags = kernel_flags();
     let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["-c", "-o", path(&object)]).collect();
     compiler(&flags, &include, &[&table]);
-    link(&out.join("libcuda.so"), "libcuda.so", &include, &[
-        &object,
-        &driver.join("state.cpp"),
-        &driver.join("device.cpp"),
-        &driver.join("memory.cpp"),
-        &driver.join("stream.cpp"),
-        &driver.join("module.cpp"),
-    ]);
+    link(
+        &out.join("libcuda.so"),
+        "libcuda.so",
+        &include,
+        &[
+            &object,
+            &driver.join("state.cpp"),
+            &driver.join("device.cpp"),
+            &driver.join("memory.cpp"),
+            &driver.join("stream.cpp"),
+            &driver.join("module.cpp"),
+        ],
+    );
     // Programs without cudarc look for this name.
     let alias = out.join("libcuda.so.1");
     let _ = std::fs::remove_file(&alias);
@@ -136,6 +141,8 @@ fn write_table(to: &Path, mut source: String, kernels: &[Kernel]) {
     for Kernel { name, bounds } in kernels {
         writeln!(source, "    entry<&{name}>(\"{name}\", launch_bounds({bounds})),").expect("a string takes it");
     }
-    source.push_str("};\nconst size_t HOST_KERNELS_COUNT = sizeof(HOST_KERNELS) / sizeof(HostKernel);\n}  // namespace\n");
+    source.push_str(
+        "};\nconst size_t HOST_KERNELS_COUNT = sizeof(HOST_KERNELS) / sizeof(HostKernel);\n}  // namespace\n",
+    );
     std::fs::write(to, source).expect("OUT_DIR is writable");
 }

@@ -3,11 +3,9 @@
 mod common;
 
 use anyhow::Result;
-use common::{cases, load};
-use compute::{Cpu, Device};
-use model::Config;
+use common::{Machine, cases, load};
+use compute::Dtype;
 use model::oracle::{Difference, Precision, Probe, compare_head, compare_layer};
-use std::sync::Arc;
 
 /// The kernels sum in f32: observed differences are below 1e-6.
 const TOLERANCE: f64 = 1e-5;
@@ -19,12 +17,13 @@ fn check(name: &str, differences: Vec<Difference>) {
     }
 }
 
-#[test]
-fn every_layer_agrees_with_autograd() -> Result<()> {
-    let device = Arc::new(Cpu::new(2)?);
+on_every_device!(every_layer_agrees_with_autograd);
+
+fn every_layer_agrees_with_autograd<D: Machine>() -> Result<()> {
+    let device = D::open();
     for dir in cases() {
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        let model = load(&device, &dir, Config::read(&dir)?)?;
+        let model = load(&device, &dir, Dtype::F32)?;
         for (seed, (context, window)) in [(0, 5), (19, 1), (11, 7), (3, 70)].into_iter().enumerate() {
             let probe = Probe { context, window, seed: seed as u64, precision: Precision::F64 };
             for layer in 0..model.config().decoder.layers {

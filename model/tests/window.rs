@@ -3,16 +3,29 @@
 mod common;
 
 use anyhow::Result;
-use common::{cases, examples, gradients, load, relative};
-use compute::{Cpu, Device, Dtype, cpu::Weight};
-use model::{Config, Example, Extent, Model};
+use common::{Machine, cases, examples, gradients, load, relative, weight};
+use compute::{Collector, Device, Dtype, Sink};
+use model::{Example, Extent, Model, Timings};
 use std::sync::Arc;
 
+on_every_device!(
+    a_full_window_has_the_gradient_of_the_whole_example,
+    a_shared_context_gives_what_running_it_again_gives,
+    windows_one_after_the_other_give_what_each_gives_alone,
+);
+
 /// Loss of the example on weights moved by `step` along the gradient.
-fn moved_loss(device: &Arc<Cpu>, model: &Model<Cpu>, example: &Example, gradients: &[Vec<f32>], step: f32) -> f64 {
-    let weight = |(w, g): (&Weight, &Vec<f32>)| {
-        let values: Vec<f32> = w.values().iter().zip(g).map(|(w, g)| w + step * g).collect();
-        Weight::from_values(Dtype::F32, w.rows(), w.cols(), &values)
+fn moved_loss<D: Machine>(
+    device: &Arc<D>,
+    model: &Model<D>,
+    example: &Example,
+    gradients: &[Vec<f32>],
+    step: f32,
+) -> f64 {
+    let weight = |(w, g): (&D::Weight, &Vec<f32>)| {
+        let values: Vec<f32> = device.weight_values(w).iter().zip(g).map(|(w, g)| w + step * g).collect();
+        let (rows, cols) = device.shape(w);
+        weight(device, Dtype::F32, rows, cols, &values)
     };
     let weights = model.weights().iter().zip(gradients).map(weight).collect();
     let moved = Model::new(device.clone(), model.config().clone(), weights, model.positions());
@@ -22,11 +35,10 @@ fn moved_loss(device: &Arc<Cpu>, model: &Model<Cpu>, example: &Example, gradient
 }
 
 /// The slope of the loss along its own full gradient G is ‖G‖²; along a frozen one it is not that gradient's.
-#[test]
-fn a_full_window_has_the_gradient_of_the_whole_example() -> Result<()> {
-    let device = Arc::new(Cpu::new(2)?);
+fn a_full_window_has_the_gradient_of_the_whole_example<D: Machine>() -> Result<()> {
+    let device = D::open();
     for dir in cases() {
-        let model = load(&device, &dir, Config::read(&dir)?)?;
+        let model = load(&device, &dir, Dtype::F32)?;
         let example = &examples(&dir)?[0];
         let slope_error = |extent: Extent| {
             let (_, g) = gradients(&device, &model, example, extent);
@@ -45,11 +57,10 @@ fn a_full_window_has_the_gradient_of_the_whole_example() -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_shared_context_gives_what_running_it_again_gives() -> Result<()> {
-    let device = Arc::new(Cpu::new(2)?);
+fn a_shared_context_gives_what_running_it_again_gives<D: Machine>() -> Result<()> {
+    let device = D::open();
     for dir in cases() {
-        let model = load(&device, &dir, Config::read(&dir)?)?;
+        let model = load(&device, &dir, Dtype::F32)?;
         let ids: Vec<u32> = (0..40).map(|i| (i * 31 + 7) % 90).collect();
         let mut other = ids.clone();
         other[20..].reverse();
@@ -60,6 +71,58 @@ fn a_shared_context_gives_what_running_it_again_gives() -> Result<()> {
             let fresh = device.run(|| model.loss(&mut model.cache(64), &example));
             let error = relative(&[again.loss()], &[fresh.loss()]);
             assert!(error < 1e-5, "{}: {again:?} instead of {fresh:?}", dir.display());
+        }
+    }
+    Ok(())
+}
+
+/// Holds every event until the end, as an optimizer does whose step has several windows.
+struct Held<D: Device>(Vec<Box<dyn Fn(&mut Collector<D>) + Send>>);
+
+impl<D: Device> Sink<D> for Held<D> {
+    fn linear(&mut self, tensor: usize, x: &Arc<D::Buffer>, dy: &Arc<D::Buffer>, t: usize) {
+        let (x, dy) = (x.clone(), dy.clone());
+        self.0.push(Box::new(move |collector| collector.linear(tensor, &x, &dy, t)));
+    }
+    fn rows(&mut self, tensor: usize, ids: &[u32], dx: &Arc<D::Buffer>) {
+        let (ids, dx) = (ids.to_vec(), dx.clone());
+        self.0.push(Box::new(move |collector| collector.rows(tensor, &ids, &dx)));
+    }
+    fn dense(&mut self, tensor: usize, g: &Arc<D::Buffer>) {
+        let g = g.clone();
+        self.0.push(Box::new(move |collector| collector.dense(tensor, &g)));
+    }
+    fn wants(&self, _: usize) -> bool {
+        true
+    }
+}
+
+/// Of one length and of several, also while the gradients of the one before are still held: a GPU replays what it
+/// recorded for the first.
+fn windows_one_after_the_other_give_what_each_gives_alone<D: Machine>() -> Result<()> {
+    let device = D::open();
+    let dir = &cases()[0];
+    let model = load(&device, dir, Dtype::F32)?;
+    let ids = |seed: u32| (0..48).map(|i| (i * 29 + seed * 13 + 5) % 90).collect::<Vec<u32>>();
+    let spans = [vec![30..40], vec![12..15], vec![35..36], vec![20..29], vec![10..20, 30..35, 40..48], vec![20..36]];
+    let mut cache = model.cache(64);
+    for (seed, spans) in spans.into_iter().enumerate() {
+        let example = Example::new(ids(seed as u32), spans)?;
+        let (alone, want) = gradients(&device, &model, &example, Extent::Frozen);
+        let mut held = Held(Vec::new());
+        cache.truncate(0);
+        let (scale, timings) = (1.0 / example.tokens() as f32, &mut Timings::default());
+        let report = device.run(|| model.train(&mut cache, &example, Extent::Frozen, scale, &mut held, timings));
+        let mut collector = Collector::new(device.clone(), &model.shapes());
+        held.0.iter().for_each(|event| event(&mut collector));
+        let error = relative(&[report.loss()], &[alone.loss()]);
+        assert!(error < 1e-5 && report.tokens == alone.tokens, "example {seed}: {report:?} instead of {alone:?}");
+        for ((tensor, got), want) in model.tensors().iter().zip(&collector.gradients).zip(&want) {
+            let mut values = vec![0.0; want.len()];
+            device.read(got, 0, &mut values);
+            let error = relative(&values, want);
+            // What is not recorded is not padded either, and sums in another order.
+            assert!(error < 1e-5, "example {seed}, {}: {error:.1e}", tensor.name);
         }
     }
     Ok(())

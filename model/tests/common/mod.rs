@@ -4,11 +4,65 @@
 #![allow(dead_code)]
 
 use anyhow::{Context, Result, ensure};
-use compute::{Collector, Cpu, Device, Dtype, cpu::Weight};
+use compute::cuda::DeviceName;
+use compute::{Collector, Cpu, Cuda, Device, Dtype, cpu, cuda, narrow};
 use model::{Config, Example, Extent, Model, Report, Timings};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+/// A backend under test.
+pub trait Machine: Device {
+    /// Opens it; CUDA is the simulated driver, or the machine's with APOLLOD_TEST_DRIVER=real.
+    fn open() -> Arc<Self>;
+    /// A weight in memory of its own, zeroed.
+    fn weight(device: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Self::Weight;
+}
+
+impl Machine for Cpu {
+    fn open() -> Arc<Cpu> {
+        Arc::new(Cpu::new(2).expect("two threads"))
+    }
+    fn weight(_: &Arc<Cpu>, dtype: Dtype, rows: usize, cols: usize) -> cpu::Weight {
+        cpu::Weight::zeros(dtype, rows, cols)
+    }
+}
+
+impl Machine for Cuda {
+    fn open() -> Arc<Cuda> {
+        simulated_driver::load();
+        Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a device"))
+    }
+    fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
+        cuda::Weight::zeros(device, dtype, rows, cols)
+    }
+}
+
+/// Makes a test of `body::<D>` for every backend.
+#[macro_export]
+macro_rules! on_every_device {
+    ($($body:ident),* $(,)?) => {
+        mod cpu {
+            $(#[test]
+            fn $body() -> anyhow::Result<()> {
+                super::$body::<compute::Cpu>()
+            })*
+        }
+        mod cuda {
+            $(#[test]
+            fn $body() -> anyhow::Result<()> {
+                super::$body::<compute::Cuda>()
+            })*
+        }
+    };
+}
+
+/// A weight of these values, rounded to the nearest of its type.
+pub fn weight<D: Machine>(device: &Arc<D>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> D::Weight {
+    let weight = D::weight(device, dtype, rows, cols);
+    device.write_weight(&weight, 0, &narrow(dtype, values));
+    weight
+}
 
 /// f32 values of a tensor.
 pub fn values(file: &SafeTensors, name: &str) -> Result<Vec<f32>> {
@@ -17,26 +71,37 @@ pub fn values(file: &SafeTensors, name: &str) -> Result<Vec<f32>> {
     Ok(view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
 }
 
-/// A model directory in f32, in memory of its own.
-pub fn load(device: &Arc<Cpu>, dir: &Path, config: Config) -> Result<Model<Cpu>> {
+/// A model directory in memory of its own, rounded to the nearest of `dtype`.
+pub fn load<D: Machine>(device: &Arc<D>, dir: &Path, dtype: Dtype) -> Result<Model<D>> {
+    let config = Config::read(dir)?;
     let bytes = std::fs::read(dir.join("model.safetensors"))?;
     let file = SafeTensors::deserialize(&bytes)?;
     let weights = config.decoder.tensors().into_iter().map(|t| {
         let (rows, cols) = if t.shape.len() == 1 { (1, t.shape[0]) } else { (t.shape[0], t.shape[1]) };
-        Ok(Weight::from_values(Dtype::F32, rows, cols, &values(&file, &t.name)?))
+        Ok(weight(device, dtype, rows, cols, &values(&file, &t.name)?))
     });
     let weights = weights.collect::<Result<Vec<_>>>()?;
     Ok(Model::new(device.clone(), config, weights, 256))
 }
 
 /// Loss report and gradients of one example.
-pub fn gradients(device: &Arc<Cpu>, model: &Model<Cpu>, example: &Example, extent: Extent) -> (Report, Vec<Vec<f32>>) {
+pub fn gradients<D: Machine>(
+    device: &Arc<D>,
+    model: &Model<D>,
+    example: &Example,
+    extent: Extent,
+) -> (Report, Vec<Vec<f32>>) {
     let mut collector = Collector::new(device.clone(), &model.shapes());
     let mut cache = model.cache(model.positions());
     let scale = 1.0 / example.tokens() as f32;
     let timings = &mut Timings::default();
     let report = device.run(|| model.train(&mut cache, example, extent, scale, &mut collector, timings));
-    (report, collector.gradients)
+    let read = |gradient: &D::Buffer| {
+        let mut values = vec![0.0; device.len(gradient)];
+        device.read(gradient, 0, &mut values);
+        values
+    };
+    (report, collector.gradients.iter().map(read).collect())
 }
 
 /// Directories under tests/goldens.
