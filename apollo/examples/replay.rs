@@ -6,7 +6,7 @@
 
 use anyhow::{Context, Result, bail, ensure};
 use apollo::{Convention, Gates, Optimizer, Outcome, Rule, ScaleType, Settings, Tensor, TensorKind};
-use compute::{Cpu, Dtype, Sink, cpu::Weight};
+use compute::{Cpu, Device, Dtype, Sink, cpu::Weight};
 use safetensors::{SafeTensors, tensor::TensorView};
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -62,7 +62,7 @@ impl<D: Device> Events<D> {
         if let ([Pair { x, dy, t }], []) = (&self.linear[..], &self.rows[..]) {
             return Some(Pair { x: x.clone(), dy: dy.clone(), t: *t });
         }
-        let (mut x, mut dy) = (device.zeros(t * n), device.zeros(t * m));
+        let (mut x, mut dy) = (device.uninit(t * n), device.uninit(t * m));
         let mut at = 0;
         for Pair { x: piece_x, dy: piece_dy, t: rows } in &self.linear {
             device.copy(&mut x, at * n, piece_x, 0, rows * n);
@@ -71,9 +71,7 @@ impl<D: Device> Events<D> {
         }
         for (ids, piece) in &self.rows {
             device.copy(&mut x, at * n, piece, 0, ids.len() * n);
-            for (i, &id) in ids.iter().enumerate() {
-                device.write(&mut dy, (at + i) * m + id as usize, &[1.0]);
-            }
+            device.one_hot(&mut dy, at, &device.ids(ids), m);
             at += ids.len();
         }
         Some(Pair { x: Arc::new(x), dy: Arc::new(dy), t })
@@ -82,7 +80,7 @@ impl<D: Device> Events<D> {
     /// The sum of the dense events of a vector of n elements.
     pub fn vector(&self, device: &D, n: usize) -> Option<D::Buffer> {
         let (first, rest) = self.dense.split_first()?;
-        let mut g = device.zeros(n);
+        let mut g = device.uninit(n);
         device.copy(&mut g, 0, first, 0, n);
         rest.iter().for_each(|more| device.add(&mut g, more, n));
         Some(g)

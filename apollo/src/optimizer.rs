@@ -9,7 +9,10 @@
 use crate::gradients::{Gradients, Pair};
 use crate::moments::{State, rank_of};
 use crate::settings::{Gates, Rule, Settings, Tensor, TensorKind};
-use compute::{AdamRow, Compressed, Device, Factors, Limiter, NORM_SLOTS, NORM_UPDATE, Stream, Write};
+use compute::{
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Device, Factors, Limiter, NORM_SLOTS, NORM_UPDATE,
+    Stream, Write,
+};
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::Arc;
@@ -232,24 +235,20 @@ impl<D: Device> Optimizer<D> {
     pub fn commit(&mut self, weights: &[D::Weight], prepared: Prepared<D>) -> StepReport {
         let Prepared { ready, update_norm, lr } = prepared;
         self.steps += 1;
-        for tensor in ready {
-            self.commit_tensor(weights, tensor, lr);
-        }
+        self.commit_tensors(weights, &ready, lr);
         StepReport { step: self.steps, update_norm, lr: lr as f32 }
     }
 
     fn count_nonfinite(&self, gradients: &Gradients<D>) -> u64 {
-        let mut counter = self.device.zeros(1);
-        let mut count = |b: &D::Buffer, len: usize| self.device.count_nonfinite(&mut counter, 0, b, len);
+        let mut items: Vec<(&D::Buffer, usize)> = Vec::new();
         for (events, tensor) in gradients.events.iter().zip(&self.tensors) {
             let (m, n) = (tensor.rows, tensor.cols);
-            events.linear.iter().for_each(|Pair { x, dy, t }| {
-                count(x, t * n);
-                count(dy, t * m);
-            });
-            events.rows.iter().for_each(|(ids, dx)| count(dx, ids.len() * n));
-            events.dense.iter().for_each(|g| count(g, n));
+            items.extend(events.linear.iter().flat_map(|Pair { x, dy, t }| [(&**x, t * n), (&**dy, t * m)]));
+            items.extend(events.rows.iter().map(|(ids, dx)| (&**dx, ids.len() * n)));
+            items.extend(events.dense.iter().map(|g| (&**g, n)));
         }
+        let mut counter = self.device.zeros(1);
+        self.device.count_nonfinite(&mut counter, 0, &items);
         let mut host = [0.0];
         self.device.read(&counter, 0, &mut host);
         host[0] as u64
@@ -259,28 +258,32 @@ impl<D: Device> Optimizer<D> {
     /// stands for all of them; that of G = dyᵀx is at most the product of those of its factors.
     /// (The compressed step says the same by a norm that is not finite.)
     fn adamw_overflows(&self, ready: &[Ready<D>]) -> bool {
-        let device = &*self.device;
-        let dot = |x: &D::Buffer, dy: &D::Buffer, t: usize| {
-            let mut sum = device.zeros(1);
-            device.outer_accumulate(&mut sum, &Factors { x, dy, t, m: 1, n: 1 });
-            sum
-        };
-        let mut counter = device.zeros(1);
+        let mut items: Vec<(&D::Buffer, usize)> = Vec::new();
         for item in ready {
-            let squares = match item {
-                Ready::Apollo { .. } => continue,
+            match item {
+                Ready::Apollo { .. } => (),
                 Ready::Dense { tensor, pair } => {
-                    let (x, dy) = (pair.t * self.tensors[*tensor].cols, pair.t * self.tensors[*tensor].rows);
-                    dot(&dot(&pair.x, &pair.x, x), &dot(&pair.dy, &pair.dy, dy), 1)
+                    items.push((&pair.x, pair.t * self.tensors[*tensor].cols));
+                    items.push((&pair.dy, pair.t * self.tensors[*tensor].rows));
                 }
-                Ready::Vector { tensor, g } => dot(g, g, self.tensors[*tensor].cols),
-                Ready::Lookup { tensor, rows, g } => dot(g, g, rows.len() * self.tensors[*tensor].cols),
-            };
-            device.count_nonfinite(&mut counter, 0, &squares, 1);
+                Ready::Vector { tensor, g } => items.push((g, self.tensors[*tensor].cols)),
+                Ready::Lookup { tensor, rows, g } => items.push((g, rows.len() * self.tensors[*tensor].cols)),
+            }
         }
-        let mut host = [0.0];
-        device.read(&counter, 0, &mut host);
-        host[0] > 0.0
+        if items.is_empty() {
+            return false;
+        }
+        let mut sums = self.device.uninit(items.len());
+        self.device.sum_squares(&mut sums, &items);
+        let mut host = vec![0.0; items.len()];
+        self.device.read(&sums, 0, &mut host);
+        let mut sums = host.into_iter();
+        let mut next = || sums.next().expect("one sum per item");
+        ready.iter().any(|item| match item {
+            Ready::Apollo { .. } => false,
+            Ready::Dense { .. } => !(next() * next()).is_finite(),
+            Ready::Vector { .. } | Ready::Lookup { .. } => !next().is_finite(),
+        })
     }
 
     fn assert_shapes(&self, weights: &[D::Weight]) {
@@ -293,13 +296,14 @@ impl<D: Device> Optimizer<D> {
     /// First pass: everything that a step needs, without writing state or weights.
     fn prepare_tensors(&mut self, gradients: &Gradients<D>) -> Vec<Ready<D>> {
         let mut ready = Vec::new();
-        for tensor in 0..self.tensors.len() {
-            let (rule, kind) = (self.tensors[tensor].effective_rule(), self.tensors[tensor].kind);
-            let (m, n) = (self.tensors[tensor].rows, self.tensors[tensor].cols);
-            let events = &gradients.events[tensor];
-            let item = match (rule, kind) {
+        for (tensor, events) in gradients.events.iter().enumerate() {
+            let (m, n, kind) = (self.tensors[tensor].rows, self.tensors[tensor].cols, self.tensors[tensor].kind);
+            let item = match (self.tensors[tensor].effective_rule(), kind) {
                 (Rule::Frozen, _) => None,
-                (Rule::Apollo, _) => events.pair(&self.device, m, n).map(|pair| self.prepare_apollo(tensor, pair)),
+                (Rule::Apollo, _) => events.pair(&self.device, m, n).map(|pair| {
+                    self.refresh_projection(self.rank(tensor), m.min(n));
+                    Ready::Apollo { tensor, pair, s: self.device.uninit(m.max(n)) }
+                }),
                 (Rule::AdamW, TensorKind::Matrix) => {
                     events.pair(&self.device, m, n).map(|pair| Ready::Dense { tensor, pair })
                 }
@@ -312,26 +316,35 @@ impl<D: Device> Optimizer<D> {
             };
             ready.extend(item);
         }
+        self.prepare_apollo(&mut ready);
         ready
     }
 
-    fn prepare_apollo(&mut self, tensor: usize, pair: Pair<D>) -> Ready<D> {
-        let (m, n) = (self.tensors[tensor].rows, self.tensors[tensor].cols);
-        let (rank, dim) = (self.rank(tensor), m.min(n));
-        self.refresh_projection(rank, dim);
-        let mut s = self.device.zeros(m.max(n));
-        let factors = Factors { x: &*pair.x, dy: &*pair.dy, t: pair.t, m, n };
-        let compressed = compressed(&self.settings, &self.projections[&(rank, dim)].1, rank);
-        let (state, at) = (&self.states[tensor], tensor * NORM_SLOTS);
-        let norms = &mut self.norms;
-        self.device.apollo_prepare(&mut s, norms, at, &state.exp_avg, &state.exp_avg_sq, &factors, &compressed);
-        let limiter = Limiter {
-            growth: self.settings.norm_growth_limit,
-            floor: self.settings.norm_growth_floor,
-            expected: ((rank * m.max(n)) as f32).sqrt(),
-        };
-        self.device.limit(norms, at, limiter);
-        Ready::Apollo { tensor, pair, s }
+    /// Scaling, ‖U‖ and limiter of every matrix under APOLLO.
+    fn prepare_apollo(&mut self, ready: &mut [Ready<D>]) {
+        let (mut tensors, mut limiters) = (Vec::new(), Vec::new());
+        for item in ready {
+            let Ready::Apollo { tensor, pair, s } = item else { continue };
+            let spec = &self.tensors[*tensor];
+            let (rank, at, state) = (rank_of(spec, &self.settings), *tensor * NORM_SLOTS, &self.states[*tensor]);
+            let projection = &self.projections[&(rank, spec.rows.min(spec.cols))].1;
+            tensors.push(ApolloPrepare {
+                s,
+                at,
+                exp_avg: &state.exp_avg,
+                exp_avg_sq: &state.exp_avg_sq,
+                factors: factors(spec, pair),
+                compressed: compressed(&self.settings, projection, rank),
+            });
+            let limiter = Limiter {
+                growth: self.settings.norm_growth_limit,
+                floor: self.settings.norm_growth_floor,
+                expected: ((rank * spec.rows.max(spec.cols)) as f32).sqrt(),
+            };
+            limiters.push((at, limiter));
+        }
+        self.device.apollo_prepare(&mut self.norms, &mut tensors);
+        self.device.limit(&mut self.norms, &limiters);
     }
 
     fn rank(&self, tensor: usize) -> usize {
@@ -369,53 +382,74 @@ impl<D: Device> Optimizer<D> {
         if expected == 0.0 { 1.0 } else { (sum / expected).sqrt() as f32 }
     }
 
-    /// Second pass: writes state and weight of one tensor. Nothing here can fail.
-    fn commit_tensor(&mut self, weights: &[D::Weight], ready: Ready<D>, lr: f64) {
+    /// Second pass: writes states and weights. Nothing here can fail.
+    fn commit_tensors(&mut self, weights: &[D::Weight], ready: &[Ready<D>], lr: f64) {
+        let rows = self.rows_to_write(ready, lr);
         let corrected = lr * self.settings.bias_correction(self.steps);
+        let (settings, steps) = (&self.settings, self.steps);
         let write = |tensor: usize, step: f64| Write {
             step: step as f32,
-            decay: (lr * self.settings.weight_decay as f64) as f32,
-            stream: Stream::rounding(self.settings.seed, self.steps, tensor),
+            decay: (lr * settings.weight_decay as f64) as f32,
+            stream: Stream::rounding(settings.seed, steps, tensor),
         };
-        let moments = self.settings.moments();
-        match ready {
-            Ready::Apollo { tensor, pair, s } => {
-                let (m, n) = (self.tensors[tensor].rows, self.tensors[tensor].cols);
-                let (rank, dim) = (self.rank(tensor), m.min(n));
-                let write = write(tensor, corrected * self.settings.alpha(dim, rank));
-                let factors = Factors { x: &*pair.x, dy: &*pair.dy, t: pair.t, m, n };
-                let compressed = compressed(&self.settings, &self.projections[&(rank, dim)].1, rank);
-                let State { exp_avg, exp_avg_sq, .. } = &mut self.states[tensor];
-                let at = tensor * NORM_SLOTS;
-                let (w, norms) = (&weights[tensor], &mut self.norms);
-                self.device.apollo_commit(w, norms, at, &s, exp_avg, exp_avg_sq, &factors, &compressed, write);
-            }
-            Ready::Dense { tensor, pair } => {
-                let (m, n) = (self.tensors[tensor].rows, self.tensors[tensor].cols);
-                let factors = Factors { x: &*pair.x, dy: &*pair.dy, t: pair.t, m, n };
-                let write = write(tensor, corrected);
-                let State { exp_avg, exp_avg_sq, .. } = &mut self.states[tensor];
-                self.device.adamw_factors(&weights[tensor], exp_avg, exp_avg_sq, &factors, moments, write);
-            }
-            Ready::Vector { tensor, g } => {
-                let write = write(tensor, corrected);
-                let rows = [AdamRow { row: 0, slot: 0, step: corrected as f32 }];
-                let State { exp_avg, exp_avg_sq, .. } = &mut self.states[tensor];
-                self.device.adamw_rows(&weights[tensor], &rows, &g, exp_avg, exp_avg_sq, moments, write);
-            }
-            Ready::Lookup { tensor, rows, g } => {
-                let write = write(tensor, corrected);
-                let settings = &self.settings;
-                let step_of = |gradients: u64| (lr * settings.bias_correction(gradients)) as f32;
-                let state = &mut self.states[tensor];
-                let cols = self.tensors[tensor].cols;
-                let capacity = (self.lookup_bytes / (8 * cols)).max(rows.len());
-                let rows = state.assign_slots(&*self.device, &rows, cols, capacity, self.steps, step_of);
-                let State { exp_avg, exp_avg_sq, .. } = state;
-                self.device.adamw_rows(&weights[tensor], &rows, &g, exp_avg, exp_avg_sq, moments, write);
+        let (mut apollo, mut adamw) = (Vec::new(), Vec::new());
+        let mut states = self.states.iter_mut().enumerate();
+        // Both are in the order of the tensors.
+        for (item, rows) in ready.iter().zip(&rows) {
+            let tensor = item.tensor();
+            let State { exp_avg, exp_avg_sq, .. } = states.find(|(i, _)| *i == tensor).expect("one state per tensor").1;
+            let (w, spec) = (&weights[tensor], &self.tensors[tensor]);
+            match item {
+                Ready::Apollo { pair, s, .. } => {
+                    let (rank, dim) = (rank_of(spec, settings), spec.rows.min(spec.cols));
+                    let factors = factors(spec, pair);
+                    let compressed = compressed(settings, &self.projections[&(rank, dim)].1, rank);
+                    let write = write(tensor, corrected * settings.alpha(dim, rank));
+                    let at = tensor * NORM_SLOTS;
+                    apollo.push(ApolloCommit { w, s, at, exp_avg, exp_avg_sq, factors, compressed, write });
+                }
+                Ready::Dense { pair, .. } => {
+                    let (factors, write) = (factors(spec, pair), write(tensor, corrected));
+                    self.device.adamw_factors(w, exp_avg, exp_avg_sq, &factors, settings.moments(), write);
+                }
+                Ready::Vector { g, .. } | Ready::Lookup { g, .. } => {
+                    adamw.push(AdamwRows { w, rows, g, exp_avg, exp_avg_sq, write: write(tensor, corrected) });
+                }
             }
         }
+        self.device.apollo_commit(&mut self.norms, &mut apollo);
+        self.device.adamw_rows(&mut adamw, settings.moments());
     }
+
+    /// For each tensor that is ready, its rows that AdamW writes; rows of a lookup get their slots.
+    fn rows_to_write(&mut self, ready: &[Ready<D>], lr: f64) -> Vec<Vec<AdamRow>> {
+        let step_of = |gradients: u64| (lr * self.settings.bias_correction(gradients)) as f32;
+        let rows = |item: &Ready<D>| match item {
+            Ready::Apollo { .. } | Ready::Dense { .. } => Vec::new(),
+            Ready::Vector { .. } => vec![AdamRow { row: 0, slot: 0, step: step_of(self.steps) }],
+            Ready::Lookup { tensor, rows, .. } => {
+                let cols = self.tensors[*tensor].cols;
+                let capacity = (self.lookup_bytes / (8 * cols)).max(rows.len());
+                self.states[*tensor].assign_slots(&*self.device, rows, cols, capacity, self.steps, step_of)
+            }
+        };
+        ready.iter().map(rows).collect()
+    }
+}
+
+impl<D: Device> Ready<D> {
+    fn tensor(&self) -> usize {
+        match self {
+            Ready::Apollo { tensor, .. }
+            | Ready::Dense { tensor, .. }
+            | Ready::Vector { tensor, .. }
+            | Ready::Lookup { tensor, .. } => *tensor,
+        }
+    }
+}
+
+fn factors<'a, D: Device>(tensor: &Tensor, pair: &'a Pair<D>) -> Factors<'a, D::Buffer> {
+    Factors { x: &pair.x, dy: &pair.dy, t: pair.t, m: tensor.rows, n: tensor.cols }
 }
 
 fn compressed<'a, B>(settings: &Settings, projection: &'a B, rank: usize) -> Compressed<'a, B> {

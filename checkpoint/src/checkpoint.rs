@@ -12,6 +12,7 @@ use crate::commit::{self, Draft, RollbackReport, SyncReport};
 use crate::disk::{Disk, Fault};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress};
+use crate::known::{Hashes, Known};
 use crate::layout::Layout;
 use crate::recover::{self, Recovery};
 use crate::retain::prune;
@@ -31,7 +32,23 @@ pub struct LiveTensor {
     pub bytes: u64,
 }
 
-/// Live weights as a sync sees them. Nothing writes them while the sync runs.
+/// Some of a live tensor's bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// The tensor's index.
+    pub tensor: usize,
+    /// First byte in the tensor.
+    pub offset: u64,
+    /// Length in bytes; at most 1 MiB.
+    pub bytes: u64,
+}
+
+/// Live weights as a sync sees them. Nothing writes them while the sync runs: training stands still, and a server
+/// only reads. (A write in between would be in the files or not, and found by the next sync either way, because the
+/// hashes are taken before the first read. But a generation would hold half a step.)
+///
+/// A sync calls `tensors`, then `block_hashes` and `announce` once each, then `read` for every part that was announced,
+/// in that order.
 pub trait LiveWeights {
     /// The tensors that a sync covers. Tensors of the files that are not here stay as they are.
     fn tensors(&self) -> &[LiveTensor];
@@ -39,6 +56,22 @@ pub trait LiveWeights {
     /// Copies `buf.len()` bytes of the tensor with this index, in row-major order, from byte `offset` of
     /// it. Never called past the tensor's end.
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]);
+
+    /// A hash of every block of `block_bytes` bytes of every tensor, tensor by tensor, computed where the tensors are.
+    /// Blocks count from the start of a tensor, whose last block is as long as what is left.
+    ///
+    /// Two contents of the same block have the same hash with a probability of at most 2⁻⁶⁴; what hashes as at the
+    /// last sync is not read. None, the default, from weights that are as cheap to read as to hash.
+    fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
+        let _ = block_bytes;
+        None
+    }
+
+    /// Tells every `read` to come, in order, so that copies from a device can be on their way while what came before
+    /// is compressed and written. Does nothing by default.
+    fn announce(&self, parts: Vec<Part>) {
+        drop(parts);
+    }
 }
 
 /// What an opener can choose.
@@ -64,6 +97,8 @@ pub struct Checkpoint {
     keep: u64,
     disk: Disk,
     current: Generation,
+    /// Hashes of the tensors that the last sync wrote.
+    known: Option<Known>,
     /// Why this handle must not be used any more.
     unusable: Option<String>,
     _lock: File,
@@ -88,7 +123,8 @@ impl Checkpoint {
             disk.create_dir(&dir)?;
         }
         let (current, recovery) = recover::recover(&mut disk, &paths, &layout, options.keep)?;
-        let checkpoint = Checkpoint { paths, keep: options.keep, disk, current, unusable: None, _lock: lock };
+        let checkpoint =
+            Checkpoint { paths, keep: options.keep, disk, current, known: None, unusable: None, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
@@ -96,7 +132,8 @@ impl Checkpoint {
     /// as a new generation. `report` is told done and total, in bytes of weights times two (the journal,
     /// then the files).
     ///
-    /// `live` must not change before this returns. On an error that is not [`Error::Interrupted`]
+    /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
+    /// not that of the last sync through this handle. On an error that is not [`Error::Interrupted`]
     /// the files are those of the current generation.
     pub fn sync(
         &mut self,
@@ -108,8 +145,20 @@ impl Checkpoint {
         self.usable()?;
         let layout = self.layout()?;
         let mut source = LiveSource::new(&layout, live)?;
+        let hashes = Hashes::of(live);
+        source.announce(&layout, Known::changed(self.known.as_ref(), self.current.generation, hashes.as_ref()));
         let draft = Draft { layout: &layout, progress, rollback_of: None, expect: None };
-        self.commit(draft, &mut source, Some(state), report)
+        let done = self.commit(draft, &mut source, Some(state), report)?;
+        self.known = hashes.map(|hashes| Known { generation: done.generation, hashes });
+        Ok(done)
+    }
+
+    /// Takes the hashes of live weights that equal the files in every byte, so that the next sync need not read them
+    /// all. Only for a caller who has just compared or restored every one of these tensors: where that is not so, the
+    /// difference stays out of the files. Does nothing for weights without hashes.
+    pub fn assume_equal(&mut self, live: &dyn LiveWeights) {
+        let generation = self.current.generation;
+        self.known = Hashes::of(live).map(|hashes| Known { generation, hashes });
     }
 
     /// Makes files, optimizer state and progress those of generation `to`, as a new generation, by the

@@ -83,6 +83,12 @@
 //! Before case 3 an error (no space, I/O) leaves the files untouched and G-1 current; after it the
 //! generation is certain and a new open finishes it.
 //!
+//! # Weights that are dear to read
+//!
+//! Live weights on a GPU are hashed there, block by block, and a sync reads the blocks whose hash differs from that
+//! of the last sync ([`LiveWeights::block_hashes`], `known.rs`); everything else of it is as above. Live weights in
+//! the machine's memory are compared byte by byte, as reading them is what hashing them would cost.
+//!
 //! # Why these checksums
 //!
 //! A generation holds BLAKE3 of every tensor and of every shard's header, so every byte of every shard
@@ -99,6 +105,7 @@ mod error;
 mod export;
 mod generation;
 mod journal;
+mod known;
 mod layout;
 mod recover;
 mod retain;
@@ -107,7 +114,7 @@ mod stream;
 mod sums;
 mod verify;
 
-pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, list};
+pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, list};
 pub use commit::{RollbackReport, SyncReport};
 pub use disk::{CrashAction, CrashPoint, Fault};
 pub use error::{Error, Result};

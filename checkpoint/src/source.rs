@@ -1,11 +1,13 @@
 //! Where the new content of the files comes from: live weights, or the files and the deltas that undo them.
 
+use std::ops::Range;
 use std::path::PathBuf;
 
-use crate::checkpoint::LiveWeights;
+use crate::checkpoint::{LiveWeights, Part};
 use crate::error::{Error, Result};
 use crate::generation::Paths;
-use crate::journal::{Piece, Reader, Record};
+use crate::journal::{self, Piece, Reader, Record};
+use crate::known::Changed;
 use crate::layout::Layout;
 
 /// New content, piece by piece.
@@ -24,6 +26,8 @@ pub(crate) struct LiveSource<'a> {
     live: &'a dyn LiveWeights,
     /// The live tensor of each tensor of the files.
     index: Vec<Option<usize>>,
+    /// What has to be read; none for everything.
+    changed: Option<Changed>,
 }
 
 impl<'a> LiveSource<'a> {
@@ -51,7 +55,30 @@ impl<'a> LiveSource<'a> {
                 return Err(refuse("it is live twice".into()));
             }
         }
-        Ok(LiveSource { live, index })
+        Ok(LiveSource { live, index, changed: None })
+    }
+
+    /// From now on only the blocks in `changed` are read, if it is known; says so to the live weights.
+    pub(crate) fn announce(&mut self, layout: &Layout, changed: Option<Changed>) {
+        self.changed = changed;
+        let mut parts = Vec::new();
+        for (tensor, live) in layout.tensors.iter().zip(&self.index) {
+            let Some(live) = *live else { continue };
+            for piece in journal::cut(tensor.offset..tensor.offset + tensor.bytes, journal::CHUNK) {
+                let range = piece.start - tensor.offset..piece.end - tensor.offset;
+                self.each_part(live, range, |part| parts.push(part));
+            }
+        }
+        self.live.announce(parts);
+    }
+
+    /// The parts of a piece that have to be read.
+    fn each_part(&self, tensor: usize, range: Range<u64>, mut part: impl FnMut(Part)) {
+        let mut take = |run: Range<u64>| part(Part { tensor, offset: run.start, bytes: run.end - run.start });
+        match &self.changed {
+            Some(changed) => changed.within(tensor, range).for_each(take),
+            None => take(range),
+        }
     }
 }
 
@@ -64,9 +91,15 @@ impl Source for LiveSource<'_> {
         self.index[tensor].is_some()
     }
 
-    fn fill(&mut self, tensor: usize, at: u64, _: Piece, _: &[u8], new: &mut [u8]) -> Result<()> {
+    fn fill(&mut self, tensor: usize, at: u64, _: Piece, old: &[u8], new: &mut [u8]) -> Result<()> {
         let live = self.index[tensor].expect("asked for what it covers only");
-        self.live.read(live, at, new);
+        if self.changed.is_some() {
+            new.copy_from_slice(old);
+        }
+        self.each_part(live, at..at + new.len() as u64, |part| {
+            let start = (part.offset - at) as usize;
+            self.live.read(live, part.offset, &mut new[start..start + part.bytes as usize]);
+        });
         Ok(())
     }
 }

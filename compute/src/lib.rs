@@ -1,9 +1,12 @@
 //! Device memory and the operations of one training step on it.
 //!
-//! One trait, [`Device`], and a twin for each kind of machine behind it (`cpu`). The trait is shaped
+//! One trait, [`Device`], and a twin for each kind of machine behind it (`cpu`, `cuda`). The trait is shaped
 //! for a GPU: no operation returns a host value, so a step can be queued without waiting; every
 //! scalar that steers a step (loss, norms, the verdict of the gates) lives in a device buffer, and
-//! the host reads it once, at the end, through [`Device::read`].
+//! the host reads it once, at the end, through [`Device::read`]. What differs between two examples of the same
+//! shape (token ids, targets, the length of the context, the weight of the loss) lies in device memory too, so that
+//! the work of one can be recorded and replayed for the next ([`Device::record`]). The optimizer's operations take
+//! all tensors of a model at once, which a GPU does in a few launches.
 //!
 //! Activations, gradients, moments and norms are f32. Weights are *foreign*: they belong to an
 //! inference server, keep its dtype (f32, f16 or bf16), are read where they lie and are written in
@@ -14,10 +17,12 @@
 //! inputs) as Hugging Face stores `nn.Linear`; a vector is (1,n).
 
 pub mod cpu;
+pub mod cuda;
 mod random;
 mod sink;
 
 pub use cpu::Cpu;
+pub use cuda::Cuda;
 pub use random::{Philox, Stream};
 pub use sink::{Collector, Sink, TensorId};
 pub use weight_map::{Dtype, RowOrder};
@@ -38,21 +43,21 @@ pub struct Attention {
 }
 
 /// Keys and values of the frozen context: `len` rows of (kv_heads · head_dim), at positions 0..len.
-pub struct Past<'a, B> {
+pub struct Past<'a, D: Device> {
     /// Keys after rope, at least `len` rows.
-    pub keys: &'a B,
+    pub keys: &'a D::Buffer,
     /// Values, at least `len` rows.
-    pub values: &'a B,
-    /// Number of rows that count.
-    pub len: usize,
+    pub values: &'a D::Buffer,
+    /// Number of rows that count: one element.
+    pub len: &'a D::Ids,
 }
 
-impl<B> Clone for Past<'_, B> {
+impl<D: Device> Clone for Past<'_, D> {
     fn clone(&self) -> Self {
         *self
     }
 }
-impl<B> Copy for Past<'_, B> {}
+impl<D: Device> Copy for Past<'_, D> {}
 
 /// Which factor of G = dyᵀx carries the channels (APOLLO, arXiv:2412.05270, Algorithm 1).
 ///
@@ -99,6 +104,13 @@ pub struct Factors<'a, B> {
     pub n: usize,
 }
 
+impl<B> Clone for Factors<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Factors<'_, B> {}
+
 impl<B> Factors<'_, B> {
     /// Rows if m >= n, else columns.
     pub fn channels(&self) -> Channels {
@@ -131,6 +143,13 @@ pub struct Compressed<'a, B> {
     /// Decay constants.
     pub moments: Moments,
 }
+
+impl<B> Clone for Compressed<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<B> Copy for Compressed<'_, B> {}
 
 /// Number of f32 slots that [`Device::apollo_prepare`] and [`Device::limit`] use for one tensor.
 pub const NORM_SLOTS: usize = 4;
@@ -166,31 +185,111 @@ pub struct Write {
     pub stream: Stream,
 }
 
+/// One tensor of [`Device::apollo_prepare`].
+pub struct ApolloPrepare<'a, B> {
+    /// The scaling, max(m,n) elements, or 1 for tensor scaling: set.
+    pub s: &'a mut B,
+    /// First of this tensor's [`NORM_SLOTS`].
+    pub at: usize,
+    /// First moment of R, (max(m,n), r).
+    pub exp_avg: &'a B,
+    /// Second moment of R, likewise.
+    pub exp_avg_sq: &'a B,
+    /// The gradient.
+    pub factors: Factors<'a, B>,
+    /// Projection and constants.
+    pub compressed: Compressed<'a, B>,
+}
+
+/// One tensor of [`Device::apollo_commit`].
+pub struct ApolloCommit<'a, D: Device> {
+    /// Written.
+    pub w: &'a D::Weight,
+    /// The scaling that `apollo_prepare` left.
+    pub s: &'a D::Buffer,
+    /// First of this tensor's [`NORM_SLOTS`].
+    pub at: usize,
+    /// First moment of R, (max(m,n), r): written.
+    pub exp_avg: &'a mut D::Buffer,
+    /// Second moment of R: written.
+    pub exp_avg_sq: &'a mut D::Buffer,
+    /// The gradient.
+    pub factors: Factors<'a, D::Buffer>,
+    /// Projection and constants.
+    pub compressed: Compressed<'a, D::Buffer>,
+    /// Step size, decay and random numbers.
+    pub write: Write,
+}
+
+/// Rows of one tensor of [`Device::adamw_rows`].
+pub struct AdamwRows<'a, D: Device> {
+    /// W (·,n): its rows are written. A vector is row 0 of (1,n).
+    pub w: &'a D::Weight,
+    /// Which rows, and which rows of the moments are theirs.
+    pub rows: &'a [AdamRow],
+    /// Gradient, (rows.len(), n).
+    pub g: &'a D::Buffer,
+    /// First moments, (·,n).
+    pub exp_avg: &'a mut D::Buffer,
+    /// Second moments, likewise.
+    pub exp_avg_sq: &'a mut D::Buffer,
+    /// Decay and random numbers; each row has a step of its own.
+    pub write: Write,
+}
+
 /// The operations of one training step. See the crate's text for what they have in common.
 ///
 /// Panics: buffers too small for the shapes given are a mistake of the caller and assert.
-pub trait Device: Send + Sync + 'static {
+pub trait Device: Sized + Send + Sync + 'static {
     /// f32 elements in device memory, owned.
     type Buffer: Send + Sync;
-    /// Token ids in device memory, owned.
+    /// Unsigned integers in device memory, owned: token ids, targets, lengths.
     type Ids: Send + Sync;
     /// A weight in foreign memory.
     type Weight: Send + Sync;
+    /// Recorded work.
+    type Graph: Send + Sync;
+
+    /// Runs `f` where the operations of this device run best: the CPU's thread pool, the caller's thread otherwise.
+    fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R;
+    /// Waits for all that was queued.
+    fn synchronize(&self);
+    /// Number of rows that a window of `t` rows is padded to, so that recorded work serves it; none where work is
+    /// not recorded.
+    fn bucket(&self, t: usize) -> Option<usize>;
+    /// Records what `work` queues, without running it, to be replayed. Inside, nothing may be read, written from
+    /// the host, or made by `ids`; buffers that it leaves keep their place from replay to replay. The recording uses the
+    /// memory of `instead`, if given: whoever replays one of the two has done with what the other left.
+    fn record(&self, instead: Option<&Self::Graph>, work: &mut dyn FnMut()) -> Self::Graph;
+    /// Queues recorded work.
+    fn replay(&self, graph: &Self::Graph);
 
     /// `len` zeros.
     fn zeros(&self, len: usize) -> Self::Buffer;
+    /// `len` elements of unspecified content, for whoever sets all that is read.
+    fn uninit(&self, len: usize) -> Self::Buffer;
     /// Number of elements of a buffer.
     fn len(&self, buffer: &Self::Buffer) -> usize;
     /// Token ids on the device.
     fn ids(&self, ids: &[u32]) -> Self::Ids;
+    /// Replaces the first `ids.len()` of `dst`.
+    fn write_ids(&self, dst: &mut Self::Ids, ids: &[u32]);
     /// Copies host values into `dst` from element `at` on.
     fn write(&self, dst: &mut Self::Buffer, at: usize, src: &[f32]);
     /// Waits for all that was queued and copies `dst.len()` values to the host.
     fn read(&self, src: &Self::Buffer, at: usize, dst: &mut [f32]);
     /// (rows, cols) of a weight.
     fn shape(&self, w: &Self::Weight) -> (usize, usize);
+    /// Element type of a weight.
+    fn dtype(&self, w: &Self::Weight) -> Dtype;
     /// All values of a weight as f32 on the host, row-major: for checks.
     fn weight_values(&self, w: &Self::Weight) -> Vec<f32>;
+    /// Copies bytes `at..at + out.len()` of a weight, counted as the files hold it; a whole number of elements. Waits for
+    /// all that was queued.
+    fn read_weight(&self, w: &Self::Weight, at: usize, out: &mut [u8]);
+    /// Writes bytes of a weight from `at` on, counted as the files hold it; a whole number of elements, each of which
+    /// changes as a whole.
+    fn write_weight(&self, w: &Self::Weight, at: usize, bytes: &[u8]);
     /// `dst[dst_at..][..len] = src[src_at..][..len]`.
     fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
 
@@ -198,8 +297,20 @@ pub trait Device: Send + Sync + 'static {
     fn embed(&self, x: &mut Self::Buffer, w: &Self::Weight, ids: &Self::Ids);
     /// y (t,m) = x (t,n) Wᵀ + bias (m).
     fn linear(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, bias: Option<&Self::Weight>, t: usize);
+    /// [`Device::linear`] of several weights with one x: each (y, w, bias).
+    fn linear_group(&self, outputs: &mut [LinearOutput<Self>], x: &Self::Buffer, t: usize) {
+        for LinearOutput { y, w, bias } in outputs {
+            self.linear(y, x, w, *bias, t);
+        }
+    }
     /// dx (t,n) = dy (t,m) W, or dx += if `accumulate`.
     fn linear_dx(&self, dx: &mut Self::Buffer, dy: &Self::Buffer, w: &Self::Weight, t: usize, accumulate: bool);
+    /// dx (t,n) = Σ dy W over several pairs (dy, W).
+    fn linear_dx_group(&self, dx: &mut Self::Buffer, inputs: &[(&Self::Buffer, &Self::Weight)], t: usize) {
+        for (i, (dy, w)) in inputs.iter().enumerate() {
+            self.linear_dx(dx, dy, w, t, i > 0);
+        }
+    }
     /// db (m) = sum over the t rows of dy (t,m).
     fn sum_rows(&self, db: &mut Self::Buffer, dy: &Self::Buffer, t: usize, m: usize);
     /// g (rows·cols) of G = dyᵀ x, added: the stored gradient, for collectors and checks only.
@@ -222,14 +333,14 @@ pub trait Device: Send + Sync + 'static {
         rows: usize,
     );
     /// Rotates x (t, heads, head_dim) in place: pairs (i, i + head_dim/2) by the angle of position
-    /// p = `position` + row. `table` is (positions, head_dim): cos then sin halves, already scaled.
+    /// p = `position` (one element) + row. `table` is (positions, head_dim): cos then sin halves, already scaled.
     /// `inverse` multiplies by the transposed rotation (backward).
     #[allow(clippy::too_many_arguments)]
     fn rope(
         &self,
         x: &mut Self::Buffer,
         table: &Self::Buffer,
-        position: usize,
+        position: &Self::Ids,
         t: usize,
         heads: usize,
         head_dim: usize,
@@ -245,7 +356,7 @@ pub trait Device: Send + Sync + 'static {
         q: &Self::Buffer,
         k: &Self::Buffer,
         v: &Self::Buffer,
-        past: Past<Self::Buffer>,
+        past: Past<Self>,
         t: usize,
         shape: &Attention,
     );
@@ -253,7 +364,7 @@ pub trait Device: Send + Sync + 'static {
     fn attention_backward(
         &self,
         grads: AttentionGrads<Self::Buffer>,
-        saved: AttentionSaved<Self::Buffer>,
+        saved: AttentionSaved<Self>,
         t: usize,
         shape: &Attention,
     );
@@ -269,53 +380,34 @@ pub trait Device: Send + Sync + 'static {
         up: &Self::Buffer,
         len: usize,
     );
-    /// losses\[i\] = -log softmax(logits row i)\[targets\[i\]\]; logits (t,v) become scale·(softmax - onehot).
+    /// losses\[i\] = -log softmax(logits row i)\[targets\[i\]\]; logits (t,v) become scale·(softmax - onehot), with one
+    /// element in `scale`. A row whose target is [`NO_TARGET`] has loss 0 and becomes zeros.
     fn cross_entropy(
         &self,
         losses: &mut Self::Buffer,
         logits: &mut Self::Buffer,
         targets: &Self::Ids,
         v: usize,
-        scale: f32,
+        scale: &Self::Buffer,
     );
 
-    /// counter\[at\] += number of elements of x\[..len\] that are not finite.
-    fn count_nonfinite(&self, counter: &mut Self::Buffer, at: usize, x: &Self::Buffer, len: usize);
+    /// counter\[at\] += number of elements that are not finite among the first `len` of each (buffer, len).
+    fn count_nonfinite(&self, counter: &mut Self::Buffer, at: usize, items: &[(&Self::Buffer, usize)]);
+    /// out\[i\] = sum of the squares of the first `len` elements of item i, in f64 and rounded at the end.
+    fn sum_squares(&self, out: &mut Self::Buffer, items: &[(&Self::Buffer, usize)]);
     /// p (r,d) ~ N(0, 1/r) from the stream; the same numbers on every device
     /// up to the last bit of its sine and logarithm.
     fn normal_projection(&self, p: &mut Self::Buffer, rank: usize, dim: usize, stream: Stream);
     /// First pass of a step, writes neither state nor W: the scaling s (max(m,n), or 1 for tensor
-    /// scaling) from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`. If
+    /// scaling) of each tensor from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`. If
     /// anything overflows, a square of the compressed gradient included, that slot is not finite and
     /// s is unspecified: such a step must not be committed.
-    #[allow(clippy::too_many_arguments)]
-    fn apollo_prepare(
-        &self,
-        s: &mut Self::Buffer,
-        norms: &mut Self::Buffer,
-        at: usize,
-        exp_avg: &Self::Buffer,
-        exp_avg_sq: &Self::Buffer,
-        f: &Factors<Self::Buffer>,
-        c: &Compressed<Self::Buffer>,
-    );
-    /// Slots `NORM_FACTOR` and `NORM_NEXT` at `at` from `NORM_PREVIOUS` and `NORM_UPDATE`.
-    fn limit(&self, norms: &mut Self::Buffer, at: usize, limiter: Limiter);
-    /// Second pass: moments and W are written, each once; `NORM_PREVIOUS` becomes `NORM_NEXT`.
+    fn apollo_prepare(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloPrepare<Self::Buffer>]);
+    /// Slots `NORM_FACTOR` and `NORM_NEXT` from `NORM_PREVIOUS` and `NORM_UPDATE`, for each (at, limiter).
+    fn limit(&self, norms: &mut Self::Buffer, limiters: &[(usize, Limiter)]);
+    /// Second pass: moments and W of each tensor are written, each once; `NORM_PREVIOUS` becomes `NORM_NEXT`.
     /// Cannot fail. The step is `write.step` times slot `NORM_FACTOR`.
-    #[allow(clippy::too_many_arguments)]
-    fn apollo_commit(
-        &self,
-        w: &Self::Weight,
-        norms: &mut Self::Buffer,
-        at: usize,
-        s: &Self::Buffer,
-        exp_avg: &mut Self::Buffer,
-        exp_avg_sq: &mut Self::Buffer,
-        f: &Factors<Self::Buffer>,
-        c: &Compressed<Self::Buffer>,
-        write: Write,
-    );
+    fn apollo_commit(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloCommit<Self>]);
     /// AdamW with the gradient in factors, formed block by block: `exp_avg`, `exp_avg_sq` (m,n).
     /// `write.step` is lr·sqrt(1-b2^t)/(1-b1^t).
     fn adamw_factors(
@@ -329,19 +421,10 @@ pub trait Device: Send + Sync + 'static {
     );
     /// dst row index\[i\] += src row i, rows of n.
     fn scatter_add_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &Self::Ids, n: usize);
-    /// AdamW on rows of W (·,n): row i of g (rows.len(), n) belongs to row rows\[i\].row of W, its
-    /// moments to row rows\[i\].slot of (·,n) buffers. A vector is row 0 of (1,n). `write.step` is ignored.
-    #[allow(clippy::too_many_arguments)]
-    fn adamw_rows(
-        &self,
-        w: &Self::Weight,
-        rows: &[AdamRow],
-        g: &Self::Buffer,
-        exp_avg: &mut Self::Buffer,
-        exp_avg_sq: &mut Self::Buffer,
-        moments: Moments,
-        write: Write,
-    );
+    /// Rows at.. of y (·,m) become zeros with a 1 in column ids\[i\].
+    fn one_hot(&self, y: &mut Self::Buffer, at: usize, ids: &Self::Ids, m: usize);
+    /// AdamW on rows of some tensors: row i of g belongs to row rows\[i\].row of W, its moments to row rows\[i\].slot.
+    fn adamw_rows(&self, tensors: &mut [AdamwRows<Self>], moments: Moments);
 }
 
 /// One row of [`Device::adamw_rows`].
@@ -366,19 +449,41 @@ pub struct AttentionGrads<'a, B> {
 }
 
 /// Inputs of [`Device::attention_backward`]: what forward saw and left, and the gradient of out.
-pub struct AttentionSaved<'a, B> {
+pub struct AttentionSaved<'a, D: Device> {
     /// Gradient of out, (t, heads·head_dim).
-    pub dout: &'a B,
+    pub dout: &'a D::Buffer,
     /// Forward's output; a backend may compute what it needs of it again.
-    pub out: &'a B,
+    pub out: &'a D::Buffer,
     /// Forward's log-sum-exp, (heads, t); likewise.
-    pub lse: &'a B,
+    pub lse: &'a D::Buffer,
     /// Queries after rope.
-    pub q: &'a B,
+    pub q: &'a D::Buffer,
     /// Keys after rope.
-    pub k: &'a B,
+    pub k: &'a D::Buffer,
     /// Values.
-    pub v: &'a B,
+    pub v: &'a D::Buffer,
     /// The frozen context.
-    pub past: Past<'a, B>,
+    pub past: Past<'a, D>,
+}
+
+/// One product of [`Device::linear_group`].
+pub struct LinearOutput<'a, D: Device> {
+    /// (t,m)
+    pub y: &'a mut D::Buffer,
+    /// (m,n)
+    pub w: &'a D::Weight,
+    /// (m)
+    pub bias: Option<&'a D::Weight>,
+}
+
+/// Target of a row that has none: padding.
+pub const NO_TARGET: u32 = u32::MAX;
+
+/// Elements of any type, as they lie in memory, as f32.
+pub fn widen(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
+    match dtype {
+        Dtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+        Dtype::F16 => bytes.as_chunks().0.iter().map(|b| half::f16::from_le_bytes(*b).to_f32()).collect(),
+        Dtype::BF16 => bytes.as_chunks().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect(),
+    }
 }

@@ -5,7 +5,7 @@
 
 use crate::weights::ModelFiles;
 use anyhow::{Result, bail};
-use compute::Cpu;
+use compute::{Cpu, Device};
 use model::oracle::{Difference, Precision, Probe, compare_head, compare_layer};
 use model::{Config, Model};
 use std::path::Path;

@@ -3,7 +3,7 @@
 use crate::examples::Templates;
 use crate::weights;
 use anyhow::{Context, Result, bail};
-use compute::{Collector, Cpu};
+use compute::{Collector, Cpu, Device};
 use model::{Config, Example, Extent, Model, Timings};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;

@@ -3,6 +3,7 @@
 //! A reader follows one example: `http` -> `queue` -> `supervisor` -> (the trainer child) `trainer` -> the live
 //! weights -> (`schedule`) the model directory.
 
+mod backend;
 mod bench;
 mod cli;
 mod config;

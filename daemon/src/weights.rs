@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, bail};
 use compute::Dtype;
 use compute::cpu::Weight;
-use ipc::{Attachment, SafetensorsDir, SharedWeights};
+use ipc::{SafetensorsDir, SharedWeights};
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
@@ -18,25 +18,13 @@ pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
     }
 }
 
-/// The weights of an attached server, in the model's order.
-pub fn attached(attachment: &Arc<Attachment>) -> Vec<Weight> {
-    let tensor = |i| {
-        let live = attachment.tensor(i);
-        let (rows, cols) = matrix_shape(live.shape);
-        // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
-        // that the weight keeps holds the mapping, and nobody makes references into it.
-        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, attachment.clone()) }.ordered(live.row_order)
-    };
-    (0..attachment.len()).map(tensor).collect()
-}
-
 /// The weights that the embedded engine serves, in the model's order.
 pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
     let tensor = |i| {
         let live = weights.tensor(i);
         let (rows, cols) = matrix_shape(live.shape);
-        // SAFETY: as in `attached`: the Arc holds the shared memory that the tensor lies in.
-        unsafe { Weight::new(live.ptr, live.dtype, rows, cols, weights.clone()) }
+        // SAFETY: the Arc holds the shared memory that the tensor lies in, and nobody makes references into it.
+        unsafe { Weight::new(live.host(), live.dtype, rows, cols, weights.clone()) }
     };
     (0..weights.len()).map(tensor).collect()
 }

@@ -5,13 +5,15 @@
 //! wrong shape or a missing tensor is refused before the first byte could be written.
 
 use crate::connection::{Connection, Greeting};
+use crate::cuda::{Described, DeviceMemory};
 use crate::lease::Lease;
 use crate::manifest::DOCUMENT_BYTES_MAX;
 use crate::mapping::{FileId, Mapping, file_id};
 use crate::process::{FileSet, Process, check_user, holds, mapped_by, wait_for};
 use crate::stage::{STAGE_LEASE, StageMarker};
 use crate::{
-    Allocation, Control, Error, GGUF_FILE, GgufFile, Gone, LiveTensor, Manifest, SafetensorsDir, Server, Writer,
+    Allocation, Control, CudaDevice, Error, GGUF_FILE, GgufFile, Gone, LiveTensor, Manifest, Memory, SafetensorsDir,
+    Server, Writer,
 };
 use std::collections::{HashMap, HashSet};
 use std::fmt;
@@ -42,13 +44,16 @@ impl fmt::Display for Source {
     }
 }
 
-/// Live weights, leased: the mappings, the place of every tensor, and the watch on the server.
+/// Live weights, leased: their memory, the place of every tensor, and the watch on the server.
+///
+/// Dropped, it lets go of the memory first (on a GPU when nothing runs on it any more) and of the lease after that:
+/// the order of the fields.
 #[derive(Debug)]
 pub struct Attachment {
     source: Source,
     epoch: String,
     model_dir: PathBuf,
-    mappings: Vec<Mapping>,
+    memory: Opened,
     map: WeightMap,
     by_name: HashMap<String, usize>,
     server: Mutex<Option<Arc<Process>>>,
@@ -59,14 +64,22 @@ pub struct Attachment {
     _lease: Option<Lease>,
 }
 
+/// The memory of the weights, opened.
+#[derive(Debug)]
+enum Opened {
+    /// One mapping per allocation.
+    Host(Vec<Mapping>),
+    /// On a GPU.
+    Cuda(DeviceMemory),
+}
+
 /// What one of the three ways in has found, before anything is mapped to the model.
 struct Found {
     epoch: String,
     model_dir: PathBuf,
     tensors: Vec<weight_map::ServerTensor>,
     packing: Vec<weight_map::Packing>,
-    /// Path and bytes of each allocation.
-    allocations: Vec<(PathBuf, u64)>,
+    allocations: Vec<Allocation>,
     server: Option<Process>,
     server_program: Option<Server>,
     controls: Vec<Control>,
@@ -93,17 +106,17 @@ impl Attachment {
         if let Some(gguf) = &found.gguf {
             gguf.order_rows(&mut map)?;
         }
-        let mappings = map_allocations(&found)?;
+        let memory = open_allocations(&found)?;
         let mut staged_files = found.staged.then(FileSet::default);
         if let Some(files) = &mut staged_files {
-            found.allocations.iter().try_for_each(|(path, _)| files.add(path))?;
+            files_of(&found.allocations).try_for_each(|(path, _)| files.add(path))?;
         }
         let by_name = map.views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
         let attachment = Attachment {
             source: source.clone(),
             epoch: found.epoch,
             model_dir: found.model_dir,
-            mappings,
+            memory,
             map,
             by_name,
             server: Mutex::new(found.server.map(Arc::new)),
@@ -170,7 +183,18 @@ impl Attachment {
     /// If `index` is not below [`Attachment::len`].
     pub fn tensor(&self, index: usize) -> LiveTensor<'_> {
         let view = &self.map.views[index];
-        self.mappings[view.allocation].tensor(view)
+        match &self.memory {
+            Opened::Host(mappings) => mappings[view.allocation].tensor(view),
+            Opened::Cuda(memory) => LiveTensor::new(view, Memory::Cuda(memory.address(view))),
+        }
+    }
+
+    /// The GPU that the weights lie on; none if they lie in the machine's memory.
+    pub fn device(&self) -> Option<&CudaDevice> {
+        match &self.memory {
+            Opened::Host(_) => None,
+            Opened::Cuda(memory) => Some(memory.device()),
+        }
     }
 
     /// The tensor of this Hugging Face name, in place.
@@ -285,29 +309,35 @@ fn parse(document: &[u8], source: &Source) -> Result<Manifest, Error> {
 
 fn described(manifest: Manifest, source: &Source, server: Process) -> Result<Found, Error> {
     // A manifest in a file outlives its server, and process ids are used again; one from a socket may name any file.
-    for Allocation::File { path, .. } in &manifest.allocations {
+    // (A handle of CUDA's says itself whose memory it is, and the driver knows whether that is still there.)
+    for (path, _) in files_of(&manifest.allocations) {
         let mut files = FileSet::default();
         files.add(path)?;
         if !holds(manifest.pid, &files) {
-            return Err(Error::Stale { pid: manifest.pid, path: path.clone() });
+            return Err(Error::Stale { pid: manifest.pid, path: path.to_owned() });
         }
     }
     let tensors = manifest
         .server_tensors()
         .map_err(|reason| Error::Manifest { origin: source.to_string(), reason: Box::new(reason) })?;
-    let mut allocations = Vec::with_capacity(manifest.allocations.len());
-    for Allocation::File { path, bytes, writable_by } in manifest.allocations {
-        if writable_by == Writer::Nobody {
-            return Err(Error::Allocation { path, reason: "its server says that nobody may write to it".into() });
+    for allocation in &manifest.allocations {
+        match allocation {
+            Allocation::File { path, writable_by: Writer::Nobody, .. } => {
+                let reason = "its server says that nobody may write to it".into();
+                return Err(Error::Allocation { path: path.clone(), reason });
+            }
+            Allocation::CudaIpc { .. } if manifest.pid == std::process::id() => {
+                return Err(Error::OwnMemory { pid: manifest.pid });
+            }
+            Allocation::File { .. } | Allocation::CudaIpc { .. } => {}
         }
-        allocations.push((path, bytes));
     }
     Ok(Found {
         epoch: manifest.epoch,
         model_dir: manifest.model_dir,
         tensors,
         packing: manifest.packing,
-        allocations,
+        allocations: manifest.allocations,
         server: Some(server),
         server_program: manifest.server,
         controls: Vec::new(),
@@ -330,11 +360,12 @@ fn by_stage(live_dir: &Path) -> Result<Found, Error> {
         .ok_or_else(|| refuse("its staging was interrupted; stage it again"))?;
     let path = live_dir.join(GGUF_FILE);
     let gguf = path.exists().then(|| GgufFile::open(&path)).transpose()?;
+    let file = |path: PathBuf, bytes| Allocation::File { path, bytes, writable_by: Writer::Trainer };
     let (tensors, allocations) = match &gguf {
-        Some(gguf) => (gguf.server_tensors()?, vec![(path, gguf.len())]),
+        Some(gguf) => (gguf.server_tensors()?, vec![file(path, gguf.len())]),
         None => {
             let dir = SafetensorsDir::open(live_dir)?;
-            let allocations = dir.shards().iter().map(|shard| (shard.path.clone(), shard.bytes)).collect();
+            let allocations = dir.shards().iter().map(|shard| file(shard.path.clone(), shard.bytes)).collect();
             (dir.server_tensors()?, allocations)
         }
     };
@@ -354,14 +385,38 @@ fn by_stage(live_dir: &Path) -> Result<Found, Error> {
     })
 }
 
-/// Maps every allocation, none of which may be another one, or a file of the model directory.
-fn map_allocations(found: &Found) -> Result<Vec<Mapping>, Error> {
+/// Path and bytes of the allocations that are files.
+fn files_of(allocations: &[Allocation]) -> impl Iterator<Item = (&Path, u64)> {
+    allocations.iter().filter_map(|allocation| match allocation {
+        Allocation::File { path, bytes, .. } => Some((path.as_path(), *bytes)),
+        Allocation::CudaIpc { .. } => None,
+    })
+}
+
+/// Opens every allocation; a valid manifest has them all in one place.
+fn open_allocations(found: &Found) -> Result<Opened, Error> {
+    let mut device = None;
+    let mut handles = Vec::new();
+    for allocation in &found.allocations {
+        if let Allocation::CudaIpc { handle, bytes, device: uuid } = allocation {
+            device = Some(uuid);
+            handles.push(Described { handle, bytes: *bytes });
+        }
+    }
+    match device {
+        Some(uuid) => DeviceMemory::open(uuid, &handles).map(Opened::Cuda),
+        None => map_files(found).map(Opened::Host),
+    }
+}
+
+/// Maps every file, none of which may be another one, or a file of the model directory.
+fn map_files(found: &Found) -> Result<Vec<Mapping>, Error> {
     let model_files = model_files(&found.model_dir)?;
     let mut seen = HashSet::new();
     let mut mappings = Vec::with_capacity(found.allocations.len());
-    for (path, bytes) in &found.allocations {
-        let (mapping, id) = Mapping::open(path, *bytes)?;
-        let refuse = |reason: &str| Err(Error::Allocation { path: path.clone(), reason: reason.to_owned() });
+    for (path, bytes) in files_of(&found.allocations) {
+        let (mapping, id) = Mapping::open(path, bytes)?;
+        let refuse = |reason: &str| Err(Error::Allocation { path: path.to_owned(), reason: reason.to_owned() });
         if !seen.insert(id) {
             return refuse("the same memory is listed under two paths");
         }

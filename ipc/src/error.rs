@@ -3,7 +3,7 @@
 //! Each message is complete in itself: it contains the words of its cause, so causes are plain fields and
 //! not `source()`, which would print them twice.
 
-use crate::ManifestError;
+use crate::{CudaError, ManifestError};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -172,6 +172,49 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
+
+    /// Weights in a GPU's memory, and no way to a GPU.
+    #[error(
+        "the weights lie in a GPU's memory, and there is no CUDA driver (libcuda.so.1) here: run the daemon on the \
+         server's machine, and in a container give it the driver and the GPU (`--gpus`)"
+    )]
+    NoDriver,
+
+    /// The device that holds the weights is not one of this process's.
+    #[error(
+        "the weights lie on {wanted}, which is not among the GPUs of this process ({}){}; a GPU goes by its UUID: let \
+         CUDA_VISIBLE_DEVICES of the daemon contain the server's GPU, or the very MIG instance that the server was given",
+        if here.is_empty() { "none" } else { here },
+        visible.as_ref().map(|list| format!(", where CUDA_VISIBLE_DEVICES={list}")).unwrap_or_default()
+    )]
+    Device {
+        /// The UUID in the manifest.
+        wanted: String,
+        /// The devices that there are.
+        here: String,
+        /// CUDA_VISIBLE_DEVICES, if it is set.
+        visible: Option<String>,
+    },
+
+    /// An allocation that was opened and is not what its manifest says.
+    #[error("allocation {index}: {reason}; nothing was written")]
+    DeviceMemory {
+        /// Index of the allocation.
+        index: usize,
+        /// What is wrong with it.
+        reason: String,
+    },
+
+    /// The weights are this process's own.
+    #[error("the weights lie in this very process (pid {pid}): memory of a GPU can only be opened by another process")]
+    OwnMemory {
+        /// This process.
+        pid: u32,
+    },
+
+    /// The CUDA driver refused.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
 
     /// A model directory without weights that can be read.
     #[error("{} holds no weights: looked for model.safetensors and model.safetensors.index.json", dir.display())]

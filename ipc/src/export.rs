@@ -50,7 +50,7 @@ impl SharedWeights {
             let tensor = mapping.tensor(view);
             // SAFETY: the memory was made above and nobody else knows of it yet, so this is the only
             // reference to these bytes, which the mapping holds (Mapping::tensor asserts the range).
-            let out = unsafe { std::slice::from_raw_parts_mut(tensor.ptr.as_ptr(), tensor.bytes) };
+            let out = unsafe { std::slice::from_raw_parts_mut(tensor.host().as_ptr(), tensor.bytes) };
             dir.read_into(&files[file_view.server_tensor].name, out)?;
         }
         let manifest = manifest_of(model_dir, &map, path, bytes)?;

@@ -2,7 +2,7 @@
 //!
 //! Two ways in:
 //! - a server exports its weights ([`SharedWeights`], or any program that writes the [`Manifest`]) as
-//!   shared memory, and says over a Unix socket or in a file what lies where;
+//!   shared memory or as memory of a GPU (CUDA IPC), and says over a Unix socket or in a file what lies where;
 //! - [`stage`] makes a live copy of a model directory on tmpfs, and a server that maps its safetensors
 //!   files then reads the very pages that are trained; [`stage_gguf`] makes one for llama.cpp.
 //!
@@ -20,6 +20,7 @@
 mod attach;
 mod connection;
 mod control;
+mod cuda;
 mod error;
 mod export;
 mod gguf;
@@ -35,13 +36,14 @@ mod stage;
 
 pub use attach::{Attachment, Source};
 pub use control::Hold;
+pub use cuda::{CudaDevice, CudaError};
 pub use error::{ControlError, Error, Gone};
 pub use export::{ExportHandle, SharedWeights};
 pub use gguf::{GGUF_FILE, GgufFile, GgufLayout, GgufTensor, GgufValue, NewTensor};
 pub use lease::Lease;
 pub use lend::Engine;
 pub use manifest::{Allocation, Manifest, ManifestError, ManifestTensor, Server, Writer};
-pub use mapping::LiveTensor;
+pub use mapping::{LiveTensor, Memory};
 pub use process::servers_of;
 pub use protocol::{Control, Invalidation};
 pub use safetensors_dir::{FileTensor, SafetensorsDir, Shard};

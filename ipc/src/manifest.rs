@@ -4,8 +4,24 @@
 //! shape and strides in elements), `packing` says which tensors of the model a merged one holds. A
 //! document is parsed, then validated as a whole; after that every tensor's span lies inside its
 //! allocation, which is what the mappings rely on.
+//!
+//! ```json
+//! {"version": 1, "epoch": "32 hex digits", "pid": 4711, "model_dir": "/models/qwen", "rank": 0, "world_size": 1,
+//!  "allocations": [{"kind": "file", "path": "/proc/4711/fd/12", "bytes": 1048576}],
+//!  "tensors": [{"name": "model.norm.weight", "dtype": "bfloat16", "shape": [1024], "strides": [1],
+//!               "allocation": 0, "offset": 0}],
+//!  "packing": [{"merged": "model.layers.0.self_attn.qkv_proj.weight", "parts": ["…q_proj.weight", "…"]}],
+//!  "server": {"name": "vllm", "version": "0.32.0"}, "controls": ["invalidate", "hold"]}
+//! ```
+//! On a GPU an allocation is one of the driver's, whole (cuMemGetAddressRange), and `device` the GPU's UUID:
+//! ```json
+//! {"kind": "cuda_ipc", "handle": "128 hex digits: the 64 bytes from cuIpcGetMemHandle", "bytes": 2097152,
+//!  "device": "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f"}
+//! ```
+//! All allocations of a manifest are of one kind, and those of a GPU of one device.
 
 use crate::Control;
+use crate::cuda::{handle_bytes, is_uuid};
 use serde::{Deserialize, Serialize};
 use std::collections::HashSet;
 use std::fmt;
@@ -76,6 +92,32 @@ pub enum Allocation {
         #[serde(default)]
         writable_by: Writer,
     },
+    /// Memory of a GPU, opened by a handle of CUDA's.
+    CudaIpc {
+        /// From cuIpcGetMemHandle, 64 bytes in hex.
+        handle: String,
+        /// Size of the driver's allocation.
+        bytes: u64,
+        /// `GPU-` or `MIG-` and a UUID.
+        device: String,
+    },
+}
+
+impl Allocation {
+    /// Its size.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Allocation::File { bytes, .. } | Allocation::CudaIpc { bytes, .. } => *bytes,
+        }
+    }
+
+    /// What no two allocations may share.
+    fn identity(&self) -> String {
+        match self {
+            Allocation::File { path, .. } => path.display().to_string(),
+            Allocation::CudaIpc { handle, .. } => handle.to_ascii_lowercase(),
+        }
+    }
 }
 
 /// Who may write to an allocation.
@@ -116,12 +158,23 @@ pub enum ManifestError {
     #[error("version {0} is not supported, want 1; install matching versions on both sides")]
     Version(String),
     /// A kind of memory that this program cannot map.
-    #[error("allocation {index} is of kind `{kind}`, which cannot be attached here; supported: `file`")]
+    #[error("allocation {index} is of kind `{kind}`, which cannot be attached here; supported: `file`, `cuda_ipc`")]
     Kind {
         /// Index of the allocation.
         index: usize,
         /// Its kind.
         kind: String,
+    },
+    /// Memory in two places.
+    #[error(
+        "the weights lie in {first} and in {other}: only a model that is whole in one place can be trained; serve it \
+         without offloading, without a device_map over several GPUs, and with tensor parallel size 1"
+    )]
+    Places {
+        /// Where the first allocation lies.
+        first: String,
+        /// Where another one does.
+        other: String,
     },
     /// A field whose value makes no sense.
     #[error("`{field}` is {value}, want {want}")]
@@ -214,7 +267,7 @@ impl Manifest {
         let allocations = value.get("allocations").and_then(|list| list.as_array()).into_iter().flatten();
         for (index, allocation) in allocations.enumerate() {
             match allocation.get("kind").and_then(|kind| kind.as_str()) {
-                None | Some("file") => {}
+                None | Some("file" | "cuda_ipc") => {}
                 Some(kind) => return Err(ManifestError::Kind { index, kind: kind.to_owned() }),
             }
         }
@@ -230,18 +283,7 @@ impl Manifest {
     /// The first thing that is wrong, by name.
     pub fn validate(&self) -> Result<(), ManifestError> {
         self.validate_identity()?;
-        let mut paths = HashSet::new();
-        for Allocation::File { path, bytes, .. } in &self.allocations {
-            if !path.is_absolute() {
-                return field("allocations.path", path.display().to_string(), "an absolute path");
-            }
-            if *bytes == 0 || isize::try_from(*bytes).is_err() {
-                return field("allocations.bytes", bytes.to_string(), "a size above 0 that can be mapped");
-            }
-            if !paths.insert(path) {
-                return duplicate("allocation", &path.display().to_string());
-            }
-        }
+        self.validate_allocations()?;
         let mut names = HashSet::new();
         for tensor in &self.tensors {
             self.validate_tensor(tensor)?;
@@ -277,13 +319,47 @@ impl Manifest {
         Ok(())
     }
 
+    fn validate_allocations(&self) -> Result<(), ManifestError> {
+        let mut identities = HashSet::new();
+        for allocation in &self.allocations {
+            match allocation {
+                Allocation::File { path, .. } if !path.is_absolute() => {
+                    return field("allocations.path", path.display().to_string(), "an absolute path");
+                }
+                Allocation::CudaIpc { handle, .. } if handle_bytes(handle).is_none() => {
+                    return field("allocations.handle", format!("{handle:?}"), "128 hex digits");
+                }
+                Allocation::CudaIpc { device, .. } if !is_uuid(device) => {
+                    return field("allocations.device", format!("{device:?}"), "`GPU-` or `MIG-` and a UUID");
+                }
+                _ => {}
+            }
+            let bytes = allocation.bytes();
+            if bytes == 0 || isize::try_from(bytes).is_err() {
+                return field("allocations.bytes", bytes.to_string(), "a size above 0 that can be mapped");
+            }
+            let identity = allocation.identity();
+            if identities.contains(&identity) {
+                return duplicate("allocation", &identity);
+            }
+            identities.insert(identity);
+        }
+        let mut places = self.allocations.iter().map(place);
+        if let Some(first) = places.next()
+            && let Some(other) = places.find(|other| *other != first)
+        {
+            return Err(ManifestError::Places { first, other });
+        }
+        Ok(())
+    }
+
     fn validate_tensor(&self, tensor: &ManifestTensor) -> Result<(), ManifestError> {
         let ManifestTensor { name, shape, strides, offset, allocation, .. } = tensor;
         let dtype = dtype_of(tensor)?;
         if strides.len() != shape.len() {
             return Err(ManifestError::Strides { name: name.clone(), shape: shape.clone(), strides: strides.clone() });
         }
-        let bytes = self.allocations.get(*allocation).map(|Allocation::File { bytes, .. }| *bytes);
+        let bytes = self.allocations.get(*allocation).map(Allocation::bytes);
         let end = span_bytes(shape, strides, dtype).and_then(|span| offset.checked_add(span));
         if !matches!((end, bytes), (Some(end), Some(bytes)) if end <= bytes) {
             return Err(ManifestError::Range {
@@ -318,6 +394,14 @@ impl Manifest {
                 })
             })
             .collect()
+    }
+}
+
+/// Where an allocation lies.
+fn place(allocation: &Allocation) -> String {
+    match allocation {
+        Allocation::File { .. } => "the machine's memory".into(),
+        Allocation::CudaIpc { device, .. } => device.to_ascii_lowercase().replacen("gpu-", "GPU-", 1),
     }
 }
 

@@ -70,14 +70,24 @@ impl Mapping {
         // SAFETY: offset <= raw.len() was just asserted, so the result stays in or one past the mapping.
         let ptr = unsafe { self.raw.as_mut_ptr().add(offset) };
         let ptr = NonNull::new(ptr).expect("a mapping never starts at null");
-        LiveTensor { name: &view.name, shape: &view.shape, dtype: view.dtype, row_order: view.row_order, ptr, bytes }
+        LiveTensor::new(view, Memory::Host(ptr))
     }
+}
+
+/// Where a tensor begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Memory {
+    /// In this process's address space, aligned to the element size. Dereferenced only through atomics, intrinsics
+    /// or assembly, never as a Rust reference or slice.
+    Host(NonNull<u8>),
+    /// On the GPU that [`crate::Attachment::device`] names: an address of its memory, aligned to the element size,
+    /// for its kernels and copies. Nothing on the host may follow it.
+    Cuda(u64),
 }
 
 /// One tensor of the model in live memory, valid for as long as its owner is borrowed.
 ///
-/// Other processes and threads read and write these bytes at the same time. Dereference `ptr` only
-/// through atomics, intrinsics or assembly, never as a Rust reference or slice.
+/// Other processes and threads read and write these bytes at the same time.
 #[derive(Clone, Copy, Debug)]
 pub struct LiveTensor<'a> {
     /// Hugging Face name.
@@ -88,21 +98,41 @@ pub struct LiveTensor<'a> {
     pub dtype: Dtype,
     /// Order of the rows; the methods here read and write them as they lie.
     pub row_order: RowOrder,
-    /// First byte; aligned to the element size.
-    pub ptr: NonNull<u8>,
+    /// First byte.
+    pub memory: Memory,
     /// Length in bytes.
     pub bytes: usize,
 }
 
-// SAFETY: ptr..ptr+bytes is mapped for 'a by an owner that is Sync, and a LiveTensor touches it only through
-// atomics; other uses of ptr are unsafe code that answers for itself.
+// SAFETY: its bytes are there for 'a by an owner that is Sync, and a LiveTensor touches them only on the host and
+// only through atomics; other uses of its address are unsafe code that answers for itself.
 unsafe impl Send for LiveTensor<'_> {}
 // SAFETY: as above; the type has no interior state of its own.
 unsafe impl Sync for LiveTensor<'_> {}
 
-impl LiveTensor<'_> {
+impl<'a> LiveTensor<'a> {
+    /// What `view` describes, at `memory`.
+    pub(crate) fn new(view: &'a View, memory: Memory) -> LiveTensor<'a> {
+        let View { name, shape, dtype, row_order, .. } = view;
+        LiveTensor { name, shape, dtype: *dtype, row_order: *row_order, memory, bytes: view.bytes() }
+    }
+
+    /// The first byte, for code that works on the host.
+    ///
+    /// # Panics
+    /// If the tensor lies on a GPU.
+    pub fn host(&self) -> NonNull<u8> {
+        match self.memory {
+            Memory::Host(ptr) => ptr,
+            Memory::Cuda(_) => panic!("`{}` lies on a GPU, where the host can neither read nor write", self.name),
+        }
+    }
+
     /// A copy of the bytes as they are now. Every element is whole, the tensor as a whole may be in the
     /// middle of an update.
+    ///
+    /// # Panics
+    /// If the tensor lies on a GPU.
     pub fn read(&self) -> Vec<u8> {
         let size = self.dtype.size();
         let mut out = vec![0; self.bytes];
@@ -120,7 +150,7 @@ impl LiveTensor<'_> {
     /// Writes `bytes` from byte `at` on. Every element changes as a whole.
     ///
     /// # Panics
-    /// If the range leaves the tensor or cuts an element.
+    /// If the range leaves the tensor or cuts an element, or the tensor lies on a GPU.
     pub fn write(&self, at: usize, bytes: &[u8]) {
         let size = self.dtype.size();
         assert!(
@@ -144,13 +174,14 @@ impl LiveTensor<'_> {
     fn word16(&self, index: usize) -> &AtomicU16 {
         assert!(index < self.bytes / 2);
         // SAFETY: in bounds by the assertion; aligned because offsets are multiples of the element size
-        // (weight_map::map refuses others) and mappings start at a page; mapped for the lifetime of self.
-        unsafe { AtomicU16::from_ptr(self.ptr.as_ptr().cast::<u16>().add(index)) }
+        // (weight_map::map refuses others) and mappings start at a page; `host` gives only mapped memory, and that
+        // for the lifetime of self.
+        unsafe { AtomicU16::from_ptr(self.host().as_ptr().cast::<u16>().add(index)) }
     }
 
     fn word32(&self, index: usize) -> &AtomicU32 {
         assert!(index < self.bytes / 4);
         // SAFETY: as in word16; only called for 4-byte elements, whose offsets are multiples of 4.
-        unsafe { AtomicU32::from_ptr(self.ptr.as_ptr().cast::<u32>().add(index)) }
+        unsafe { AtomicU32::from_ptr(self.host().as_ptr().cast::<u32>().add(index)) }
     }
 }

@@ -58,6 +58,14 @@ impl Exporter {
     }
 }
 
+/// Path and bytes of a manifest's one allocation.
+fn file_of(manifest: &mut Manifest) -> (&mut PathBuf, &mut u64) {
+    match manifest.allocations.as_mut_slice() {
+        [Allocation::File { path, bytes, .. }] => (path, bytes),
+        other => panic!("not one file: {other:?}"),
+    }
+}
+
 /// An exporter that says `answer` and nothing else.
 fn impostor(socket: &Path, answer: Vec<u8>) -> std::thread::JoinHandle<()> {
     let listener = UnixListener::bind(socket).unwrap();
@@ -177,13 +185,11 @@ fn a_manifest_that_outlived_its_server_is_refused() {
 fn memory_that_is_too_short_twice_listed_or_the_model_itself_is_refused() {
     let exporter = exporter();
     let error = exporter.refusal(|manifest| {
-        let Allocation::File { bytes, .. } = &mut manifest.allocations[0];
-        *bytes += 1;
+        *file_of(manifest).1 += 1;
     });
     assert!(error.to_string().contains("but the server describes"), "{error}");
     let error = exporter.refusal(|manifest| {
-        let Allocation::File { path, .. } = &mut manifest.allocations[0];
-        let path = path.to_str().unwrap().replace("/fd/", "/task/../fd/").into();
+        let path = file_of(manifest).0.to_str().unwrap().replace("/fd/", "/task/../fd/").into();
         let copy = Allocation::File { path, bytes: 64, writable_by: Default::default() };
         manifest.allocations.push(copy);
     });
@@ -229,7 +235,7 @@ fn an_exporter_that_babbles_is_refused() {
 fn a_file_that_the_exporter_does_not_hold_is_refused() {
     let exporter = exporter();
     let mut manifest = exporter.weights.manifest().clone();
-    let Allocation::File { path, bytes, .. } = &mut manifest.allocations[0];
+    let (path, bytes) = file_of(&mut manifest);
     let backup = exporter.dir.path().join("backup");
     let before = vec![7; *bytes as usize];
     std::fs::write(&backup, &before).unwrap();
@@ -301,8 +307,8 @@ fn the_socket_is_private_and_only_a_dead_one_is_replaced() {
 #[test]
 fn exported_memory_cannot_be_truncated_under_a_reader() {
     let exporter = exporter();
-    let Allocation::File { path, .. } = &exporter.weights.manifest().allocations[0];
-    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    let mut manifest = exporter.weights.manifest().clone();
+    let file = std::fs::OpenOptions::new().write(true).open(file_of(&mut manifest).0).unwrap();
     assert!(file.set_len(0).is_err());
 }
 
@@ -310,6 +316,60 @@ fn exported_memory_cannot_be_truncated_under_a_reader() {
 #[should_panic(expected = "leaves `model.norm.weight`")]
 fn a_write_beyond_a_tensor_panics() {
     exporter().weights.find("model.norm.weight").unwrap().write(14, &[0; 4]);
+}
+
+#[test]
+fn memory_of_a_gpu_is_described_as_the_plugin_does_and_checked() {
+    const UUID: &str = "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f";
+    let exporter = exporter();
+    let bytes = exporter.weights.manifest().allocations[0].bytes();
+    let with = |allocations: serde_json::Value| {
+        let mut value = serde_json::to_value(exporter.weights.manifest()).unwrap();
+        value["allocations"] = allocations;
+        Manifest::parse(value.to_string().as_bytes())
+    };
+    let cuda = |handle: &str, bytes: u64, device: &str| serde_json::json!({"kind": "cuda_ipc", "handle": handle, "bytes": bytes, "device": device});
+    let handle = "0a".repeat(64);
+    let manifest = with(serde_json::json!([cuda(&handle, bytes, UUID)])).unwrap();
+    assert_eq!(
+        manifest.allocations,
+        [Allocation::CudaIpc { handle: handle.clone(), bytes, device: UUID.into() }],
+        "and it is written as it was read: {}",
+        serde_json::to_string(&manifest.allocations).unwrap()
+    );
+    let refused = |allocations: serde_json::Value| with(allocations).unwrap_err();
+    for (allocation, wrong) in [
+        (cuda("0a", bytes, UUID), "allocations.handle"),
+        (cuda(&"0g".repeat(64), bytes, UUID), "allocations.handle"),
+        (cuda(&handle, bytes, "0"), "allocations.device"),
+        (cuda(&handle, 0, UUID), "allocations.bytes"),
+    ] {
+        let error = refused(serde_json::json!([allocation]));
+        assert!(matches!(error, ManifestError::Field { field, .. } if field == wrong), "{error}");
+    }
+    let error = refused(serde_json::json!([cuda(&handle, bytes - 64, UUID)]));
+    assert!(matches!(error, ManifestError::Range { .. }), "{error}");
+    let twice = refused(serde_json::json!([cuda(&handle, bytes, UUID), cuda(&handle.to_uppercase(), bytes, UUID)]));
+    assert!(matches!(twice, ManifestError::Duplicate { .. }), "{twice}");
+    let other = cuda(&"0b".repeat(64), bytes, &UUID.replace("0f", "10"));
+    let two = refused(serde_json::json!([cuda(&handle, bytes, UUID), other])).to_string();
+    assert!(two.contains(UUID) && two.contains("0a0b0c0d0e10") && two.contains("device_map"), "{two}");
+    let file = serde_json::to_value(&exporter.weights.manifest().allocations[0]).unwrap();
+    let mixed = refused(serde_json::json!([file, cuda(&handle, bytes, UUID)])).to_string();
+    assert!(mixed.contains("the machine's memory") && mixed.contains("without offloading"), "{mixed}");
+}
+
+#[test]
+fn memory_of_a_gpu_in_this_very_process_is_refused() {
+    let exporter = exporter();
+    let error = exporter.refusal(|manifest| {
+        manifest.allocations[0] = Allocation::CudaIpc {
+            handle: "0a".repeat(64),
+            bytes: manifest.allocations[0].bytes(),
+            device: "GPU-00010203-0405-0607-0809-0a0b0c0d0e0f".into(),
+        };
+    });
+    assert!(matches!(error, Error::OwnMemory { pid } if pid == std::process::id()), "{error}");
 }
 
 #[test]
@@ -321,8 +381,8 @@ fn a_manifest_of_another_version_kind_or_rank_is_refused_for_that() {
         Manifest::parse(value.to_string().as_bytes()).unwrap_err()
     };
     assert_eq!(refusal(&|m| m["version"] = 2.into()), ManifestError::Version("2".into()));
-    let kind = refusal(&|m| m["allocations"][0] = serde_json::json!({"kind": "cuda_ipc", "handle": "00"}));
-    assert_eq!(kind, ManifestError::Kind { index: 0, kind: "cuda_ipc".into() });
+    let kind = refusal(&|m| m["allocations"][0] = serde_json::json!({"kind": "cuda_fabric", "handle": "00"}));
+    assert_eq!(kind, ManifestError::Kind { index: 0, kind: "cuda_fabric".into() });
     assert_eq!(refusal(&|m| m["world_size"] = 2.into()), ManifestError::World { rank: 0, world_size: 2 });
     assert!(matches!(refusal(&|m| m["epoch"] = "abc".into()), ManifestError::Field { field: "epoch", .. }));
     assert!(matches!(refusal(&|m| m["tensors"][2]["offset"] = 1.into()), ManifestError::Misaligned { .. }));

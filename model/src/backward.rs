@@ -21,7 +21,7 @@ impl<D: Device> Model<D> {
             sink.linear(self.head, normed, dlogits, t);
         }
         let hidden = self.config().decoder.hidden;
-        let mut dnormed = self.device.zeros(t * hidden);
+        let mut dnormed = self.device.uninit(t * hidden);
         self.device.linear_dx(&mut dnormed, dlogits, &self.weights()[self.head], t, false);
         let mut dx = self.device.zeros(t * hidden);
         self.norm_backward(&mut dx, &dnormed, x, self.norm, t, sink);
@@ -49,7 +49,7 @@ impl<D: Device> Model<D> {
         layer: usize,
         saved: &Saved<D>,
         dy: Arc<D::Buffer>,
-        past: Past<D::Buffer>,
+        past: Past<D>,
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
@@ -68,12 +68,11 @@ impl<D: Device> Model<D> {
     ) -> Arc<D::Buffer> {
         let l = &self.layers[layer];
         let len = t * self.config().decoder.intermediate;
-        let dact = self.linear_backward(l.down, &saved.act, &dy, t, sink);
-        let (mut dgate, mut dup) = (self.device.zeros(len), self.device.zeros(len));
+        let dact = self.linear_backward(&saved.act, [(l.down, &dy)], t, sink);
+        let (mut dgate, mut dup) = (self.device.uninit(len), self.device.uninit(len));
         self.device.swiglu_backward(&mut dgate, &mut dup, &dact, &saved.gate, &saved.up, len);
         let (dgate, dup) = (Arc::new(dgate), Arc::new(dup));
-        let mut dnormed = self.linear_backward(l.gate, &saved.normed_mid, &dgate, t, sink);
-        self.linear_backward_add(&mut dnormed, l.up, &saved.normed_mid, &dup, t, sink);
+        let dnormed = self.linear_backward(&saved.normed_mid, [(l.gate, &dgate), (l.up, &dup)], t, sink);
         let mut dmid = self.copy_of(&dy);
         self.norm_backward(&mut dmid, &dnormed, &saved.mid, l.post_norm, t, sink);
         Arc::new(dmid)
@@ -85,15 +84,16 @@ impl<D: Device> Model<D> {
         layer: usize,
         saved: &Saved<D>,
         dmid: Arc<D::Buffer>,
-        past: Past<D::Buffer>,
+        past: Past<D>,
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
         let l = &self.layers[layer];
         let shape = &l.attention;
-        let dout = self.linear_backward(l.o, &saved.out, &dmid, t, sink);
+        let dout = self.linear_backward(&saved.out, [(l.o, &dmid)], t, sink);
         let (queries, keys) = (t * shape.heads * shape.head_dim, t * shape.kv_heads * shape.head_dim);
-        let (mut dq, mut dk, mut dv) = (self.device.zeros(queries), self.device.zeros(keys), self.device.zeros(keys));
+        let uninit = |len| self.device.uninit(len);
+        let (mut dq, mut dk, mut dv) = (uninit(queries), uninit(keys), uninit(keys));
         self.device.attention_backward(
             AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv },
             AttentionSaved {
@@ -115,49 +115,36 @@ impl<D: Device> Model<D> {
             dq = self.head_norm_backward(dq, raw_q, l.q_norm, t * shape.heads, sink);
             dk = self.head_norm_backward(dk, raw_k, l.k_norm, t * shape.kv_heads, sink);
         }
-        let mut dnormed = self.linear_backward(l.q, &saved.normed, &Arc::new(dq), t, sink);
-        self.linear_backward_add(&mut dnormed, l.k, &saved.normed, &Arc::new(dk), t, sink);
-        self.linear_backward_add(&mut dnormed, l.v, &saved.normed, &Arc::new(dv), t, sink);
+        let (dq, dk, dv) = (Arc::new(dq), Arc::new(dk), Arc::new(dv));
+        let dnormed = self.linear_backward(&saved.normed, [(l.q, &dq), (l.k, &dk), (l.v, &dv)], t, sink);
         let mut dx = self.copy_of(&dmid);
         self.norm_backward(&mut dx, &dnormed, &saved.x, l.input_norm, t, sink);
         Arc::new(dx)
     }
 
-    /// Event of a linear layer, and its dx (t,n).
-    fn linear_backward(
+    /// Events of layers that share their input x, each with the gradient of its outputs, and dx (t,n).
+    fn linear_backward<const N: usize>(
         &self,
-        linear: Linear,
         x: &Arc<D::Buffer>,
-        dy: &Arc<D::Buffer>,
+        layers: [(Linear, &Arc<D::Buffer>); N],
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> D::Buffer {
-        let mut dx = self.device.zeros(t * self.device.shape(&self.weights()[linear.weight]).1);
-        self.linear_backward_add(&mut dx, linear, x, dy, t, sink);
+        for (linear, dy) in layers {
+            if sink.wants(linear.weight) {
+                sink.linear(linear.weight, x, dy, t);
+            }
+            if let Some(bias) = linear.bias.filter(|b| sink.wants(*b)) {
+                let m = self.device.shape(&self.weights()[linear.weight]).0;
+                let mut db = self.device.uninit(m);
+                self.device.sum_rows(&mut db, dy, t, m);
+                sink.dense(bias, &Arc::new(db));
+            }
+        }
+        let inputs = layers.map(|(linear, dy)| (&**dy, &self.weights()[linear.weight]));
+        let mut dx = self.device.uninit(t * self.device.shape(inputs[0].1).1);
+        self.device.linear_dx_group(&mut dx, &inputs, t);
         dx
-    }
-
-    /// As `linear_backward`, adding to dx.
-    fn linear_backward_add(
-        &self,
-        dx: &mut D::Buffer,
-        linear: Linear,
-        x: &Arc<D::Buffer>,
-        dy: &Arc<D::Buffer>,
-        t: usize,
-        sink: &mut impl Sink<D>,
-    ) {
-        let w = &self.weights()[linear.weight];
-        if sink.wants(linear.weight) {
-            sink.linear(linear.weight, x, dy, t);
-        }
-        if let Some(bias) = linear.bias.filter(|b| sink.wants(*b)) {
-            let m = self.device.shape(w).0;
-            let mut db = self.device.zeros(m);
-            self.device.sum_rows(&mut db, dy, t, m);
-            sink.dense(bias, &Arc::new(db));
-        }
-        self.device.linear_dx(dx, dy, w, t, true);
     }
 
     /// dx += gradient of a norm's input, and the event of its gain.
@@ -171,7 +158,7 @@ impl<D: Device> Model<D> {
         sink: &mut impl Sink<D>,
     ) {
         let w = &self.weights()[norm];
-        let mut dw = self.device.zeros(self.device.shape(w).1);
+        let mut dw = self.device.uninit(self.device.shape(w).1);
         self.device.rms_norm_backward(dx, &mut dw, dy, x, w, self.config().rms_norm_eps, rows);
         if sink.wants(norm) {
             sink.dense(norm, &Arc::new(dw));
@@ -195,7 +182,7 @@ impl<D: Device> Model<D> {
 
     fn copy_of(&self, buffer: &D::Buffer) -> D::Buffer {
         let len = self.device.len(buffer);
-        let mut copy = self.device.zeros(len);
+        let mut copy = self.device.uninit(len);
         self.device.copy(&mut copy, 0, buffer, 0, len);
         copy
     }

@@ -4,7 +4,8 @@
 //! x (t,H) residual stream · q (t,h·d) · k, v (t,g·d) · attention out (t,h·d) · gate, up, act (t,I)
 
 use crate::config::Config;
-use compute::{Attention, Device, Past, TensorId};
+use crate::recorded::Recorded;
+use compute::{Attention, Device, LinearOutput, Past, TensorId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weight_map::HfTensor;
@@ -55,9 +56,14 @@ pub struct Model<D: Device> {
 /// It knows which tokens it holds, so that a context which begins like the last one is not run again.
 /// That is right only as long as the weights are the same: [`Cache::truncate`] to 0 when they moved.
 pub struct Cache<D: Device> {
+    device: Arc<D>,
     layers: Vec<(D::Buffer, D::Buffer)>,
     ids: Vec<u32>,
+    /// Number of tokens, where the device reads it: one element.
+    pub(crate) len: D::Ids,
     capacity: usize,
+    /// Windows over these keys and values that were recorded.
+    pub(crate) recorded: Vec<Recorded<D>>,
 }
 
 /// What backward needs of one layer's forward pass.
@@ -94,15 +100,23 @@ impl<D: Device> Cache<D> {
     /// Forgets all but the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
         self.ids.truncate(len);
+        self.tell_len();
+    }
+    fn extend(&mut self, ids: &[u32]) {
+        self.ids.extend_from_slice(ids);
+        self.tell_len();
+    }
+    fn tell_len(&mut self) {
+        self.device.write_ids(&mut self.len, &[self.ids.len() as u32]);
     }
     /// Forgets what does not begin `context`.
     pub(crate) fn keep_common(&mut self, context: &[u32]) {
         let common = self.ids.iter().zip(context).take_while(|(a, b)| a == b).count();
         self.truncate(common);
     }
-    pub(crate) fn past(&self, layer: usize) -> Past<'_, D::Buffer> {
+    pub(crate) fn past(&self, layer: usize) -> Past<'_, D> {
         let (keys, values) = &self.layers[layer];
-        Past { keys, values, len: self.len() }
+        Past { keys, values, len: &self.len }
     }
 }
 
@@ -123,11 +137,15 @@ impl<D: Device> Model<D> {
         let embed = ids["model.embed_tokens.weight"];
         let (norm, head) = (ids["model.norm.weight"], ids.get("lm_head.weight").copied().unwrap_or(embed));
         let table = config.rope.table(0, positions);
-        let mut rope = device.zeros(table.len());
+        let mut rope = device.uninit(table.len());
         device.write(&mut rope, 0, &table);
         Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights }
     }
 
+    /// What it runs on.
+    pub fn device(&self) -> &Arc<D> {
+        &self.device
+    }
     /// The configuration.
     pub fn config(&self) -> &Config {
         &self.config
@@ -152,9 +170,10 @@ impl<D: Device> Model<D> {
     /// An empty cache for `capacity` tokens.
     pub fn cache(&self, capacity: usize) -> Cache<D> {
         let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
-        let buffer = || self.device.zeros(capacity * row);
+        let buffer = || self.device.uninit(capacity * row);
         let layers = self.layers.iter().map(|_| (buffer(), buffer())).collect();
-        Cache { layers, ids: Vec::new(), capacity }
+        let len = self.device.ids(&[0]);
+        Cache { device: self.device.clone(), layers, ids: Vec::new(), len, capacity, recorded: Vec::new() }
     }
 
     /// Runs tokens after those in the cache without gradients and adds their keys and values.
@@ -181,12 +200,11 @@ impl<D: Device> Model<D> {
         let (t, len) = (ids.len(), cache.len());
         assert!(len + t <= cache.capacity, "{len} + {t} tokens in a cache of {}", cache.capacity);
         let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
-        let mut x = Arc::new(self.embed(ids));
+        let mut x = Arc::new(self.embed(&self.device.ids(ids), t));
         let last = self.layers.len() - 1;
         for layer in 0..self.layers.len() {
             let (k, v) = if layer == last && !want_output {
-                let projected = self.project(layer, &x, len, t, false);
-                (projected.k, projected.v)
+                self.project_keys(layer, &x, &cache.len, t)
             } else {
                 let (next, saved) = self.layer(layer, x, cache.past(layer), t);
                 x = next;
@@ -196,84 +214,101 @@ impl<D: Device> Model<D> {
             self.device.copy(keys, len * row, &k, 0, t * row);
             self.device.copy(values, len * row, &v, 0, t * row);
         }
-        cache.ids.extend_from_slice(ids);
+        cache.extend(ids);
         want_output.then_some(x)
     }
 
-    /// Embedding rows, (t,H).
-    pub(crate) fn embed(&self, ids: &[u32]) -> D::Buffer {
-        let mut x = self.device.zeros(ids.len() * self.config.decoder.hidden);
-        self.device.embed(&mut x, &self.weights[self.embed], &self.device.ids(ids));
+    /// Embedding rows of t ids, (t,H).
+    pub(crate) fn embed(&self, ids: &D::Ids, t: usize) -> D::Buffer {
+        let mut x = self.device.uninit(t * self.config.decoder.hidden);
+        self.device.embed(&mut x, &self.weights[self.embed], ids);
         x
     }
 
     /// Final norm and head: normed (t,H) and logits (t,V).
     pub(crate) fn logits(&self, x: &D::Buffer, t: usize) -> (D::Buffer, D::Buffer) {
         let normed = self.norm(x, self.norm, t);
-        let mut logits = self.device.zeros(t * self.config.decoder.vocab);
+        let mut logits = self.device.uninit(t * self.config.decoder.vocab);
         self.device.linear(&mut logits, &normed, &self.weights[self.head], None, t);
         (normed, logits)
     }
 
     fn norm(&self, x: &D::Buffer, weight: TensorId, rows: usize) -> D::Buffer {
         let w = &self.weights[weight];
-        let mut y = self.device.zeros(rows * self.device.shape(w).1);
+        let mut y = self.device.uninit(rows * self.device.shape(w).1);
         self.device.rms_norm(&mut y, x, w, self.config.rms_norm_eps, rows);
         y
     }
 
-    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize) -> D::Buffer {
-        let w = &self.weights[layer.weight];
-        let mut y = self.device.zeros(t * self.device.shape(w).0);
-        self.device.linear(&mut y, x, w, layer.bias.map(|b| &self.weights[b]), t);
+    /// The outputs of layers that share their input.
+    fn linears<const N: usize>(&self, x: &D::Buffer, layers: [Linear; N], t: usize) -> [D::Buffer; N] {
+        let weights = layers.map(|l| (&self.weights[l.weight], l.bias.map(|b| &self.weights[b])));
+        let mut y = weights.map(|(w, _)| self.device.uninit(t * self.device.shape(w).0));
+        let outputs = y.iter_mut().zip(weights).map(|(y, (w, bias))| LinearOutput { y, w, bias });
+        self.device.linear_group(&mut outputs.collect::<Vec<_>>(), x, t);
         y
     }
 
-    /// Norm, projections, head norms and rope of one layer at positions position..position + t.
-    fn project(&self, layer: usize, x: &D::Buffer, position: usize, t: usize, queries: bool) -> Projected<D> {
-        let l = &self.layers[layer];
-        let shape = &l.attention;
-        let normed = Arc::new(self.norm(x, l.input_norm, t));
-        let rotate = |raw: &D::Buffer, norm: Option<TensorId>, heads: usize| {
-            let mut y = match norm {
-                Some(norm) => self.norm(raw, norm, t * heads),
-                None => {
-                    let mut y = self.device.zeros(t * heads * shape.head_dim);
-                    self.device.copy(&mut y, 0, raw, 0, t * heads * shape.head_dim);
-                    y
-                }
-            };
-            self.device.rope(&mut y, &self.rope, position, t, heads, shape.head_dim, false);
-            y
+    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize) -> D::Buffer {
+        let [y] = self.linears(x, [layer], t);
+        y
+    }
+
+    /// Head norm, if there is one, and rope of queries or keys (t,heads·d) at position..position + t.
+    fn rotated(
+        &self,
+        raw: &D::Buffer,
+        norm: Option<TensorId>,
+        position: &D::Ids,
+        t: usize,
+        heads: usize,
+        head_dim: usize,
+    ) -> D::Buffer {
+        let mut y = match norm {
+            Some(norm) => self.norm(raw, norm, t * heads),
+            None => {
+                let mut y = self.device.uninit(t * heads * head_dim);
+                self.device.copy(&mut y, 0, raw, 0, t * heads * head_dim);
+                y
+            }
         };
-        let raw_q = if queries { self.linear(&normed, l.q, t) } else { self.device.zeros(0) };
-        let raw_k = self.linear(&normed, l.k, t);
-        let v = self.linear(&normed, l.v, t);
-        let q = if queries { rotate(&raw_q, l.q_norm, shape.heads) } else { self.device.zeros(0) };
-        let k = rotate(&raw_k, l.k_norm, shape.kv_heads);
+        self.device.rope(&mut y, &self.rope, position, t, heads, head_dim, false);
+        y
+    }
+
+    /// Norm, projections, head norms and rope of one layer.
+    fn project(&self, layer: usize, x: &D::Buffer, position: &D::Ids, t: usize) -> Projected<D> {
+        let l = &self.layers[layer];
+        let Attention { heads, kv_heads, head_dim, .. } = l.attention;
+        let normed = Arc::new(self.norm(x, l.input_norm, t));
+        let [raw_q, raw_k, v] = self.linears(&normed, [l.q, l.k, l.v], t);
+        let q = self.rotated(&raw_q, l.q_norm, position, t, heads, head_dim);
+        let k = self.rotated(&raw_k, l.k_norm, position, t, kv_heads, head_dim);
         let raw = l.q_norm.is_some().then_some((raw_q, raw_k));
         Projected { normed, raw, q, k, v }
     }
 
+    /// Keys and values alone.
+    fn project_keys(&self, layer: usize, x: &D::Buffer, position: &D::Ids, t: usize) -> (D::Buffer, D::Buffer) {
+        let l = &self.layers[layer];
+        let normed = self.norm(x, l.input_norm, t);
+        let [raw_k, v] = self.linears(&normed, [l.k, l.v], t);
+        (self.rotated(&raw_k, l.k_norm, position, t, l.attention.kv_heads, l.attention.head_dim), v)
+    }
+
     /// One layer over t tokens that follow `past`.
-    pub(crate) fn layer(
-        &self,
-        layer: usize,
-        x: Arc<D::Buffer>,
-        past: Past<D::Buffer>,
-        t: usize,
-    ) -> (Arc<D::Buffer>, Saved<D>) {
+    pub(crate) fn layer(&self, layer: usize, x: Arc<D::Buffer>, past: Past<D>, t: usize) -> (Arc<D::Buffer>, Saved<D>) {
         let (l, hidden) = (&self.layers[layer], self.config.decoder.hidden);
-        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t, true);
-        let mut out = self.device.zeros(t * l.attention.heads * l.attention.head_dim);
-        let mut lse = self.device.zeros(t * l.attention.heads);
+        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t);
+        let mut out = self.device.uninit(t * l.attention.heads * l.attention.head_dim);
+        let mut lse = self.device.uninit(t * l.attention.heads);
         self.device.attention(&mut out, &mut lse, &q, &k, &v, past, t, &l.attention);
         let mut mid = self.linear(&out, l.o, t);
         self.device.add(&mut mid, &x, t * hidden);
         let normed_mid = self.norm(&mid, l.post_norm, t);
-        let (gate, up) = (self.linear(&normed_mid, l.gate, t), self.linear(&normed_mid, l.up, t));
+        let [gate, up] = self.linears(&normed_mid, [l.gate, l.up], t);
         let intermediate = t * self.config.decoder.intermediate;
-        let mut act = self.device.zeros(intermediate);
+        let mut act = self.device.uninit(intermediate);
         self.device.swiglu(&mut act, &gate, &up, intermediate);
         let mut y = self.linear(&act, l.down, t);
         self.device.add(&mut y, &mid, t * hidden);

@@ -13,6 +13,7 @@ mod config;
 mod forward;
 #[cfg(feature = "oracle")]
 pub mod oracle;
+mod recorded;
 mod rope;
 mod window;
 

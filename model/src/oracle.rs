@@ -60,7 +60,8 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
 
     let device = &model.device;
     let frozen = context_of(model, layer, &context, probe.context);
-    let past = Past { keys: &frozen.0, values: &frozen.1, len: probe.context };
+    let len = device.ids(&[probe.context as u32]);
+    let past = Past { keys: &frozen.0, values: &frozen.1, len: &len };
     let (y, saved) = model.layer(layer, Arc::new(upload(&**device, &x)), past, t);
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
     let dx = model.layer_backward(layer, &saved, Arc::new(upload(&**device, &dy)), past, t, &mut sink);
@@ -93,7 +94,8 @@ pub fn compare_head<D: Device>(model: &Model<D>, probe: Probe) -> Result<Vec<Dif
     let x_device = upload(&**device, &x);
     let (normed, mut logits) = model.logits(&x_device, t);
     let mut losses = device.zeros(t);
-    device.cross_entropy(&mut losses, &mut logits, &device.ids(&targets), vocab, scale);
+    let weight = upload(&**device, &[scale]);
+    device.cross_entropy(&mut losses, &mut logits, &device.ids(&targets), vocab, &weight);
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
     let dx = model.head_backward(&x_device, &Arc::new(normed), &Arc::new(logits), t, &mut sink);
 
@@ -154,7 +156,8 @@ fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) 
     if len == 0 {
         return none;
     }
-    let past = Past { keys: &none.0, values: &none.1, len: 0 };
+    let zero = device.ids(&[0]);
+    let past = Past { keys: &none.0, values: &none.1, len: &zero };
     let (_, saved) = model.layer(layer, Arc::new(upload(&**device, x)), past, len);
     (saved.k, saved.v)
 }

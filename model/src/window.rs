@@ -9,6 +9,7 @@
 //! context as well; the loss is the same. That is what others do, for comparison.
 
 use crate::forward::{Cache, Model};
+use crate::recorded::Inputs;
 use compute::{Device, Sink};
 use std::ops::Range;
 use std::sync::Arc;
@@ -109,7 +110,7 @@ pub struct Timings {
     pub prefill_ms: f64,
     /// Window forward, loss included.
     pub forward_ms: f64,
-    /// Window backward.
+    /// Window backward; with forward, where the two are recorded work that runs as a whole.
     pub backward_ms: f64,
 }
 
@@ -211,6 +212,7 @@ impl<D: Device> Model<D> {
             let clock = Instant::now();
             cache.keep_common(&example.ids[..start]);
             self.prefill(cache, &example.ids[cache.len()..start]);
+            self.device.synchronize();
             timings.prefill_ms += ms(clock);
             let window = Window { ids: &example.ids[start..span.end - 1], targets: &example.ids[span.clone()] };
             let losses = self.window(cache, window, scale, sink.as_deref_mut(), timings);
@@ -223,16 +225,44 @@ impl<D: Device> Model<D> {
     /// One window: its losses, one per target, and gradient events if there is a sink.
     fn window<S: Sink<D>>(
         &self,
-        cache: &Cache<D>,
+        cache: &mut Cache<D>,
         window: Window,
         scale: f32,
         sink: Option<&mut S>,
         timings: &mut Timings,
     ) -> Vec<f32> {
-        let Window { ids, targets } = window;
-        let (t, scored, vocab) = (ids.len(), targets.len(), self.config().decoder.vocab);
+        let scored = window.targets.len();
+        let mut host = vec![0.0; scored];
         let clock = Instant::now();
-        let mut x = Arc::new(self.embed(ids));
+        match sink {
+            Some(sink) if let Some(recorded) = self.recorded(cache, window.ids.len(), scored, sink) => {
+                let losses = self.replay(recorded, window.ids, window.targets, scale, sink);
+                self.device.read(losses, 0, &mut host);
+                timings.backward_ms += ms(clock);
+            }
+            sink => {
+                let inputs = Inputs::new(&*self.device, window.ids, window.targets, scale);
+                let losses = self.pass(cache, &inputs, window.ids, scored, sink, timings);
+                self.device.read(&losses, 0, &mut host);
+            }
+        }
+        host
+    }
+
+    /// Forward, loss and, if there is a sink, backward of the window `ids`, whose last `scored` rows have targets: their
+    /// losses, and gradient events.
+    pub(crate) fn pass<S: Sink<D>>(
+        &self,
+        cache: &Cache<D>,
+        inputs: &Inputs<D>,
+        ids: &[u32],
+        scored: usize,
+        sink: Option<&mut S>,
+        timings: &mut Timings,
+    ) -> D::Buffer {
+        let (t, vocab) = (ids.len(), self.config().decoder.vocab);
+        let clock = Instant::now();
+        let mut x = Arc::new(self.embed(&inputs.ids, t));
         let mut saved = Vec::new();
         for layer in 0..self.layers.len() {
             let (next, activations) = self.layer(layer, x, cache.past(layer), t);
@@ -243,8 +273,8 @@ impl<D: Device> Model<D> {
         }
         let x = self.last_rows(x, t, scored);
         let (normed, mut logits) = self.logits(&x, scored);
-        let mut losses = self.device.zeros(scored);
-        self.device.cross_entropy(&mut losses, &mut logits, &self.device.ids(targets), vocab, scale);
+        let mut losses = self.device.uninit(scored);
+        self.device.cross_entropy(&mut losses, &mut logits, &inputs.targets, vocab, &inputs.scale);
         timings.forward_ms += ms(clock);
         if let Some(sink) = sink {
             let clock = Instant::now();
@@ -265,9 +295,7 @@ impl<D: Device> Model<D> {
             }
             timings.backward_ms += ms(clock);
         }
-        let mut host = vec![0.0; scored];
-        self.device.read(&losses, 0, &mut host);
-        host
+        losses
     }
 
     /// The last `rows` of x (t,H).
@@ -276,7 +304,7 @@ impl<D: Device> Model<D> {
             return x;
         }
         let hidden = self.config().decoder.hidden;
-        let mut last = self.device.zeros(rows * hidden);
+        let mut last = self.device.uninit(rows * hidden);
         self.device.copy(&mut last, 0, &x, (t - rows) * hidden, rows * hidden);
         Arc::new(last)
     }

@@ -4,7 +4,7 @@ mod common;
 
 use anyhow::Result;
 use common::{cases, load};
-use compute::Cpu;
+use compute::{Cpu, Device};
 use model::Config;
 use model::oracle::{Difference, Precision, Probe, compare_head, compare_layer};
 use std::sync::Arc;

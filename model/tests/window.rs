@@ -4,7 +4,7 @@ mod common;
 
 use anyhow::Result;
 use common::{cases, examples, gradients, load, relative};
-use compute::{Cpu, Dtype, cpu::Weight};
+use compute::{Cpu, Device, Dtype, cpu::Weight};
 use model::{Config, Example, Extent, Model};
 use std::sync::Arc;
 

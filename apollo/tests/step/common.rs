@@ -1,7 +1,7 @@
 //! A small model with one tensor of every kind, and random gradients for it.
 
 use apollo::{Gates, Gradients, Optimizer, Outcome, Rule, Settings, Tensor, TensorKind};
-use compute::{Cpu, Dtype, Sink, Stream, cpu::Weight};
+use compute::{Cpu, Device, Dtype, Sink, Stream, cpu::Weight};
 use std::sync::Arc;
 
 /// SplitMix64 (Steele et al., "Fast splittable pseudorandom number generators", 2014).

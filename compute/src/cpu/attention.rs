@@ -123,7 +123,7 @@ pub fn attention(
     q: &[f32],
     k: &[f32],
     v: &[f32],
-    past: Past<super::Buffer>,
+    past: Past<super::Cpu>,
     t: usize,
     shape: &Attention,
 ) {
@@ -135,7 +135,7 @@ pub fn attention(
     (0..shape.heads * blocks).into_par_iter().for_each(|task| {
         let (head, first) = (task / blocks, task % blocks * QUERIES);
         let n = QUERIES.min(t - first);
-        let span = Span::of(first, n, past.len, shape.window);
+        let span = Span::of(first, n, past.len[0] as usize, shape.window);
         let keys = Segments::of(past.keys, k, &span, head / group, shape);
         let values = Segments::of(past.values, v, &span, head / group, shape);
         with_scratch(n * span.keys(), |p| {
@@ -167,7 +167,7 @@ fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
 /// dq = scale·dS k, dk = scale·dSᵀ q, dv = Pᵀ dout; the past gets no gradient.
 pub fn attention_backward(
     grads: AttentionGrads<super::Buffer>,
-    saved: AttentionSaved<super::Buffer>,
+    saved: AttentionSaved<super::Cpu>,
     t: usize,
     shape: &Attention,
 ) {
@@ -198,7 +198,7 @@ unsafe fn backward_block(
     dq: &Shared,
     dk: &Shared,
     dv: &Shared,
-    saved: &AttentionSaved<super::Buffer>,
+    saved: &AttentionSaved<super::Cpu>,
     t: usize,
     shape: &Attention,
     head: usize,
@@ -207,7 +207,7 @@ unsafe fn backward_block(
     let (d, stride, kv_stride) = (shape.head_dim, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim);
     let kv_head = head / (shape.heads / shape.kv_heads);
     let n = QUERIES.min(t - first);
-    let span = Span::of(first, n, saved.past.len, shape.window);
+    let span = Span::of(first, n, saved.past.len[0] as usize, shape.window);
     let keys = Segments::of(saved.past.keys, saved.k, &span, kv_head, shape);
     let values = Segments::of(saved.past.values, saved.v, &span, kv_head, shape);
     let q = Rows::of(saved.q, first, n, head, shape);

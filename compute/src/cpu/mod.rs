@@ -1,6 +1,6 @@
 //! The CPU backend: f32 activations in ordinary memory, foreign weights read where they lie.
 //!
-//! Operations run on the rayon pool of the caller; [`Cpu::run`] provides one of a chosen size.
+//! Operations run on the rayon pool of the caller; [`Device::run`] provides one of a chosen size.
 //! Results depend on the shapes and on the instruction set that `gemm` picks, not on the number of
 //! threads: every parallel operation cuts its work into blocks by shape and reduces in order.
 
@@ -15,10 +15,9 @@ pub(crate) mod simd;
 pub use foreign::Weight;
 
 use crate::{
-    AdamRow, Attention, AttentionGrads, AttentionSaved, Compressed, Device, Factors, Limiter, Moments, Past, Stream,
-    Write,
+    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
+    Moments, Past, Stream, Write,
 };
-use crate::{NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE};
 use std::cell::RefCell;
 
 /// f32 elements on the CPU.
@@ -42,11 +41,6 @@ impl Cpu {
     pub fn new(threads: usize) -> Result<Cpu, PoolError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}")).build();
         Ok(Cpu { pool: pool.map_err(|e| PoolError { threads, reason: e.to_string() })? })
-    }
-
-    /// Runs `f` on the pool: operations inside use its threads.
-    pub fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(f)
     }
 
     /// Number of threads.
@@ -74,15 +68,38 @@ impl Device for Cpu {
     type Buffer = Buffer;
     type Ids = Vec<u32>;
     type Weight = Weight;
+    /// Nothing is recorded: queueing costs nothing here, and padding would cost time.
+    type Graph = std::convert::Infallible;
+
+    fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(f)
+    }
+    fn synchronize(&self) {}
+    fn bucket(&self, _: usize) -> Option<usize> {
+        None
+    }
+    fn record(&self, _: Option<&Self::Graph>, _: &mut dyn FnMut()) -> Self::Graph {
+        unreachable!("no window is padded for recording on a CPU")
+    }
+    fn replay(&self, graph: &Self::Graph) {
+        match *graph {}
+    }
 
     fn zeros(&self, len: usize) -> Buffer {
         vec![0.0; len]
+    }
+    fn uninit(&self, len: usize) -> Buffer {
+        // Pages of zeros cost nothing until they are written; tests find who relies on them.
+        if cfg!(debug_assertions) { vec![f32::NAN; len] } else { vec![0.0; len] }
     }
     fn len(&self, buffer: &Buffer) -> usize {
         buffer.len()
     }
     fn ids(&self, ids: &[u32]) -> Vec<u32> {
         ids.to_vec()
+    }
+    fn write_ids(&self, dst: &mut Vec<u32>, ids: &[u32]) {
+        dst[..ids.len()].copy_from_slice(ids);
     }
     fn write(&self, dst: &mut Buffer, at: usize, src: &[f32]) {
         dst[at..at + src.len()].copy_from_slice(src);
@@ -93,8 +110,17 @@ impl Device for Cpu {
     fn shape(&self, w: &Weight) -> (usize, usize) {
         (w.rows(), w.cols())
     }
+    fn dtype(&self, w: &Weight) -> Dtype {
+        w.dtype()
+    }
     fn weight_values(&self, w: &Weight) -> Vec<f32> {
         w.values()
+    }
+    fn read_weight(&self, w: &Weight, at: usize, out: &mut [u8]) {
+        w.read_bytes(at, out);
+    }
+    fn write_weight(&self, w: &Weight, at: usize, bytes: &[u8]) {
+        w.write_bytes(at, bytes);
     }
     fn copy(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, src_at: usize, len: usize) {
         dst[dst_at..dst_at + len].copy_from_slice(&src[src_at..src_at + len]);
@@ -139,13 +165,13 @@ impl Device for Cpu {
         &self,
         x: &mut Buffer,
         table: &Buffer,
-        position: usize,
+        position: &Vec<u32>,
         t: usize,
         heads: usize,
         head_dim: usize,
         inverse: bool,
     ) {
-        pointwise::rope(x, table, position, t, heads, head_dim, inverse);
+        pointwise::rope(x, table, position[0] as usize, t, heads, head_dim, inverse);
     }
     fn attention(
         &self,
@@ -154,7 +180,7 @@ impl Device for Cpu {
         q: &Buffer,
         k: &Buffer,
         v: &Buffer,
-        past: Past<Buffer>,
+        past: Past<Cpu>,
         t: usize,
         shape: &Attention,
     ) {
@@ -163,7 +189,7 @@ impl Device for Cpu {
     fn attention_backward(
         &self,
         grads: AttentionGrads<Buffer>,
-        saved: AttentionSaved<Buffer>,
+        saved: AttentionSaved<Cpu>,
         t: usize,
         shape: &Attention,
     ) {
@@ -183,12 +209,15 @@ impl Device for Cpu {
     ) {
         pointwise::swiglu_backward(&mut dgate[..len], &mut dup[..len], &dh[..len], &gate[..len], &up[..len]);
     }
-    fn cross_entropy(&self, losses: &mut Buffer, logits: &mut Buffer, targets: &Vec<u32>, v: usize, scale: f32) {
-        pointwise::cross_entropy(losses, logits, targets, v, scale);
+    fn cross_entropy(&self, losses: &mut Buffer, logits: &mut Buffer, targets: &Vec<u32>, v: usize, scale: &Buffer) {
+        pointwise::cross_entropy(losses, logits, targets, v, scale[0]);
     }
 
-    fn count_nonfinite(&self, counter: &mut Buffer, at: usize, x: &Buffer, len: usize) {
-        counter[at] += pointwise::count_nonfinite(&x[..len]);
+    fn count_nonfinite(&self, counter: &mut Buffer, at: usize, items: &[(&Buffer, usize)]) {
+        counter[at] += items.iter().map(|(x, len)| pointwise::count_nonfinite(&x[..*len])).sum::<f32>();
+    }
+    fn sum_squares(&self, out: &mut Buffer, items: &[(&Buffer, usize)]) {
+        out.iter_mut().zip(items).for_each(|(out, (x, len))| *out = pointwise::sum_squares(&x[..*len]));
     }
     fn normal_projection(&self, p: &mut Buffer, rank: usize, dim: usize, stream: Stream) {
         use rayon::prelude::*;
@@ -198,41 +227,14 @@ impl Device for Cpu {
             stream.fill_normal((i * CHUNK) as u64, sigma, out);
         });
     }
-    fn apollo_prepare(
-        &self,
-        s: &mut Buffer,
-        norms: &mut Buffer,
-        at: usize,
-        exp_avg: &Buffer,
-        exp_avg_sq: &Buffer,
-        f: &Factors<Buffer>,
-        c: &Compressed<Buffer>,
-    ) {
-        optimizer::prepare(s, norms, at, exp_avg, exp_avg_sq, f, c);
+    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
+        tensors.iter_mut().for_each(|tensor| optimizer::prepare(norms, tensor));
     }
-    fn limit(&self, norms: &mut Buffer, at: usize, limiter: Limiter) {
-        let (previous, update) = (norms[at + NORM_PREVIOUS], norms[at + NORM_UPDATE]);
-        let growth = match limiter.growth {
-            Some(limit) if previous > 0.0 => (update / (previous + 1e-8)).max(limit) / limit,
-            _ => 1.0,
-        };
-        norms[at + NORM_FACTOR] = 1.0 / growth;
-        let floor = limiter.floor * limiter.expected;
-        norms[at + NORM_NEXT] = if update > 0.0 { (update / growth).max(floor) } else { previous };
+    fn limit(&self, norms: &mut Buffer, limiters: &[(usize, Limiter)]) {
+        limiters.iter().for_each(|(at, limiter)| optimizer::limit(norms, *at, *limiter));
     }
-    fn apollo_commit(
-        &self,
-        w: &Weight,
-        norms: &mut Buffer,
-        at: usize,
-        s: &Buffer,
-        exp_avg: &mut Buffer,
-        exp_avg_sq: &mut Buffer,
-        f: &Factors<Buffer>,
-        c: &Compressed<Buffer>,
-        write: Write,
-    ) {
-        optimizer::commit(w, norms, at, s, exp_avg, exp_avg_sq, f, c, write);
+    fn apollo_commit(&self, norms: &mut Buffer, tensors: &mut [ApolloCommit<Cpu>]) {
+        tensors.iter_mut().for_each(|tensor| optimizer::commit(norms, tensor));
     }
     fn adamw_factors(
         &self,
@@ -250,16 +252,11 @@ impl Device for Cpu {
             dst[row as usize * n..][..n].iter_mut().zip(src).for_each(|(d, s)| *d += s);
         }
     }
-    fn adamw_rows(
-        &self,
-        w: &Weight,
-        rows: &[AdamRow],
-        g: &Buffer,
-        exp_avg: &mut Buffer,
-        exp_avg_sq: &mut Buffer,
-        moments: Moments,
-        write: Write,
-    ) {
-        optimizer::adamw_rows(w, rows, g, exp_avg, exp_avg_sq, moments, write);
+    fn one_hot(&self, y: &mut Buffer, at: usize, ids: &Vec<u32>, m: usize) {
+        y[at * m..][..ids.len() * m].fill(0.0);
+        ids.iter().enumerate().for_each(|(i, &id)| y[(at + i) * m + id as usize] = 1.0);
+    }
+    fn adamw_rows(&self, tensors: &mut [AdamwRows<Cpu>], moments: Moments) {
+        tensors.iter_mut().for_each(|tensor| optimizer::adamw_rows(tensor, moments));
     }
 }

@@ -13,8 +13,8 @@ use super::gemm::{Shared, View, product};
 use super::simd::{self, LANES, multiversion};
 use super::{Weight, with_scratch};
 use crate::{
-    AdamRow, Channels, Compressed, Factors, Moments, NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType,
-    Write,
+    AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Cpu, Factors, Limiter, Moments, NORM_FACTOR,
+    NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType, Write,
 };
 use rayon::prelude::*;
 
@@ -54,16 +54,9 @@ fn compress(out: &mut [f32], f: &Factors<Buffer>, q: &[f32], rank: usize, first:
 }
 
 /// See [`crate::Device::apollo_prepare`].
-#[allow(clippy::too_many_arguments)]
-pub fn prepare(
-    s: &mut [f32],
-    norms: &mut [f32],
-    at: usize,
-    exp_avg: &[f32],
-    exp_avg_sq: &[f32],
-    f: &Factors<Buffer>,
-    c: &Compressed<Buffer>,
-) {
+pub fn prepare(norms: &mut [f32], tensor: &mut ApolloPrepare<Buffer>) {
+    let ApolloPrepare { s, at, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
+    let at = *at;
     let (channels, _) = channels_of(f);
     let q = project(f, c);
     let mut squares = vec![[0.0f32; 2]; channels];
@@ -238,19 +231,22 @@ fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
     parts.iter().sum::<f64>().sqrt() as f32
 }
 
+/// See [`crate::Device::limit`].
+pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
+    let (previous, update) = (norms[at + NORM_PREVIOUS], norms[at + NORM_UPDATE]);
+    let growth = match limiter.growth {
+        Some(limit) if previous > 0.0 => (update / (previous + 1e-8)).max(limit) / limit,
+        _ => 1.0,
+    };
+    norms[at + NORM_FACTOR] = 1.0 / growth;
+    let floor = limiter.floor * limiter.expected;
+    norms[at + NORM_NEXT] = if update > 0.0 { (update / growth).max(floor) } else { previous };
+}
+
 /// See [`crate::Device::apollo_commit`].
-#[allow(clippy::too_many_arguments)]
-pub fn commit(
-    w: &Weight,
-    norms: &mut [f32],
-    at: usize,
-    s: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-    f: &Factors<Buffer>,
-    c: &Compressed<Buffer>,
-    write: Write,
-) {
+pub fn commit(norms: &mut [f32], tensor: &mut ApolloCommit<Cpu>) {
+    let ApolloCommit { w, s, at, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
+    let (at, s) = (*at, &**s);
     let q = project(f, c);
     let len = channels_of(f).0 * c.rank;
     let (exp_avg, exp_avg_sq) = (&mut exp_avg[..len], &mut exp_avg_sq[..len]);
@@ -265,7 +261,7 @@ pub fn commit(
     let step = write.step * norms[at + NORM_FACTOR];
     norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
     let keep = 1.0 - write.decay;
-    update_rows(w, f, &write, |row, w, g| match (c.scale_type, f.channels()) {
+    update_rows(w, f, write, |row, w, g| match (c.scale_type, f.channels()) {
         (ScaleType::Tensor, _) => scale_subtract(w, g, step * s[0], keep),
         (ScaleType::Channel, Channels::Rows) => scale_subtract(w, g, step * s[row], keep),
         (ScaleType::Channel, Channels::Columns) => scale_subtract_columns(w, g, s, step, keep),
@@ -338,15 +334,8 @@ pub fn adamw_factors(
 }
 
 /// See [`crate::Device::adamw_rows`].
-pub fn adamw_rows(
-    w: &Weight,
-    rows: &[AdamRow],
-    g: &[f32],
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
-    moments: Moments,
-    write: Write,
-) {
+pub fn adamw_rows(tensor: &mut AdamwRows<Cpu>, moments: Moments) {
+    let AdamwRows { w, rows, g, exp_avg, exp_avg_sq, write } = tensor;
     let n = w.cols();
     let mut line = vec![0.0; n];
     for (r, g) in rows.iter().zip(g.chunks_exact(n)) {

@@ -5,6 +5,7 @@
 use super::Weight;
 use super::gemm::Shared;
 use super::simd::{self, multiversion};
+use crate::NO_TARGET;
 use rayon::prelude::*;
 
 /// Rows or elements handled by one task where a single one is too little work.
@@ -119,11 +120,17 @@ fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + simd::exp(-x))
 }
 
-/// Rows of logits become scale·(softmax - onehot(target)); losses\[i\] = log Σ exp - logit\[target\].
+/// Rows of logits become scale·(softmax - onehot(target)); losses\[i\] = log Σ exp - logit\[target\]. Rows without
+/// target: zeros and 0.
 pub fn cross_entropy(losses: &mut [f32], logits: &mut [f32], targets: &[u32], v: usize, scale: f32) {
     let t = targets.len();
     losses[..t].par_iter_mut().zip(logits[..t * v].par_chunks_mut(v)).zip(targets).for_each(
         |((loss, row), &target)| {
+            if target == NO_TARGET {
+                row.fill(0.0);
+                *loss = 0.0;
+                return;
+            }
             let target = target as usize;
             let top = simd::max(row);
             let chosen = row[target];
@@ -150,6 +157,13 @@ pub fn sum_rows(db: &mut [f32], dy: &[f32], t: usize, m: usize) {
 /// Number of values that are infinite or NaN.
 pub fn count_nonfinite(x: &[f32]) -> f32 {
     x.par_chunks(ELEMENTS_PER_TASK).map(|c| c.iter().filter(|v| !v.is_finite()).count()).sum::<usize>() as f32
+}
+
+/// Sum of squares, in f64.
+pub fn sum_squares(x: &[f32]) -> f32 {
+    let square = |v: &f32| (*v as f64) * (*v as f64);
+    let parts: Vec<f64> = x.par_chunks(ELEMENTS_PER_TASK).map(|c| c.iter().map(square).sum()).collect();
+    parts.iter().sum::<f64>() as f32
 }
 
 /// x\[i\] = row ids\[i\] of w.

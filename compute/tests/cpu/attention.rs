@@ -96,7 +96,8 @@ impl Case {
 
 fn forward(case: &Case, i: &Inputs) -> (Vec<f32>, Vec<f32>) {
     let (mut out, mut lse) = (poison(case.queries()), poison(case.heads * case.t));
-    let past = Past { keys: &i.past_k, values: &i.past_v, len: case.past };
+    let len = vec![case.past as u32];
+    let past = Past { keys: &i.past_k, values: &i.past_v, len: &len };
     let device = Cpu::new(2).expect("two threads");
     device.run(|| device.attention(&mut out, &mut lse, &i.q, &i.k, &i.v, past, case.t, &case.shape()));
     (out, lse)
@@ -131,7 +132,8 @@ fn attention_with_scores_of_hundreds_stays_exact() {
 fn backward(case: &Case, i: &Inputs, dout: &[f32]) -> [Vec<f32>; 3] {
     let (out, lse) = forward(case, i);
     let (mut dq, mut dk, mut dv) = (poison(case.queries()), poison(case.own()), poison(case.own()));
-    let past = Past { keys: &i.past_k, values: &i.past_v, len: case.past };
+    let len = vec![case.past as u32];
+    let past = Past { keys: &i.past_k, values: &i.past_v, len: &len };
     let dout = dout.to_vec();
     let saved = AttentionSaved { dout: &dout, out: &out, lse: &lse, q: &i.q, k: &i.k, v: &i.v, past };
     let grads = AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv };

@@ -2,8 +2,8 @@
 
 use crate::random::{DTYPES, Random};
 use compute::{
-    AdamRow, Compressed, Cpu, Device, Dtype, Factors, Moments, NORM_FACTOR, NORM_SLOTS, ScaleType, Stream, Write,
-    cpu::Weight,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Moments, NORM_FACTOR,
+    NORM_SLOTS, ScaleType, Stream, Write, cpu::Weight,
 };
 use std::cell::UnsafeCell;
 use std::ptr::NonNull;
@@ -103,13 +103,31 @@ fn write_all_ways(w: &Weight, r: &mut Random) -> [&'static str; 3] {
     let (mut s, mut norms, mut a, mut b) =
         (zeros(m.max(n)), zeros(NORM_SLOTS), zeros(rank * m.max(n)), zeros(rank * m.max(n)));
     device.run(|| {
-        device.apollo_prepare(&mut s, &mut norms, 0, &a, &b, &f, &c);
+        device.apollo_prepare(
+            &mut norms,
+            &mut [ApolloPrepare { s: &mut s, at: 0, exp_avg: &a, exp_avg_sq: &b, factors: f, compressed: c }],
+        );
         norms[NORM_FACTOR] = 1.0;
-        device.apollo_commit(w, &mut norms, 0, &s, &mut a, &mut b, &f, &c, write);
+        device.apollo_commit(
+            &mut norms,
+            &mut [ApolloCommit {
+                w,
+                s: &s,
+                at: 0,
+                exp_avg: &mut a,
+                exp_avg_sq: &mut b,
+                factors: f,
+                compressed: c,
+                write,
+            }],
+        );
         device.adamw_factors(w, &mut zeros(m * n), &mut zeros(m * n), &f, MOMENTS, write);
         let rows = [0, m - 1].map(|row| AdamRow { row: row as u32, slot: 0, step: 0.5 });
         let g = r.normals(2 * n);
-        device.adamw_rows(w, &rows, &g, &mut zeros(n), &mut zeros(n), MOMENTS, write);
+        device.adamw_rows(
+            &mut [AdamwRows { w, rows: &rows, g: &g, exp_avg: &mut zeros(n), exp_avg_sq: &mut zeros(n), write }],
+            MOMENTS,
+        );
     });
     ["apollo_commit", "adamw_factors", "adamw_rows"]
 }

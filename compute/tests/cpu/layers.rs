@@ -121,13 +121,13 @@ fn rope_rotates_pairs_by_their_position_and_the_inverse_undoes_it() {
         let table = reference::rope_table(position + t, d, 10_000.0);
         let x = r.normals(t * heads * d);
         let mut y = x.clone();
-        cpu().rope(&mut y, &table, position, t, heads, d, false);
+        cpu().rope(&mut y, &table, &vec![position as u32], t, heads, d, false);
         let want = reference::rope(&wide(&x), position, heads, d, 10_000.0, false);
         assert_close(&y, &want, F32, &format!("({t},{heads},{d}) at {position}"));
-        cpu().rope(&mut y, &table, position, t, heads, d, true);
+        cpu().rope(&mut y, &table, &vec![position as u32], t, heads, d, true);
         assert_close(&y, &wide(&x), F32, &format!("inverse ({t},{heads},{d}) at {position}"));
         let mut back = x.clone();
-        cpu().rope(&mut back, &table, position, t, heads, d, true);
+        cpu().rope(&mut back, &table, &vec![position as u32], t, heads, d, true);
         let want = reference::rope(&wide(&x), position, heads, d, 10_000.0, true);
         assert_close(&back, &want, F32, &format!("backward ({t},{heads},{d}) at {position}"));
     }
@@ -218,10 +218,10 @@ fn count_nonfinite_adds_the_number_of_values_that_are_not_finite() {
     x[1] = f32::MAX;
     x[2] = f32::MIN_POSITIVE / 4.0;
     let mut counter = vec![5.0, 2.0, 5.0];
-    cpu().count_nonfinite(&mut counter, 1, &x, 100_000);
-    assert_eq!(counter, [5.0, 6.0, 5.0]);
-    cpu().count_nonfinite(&mut counter, 1, &x, 99_999);
-    assert_eq!(counter[1], 9.0, "the element after len was counted");
+    cpu().count_nonfinite(&mut counter, 1, &[(&x, 50_000), (&x, 100_000)]);
+    assert_eq!(counter, [5.0, 8.0, 5.0]);
+    cpu().count_nonfinite(&mut counter, 1, &[(&x, 99_999)]);
+    assert_eq!(counter[1], 11.0, "the element after len was counted");
 }
 
 #[test]

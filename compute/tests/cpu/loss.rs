@@ -8,7 +8,7 @@ use compute::{Cpu, Device};
 fn run(logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
     let device = Cpu::new(2).expect("two threads");
     let (mut losses, mut gradients) = (poison(targets.len()), logits.to_vec());
-    device.cross_entropy(&mut losses, &mut gradients, &device.ids(targets), v, scale);
+    device.cross_entropy(&mut losses, &mut gradients, &device.ids(targets), v, &vec![scale]);
     (losses, gradients)
 }
 

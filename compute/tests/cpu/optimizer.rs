@@ -3,8 +3,8 @@
 use crate::random::{DTYPES, Random, assert_close, wide};
 use crate::reference;
 use compute::{
-    AdamRow, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments, NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS,
-    NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write, cpu::Weight,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments,
+    NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write, cpu::Weight,
 };
 
 const MOMENTS: Moments = Moments { beta1: 0.9, beta2: 0.99, eps: 1e-6 };
@@ -153,8 +153,18 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
         let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
         let mut s = vec![f32::NAN; channels];
         let state = (exp_avg.clone(), exp_avg_sq.clone(), w.values());
-        device.apollo_prepare(&mut s, &mut norms, at, &exp_avg, &exp_avg_sq, &f, &c);
-        device.limit(&mut norms, at, limiter);
+        device.apollo_prepare(
+            &mut norms,
+            &mut [ApolloPrepare {
+                s: &mut s,
+                at,
+                exp_avg: &exp_avg,
+                exp_avg_sq: &exp_avg_sq,
+                factors: f,
+                compressed: c,
+            }],
+        );
+        device.limit(&mut norms, &[(at, limiter)]);
         assert!(state == (exp_avg.clone(), exp_avg_sq.clone(), w.values()), "{what}: prepare wrote");
 
         let previous = direct.previous;
@@ -173,7 +183,19 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
         near(NORM_NEXT, direct.previous, "stored norm after");
 
         let write = Write { step, decay, stream: Stream::rounding(1, i as u64, 0) };
-        device.apollo_commit(&w, &mut norms, at, &s, &mut exp_avg, &mut exp_avg_sq, &f, &c, write);
+        device.apollo_commit(
+            &mut norms,
+            &mut [ApolloCommit {
+                w: &w,
+                s: &s,
+                at,
+                exp_avg: &mut exp_avg,
+                exp_avg_sq: &mut exp_avg_sq,
+                factors: f,
+                compressed: c,
+                write,
+            }],
+        );
         assert_eq!(norms[at + NORM_PREVIOUS], norms[at + NORM_NEXT], "{what}: stored norm");
         assert_eq!(norms[..at], [3.0; NORM_SLOTS], "{what}: another tensor's norms");
         assert_close(&exp_avg, &direct.m, 3e-5, &format!("{what} exp_avg"));
@@ -194,7 +216,7 @@ fn the_limiter_divides_growth_and_remembers_no_less_than_its_floor() {
     let device = cpu();
     let limit = |previous: f32, update: f32, growth: Option<f32>, floor: f32| {
         let mut norms = vec![previous, update, f32::NAN, f32::NAN];
-        device.limit(&mut norms, 0, Limiter { growth, floor, expected: 10.0 });
+        device.limit(&mut norms, &[(0, Limiter { growth, floor, expected: 10.0 })]);
         (norms[NORM_FACTOR], norms[NORM_NEXT])
     };
     let close = |got: (f32, f32), want: (f32, f32)| {
@@ -274,7 +296,10 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names() {
         let list: Vec<AdamRow> =
             named.iter().map(|&(row, slot, _, t)| AdamRow { row, slot, step: corrected(0.01, t) }).collect();
         let write = Write { step: f32::NAN, decay: 0.002, stream: Stream::rounding(1, 1, 1) };
-        device.adamw_rows(&w, &list, &g, &mut a, &mut b, MOMENTS, write);
+        device.adamw_rows(
+            &mut [AdamwRows { w: &w, rows: &list, g: &g, exp_avg: &mut a, exp_avg_sq: &mut b, write }],
+            MOMENTS,
+        );
         for (k, &(row, _, which, _)) in named.iter().enumerate() {
             for c in 0..n {
                 let w = &mut w64[row as usize * n + c];
@@ -308,9 +333,24 @@ fn a_step_on_16_bit_weights_is_right_on_average() {
             let (mut s, mut norms) = (device.zeros(n), device.zeros(NORM_SLOTS));
             let (mut a, mut b) = (device.zeros(rank * n), device.zeros(rank * n));
             let write = Write { step: 1e-3, decay: 1e-4, stream: Stream::rounding(seed, 1, 0) };
-            device.apollo_prepare(&mut s, &mut norms, 0, &a, &b, &f, &c);
+            device.apollo_prepare(
+                &mut norms,
+                &mut [ApolloPrepare { s: &mut s, at: 0, exp_avg: &a, exp_avg_sq: &b, factors: f, compressed: c }],
+            );
             norms[NORM_FACTOR] = 1.0;
-            device.apollo_commit(w, &mut norms, 0, &s, &mut a, &mut b, &f, &c, write);
+            device.apollo_commit(
+                &mut norms,
+                &mut [ApolloCommit {
+                    w,
+                    s: &s,
+                    at: 0,
+                    exp_avg: &mut a,
+                    exp_avg_sq: &mut b,
+                    factors: f,
+                    compressed: c,
+                    write,
+                }],
+            );
             wide(&w.values())
         };
         let exact = apply(&Weight::from_values(Dtype::F32, m, n, &start), 0);
@@ -354,7 +394,17 @@ fn an_overflow_shows_in_the_norm_of_the_update() {
             device.normal_projection(&mut p, rank, n, Stream::projection(1, 0, n));
             let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
             let (mut s, mut norms) = (device.zeros(m), device.zeros(NORM_SLOTS));
-            device.apollo_prepare(&mut s, &mut norms, 0, &device.zeros(rank * m), &device.zeros(rank * m), &f, &c);
+            device.apollo_prepare(
+                &mut norms,
+                &mut [ApolloPrepare {
+                    s: &mut s,
+                    at: 0,
+                    exp_avg: &device.zeros(rank * m),
+                    exp_avg_sq: &device.zeros(rank * m),
+                    factors: f,
+                    compressed: c,
+                }],
+            );
             let norm = norms[NORM_UPDATE];
             assert!(!norm.is_finite(), "{size:e} t {t} {scale_type:?}: ‖U‖ = {norm} hides an overflow");
         }

@@ -2,8 +2,8 @@
 
 use crate::random::{DTYPES, Random};
 use compute::{
-    AdamRow, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments, NORM_SLOTS, RowOrder, ScaleType, Stream, Write,
-    cpu::Weight,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments,
+    NORM_SLOTS, RowOrder, ScaleType, Stream, Write, cpu::Weight,
 };
 
 const MOMENTS: Moments = Moments { beta1: 0.9, beta2: 0.99, eps: 1e-6 };
@@ -84,13 +84,45 @@ fn products_and_steps_are_the_same_to_the_bit() {
             let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
             let (mut s, mut norms) = (device.zeros(m), device.zeros(NORM_SLOTS));
             let (mut avg, mut avg_sq) = (device.zeros(m * rank), device.zeros(m * rank));
-            device.apollo_prepare(&mut s, &mut norms, 0, &avg, &avg_sq, &f, &c);
-            device.limit(&mut norms, 0, Limiter { growth: Some(1.01), floor: 0.5, expected: 10.0 });
+            device.apollo_prepare(
+                &mut norms,
+                &mut [ApolloPrepare {
+                    s: &mut s,
+                    at: 0,
+                    exp_avg: &avg,
+                    exp_avg_sq: &avg_sq,
+                    factors: f,
+                    compressed: c,
+                }],
+            );
+            device.limit(&mut norms, &[(0, Limiter { growth: Some(1.01), floor: 0.5, expected: 10.0 })]);
             let write = Write { step: 0.01, decay: 0.0, stream: Stream::rounding(7, 3, 2) };
-            device.apollo_commit(w, &mut norms, 0, &s, &mut avg, &mut avg_sq, &f, &c, write);
+            device.apollo_commit(
+                &mut norms,
+                &mut [ApolloCommit {
+                    w,
+                    s: &s,
+                    at: 0,
+                    exp_avg: &mut avg,
+                    exp_avg_sq: &mut avg_sq,
+                    factors: f,
+                    compressed: c,
+                    write,
+                }],
+            );
             let (mut exp_avg, mut exp_avg_sq) = (device.zeros(m), device.zeros(m));
             let row = [AdamRow { row: 0, slot: 0, step: 0.01 }];
-            device.adamw_rows(bias, &row, &dy, &mut exp_avg, &mut exp_avg_sq, MOMENTS, write);
+            device.adamw_rows(
+                &mut [AdamwRows {
+                    w: bias,
+                    rows: &row,
+                    g: &dy,
+                    exp_avg: &mut exp_avg,
+                    exp_avg_sq: &mut exp_avg_sq,
+                    write,
+                }],
+                MOMENTS,
+            );
             [y, dx, avg, avg_sq, exp_avg, w.values(), bias.values()]
         };
         assert_eq!(run(&live, &live_bias), run(&plain, &plain_bias), "{dtype}");

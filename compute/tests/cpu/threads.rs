@@ -2,8 +2,8 @@
 
 use crate::random::{DTYPES, Random};
 use compute::{
-    AdamRow, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu, Device, Factors, Moments, NORM_FACTOR,
-    NORM_SLOTS, Past, ScaleType, Stream, Write, cpu::Weight,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
+    Device, Factors, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write, cpu::Weight,
 };
 
 /// All results of all operations, by name, as bits.
@@ -65,10 +65,10 @@ fn layers(d: &Cpu, out: &mut Results) {
     out.keep("swiglu_backward dgate", &h);
     out.keep("swiglu_backward dup", &dup);
     let mut rotated = x[..t * 1024].to_vec();
-    d.rope(&mut rotated, &r.normals(t * 64), 0, t, 16, 64, false);
+    d.rope(&mut rotated, &r.normals(t * 64), &vec![0], t, 16, 64, false);
     out.keep("rope", &rotated);
     let (mut losses, mut logits) = (d.zeros(t), x.clone());
-    d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, 0.5);
+    d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, &vec![0.5]);
     out.keep("losses", &losses);
     out.keep("logits", &logits);
     let (mut sums, mut product, mut counter) = (d.zeros(m), d.zeros(m * n), d.zeros(1));
@@ -78,7 +78,7 @@ fn layers(d: &Cpu, out: &mut Results) {
     out.keep("outer_accumulate", &product);
     d.scatter_add_rows(&mut product, &x, &r.ids(t, m), n);
     out.keep("scatter_add_rows", &product);
-    d.count_nonfinite(&mut counter, 0, &x, len);
+    d.count_nonfinite(&mut counter, 0, &[(&x, len)]);
     out.keep("count_nonfinite", &counter);
 }
 
@@ -91,7 +91,8 @@ fn attention(d: &Cpu, out: &mut Results) {
         let row = kv_heads * head_dim;
         let (k, v, keys, values) =
             (r.normals(t * row), r.normals(t * row), r.normals(past * row), r.normals(past * row));
-        let past = Past { keys: &keys, values: &values, len: past };
+        let len = vec![past as u32];
+        let past = Past { keys: &keys, values: &values, len: &len };
         let (mut o, mut lse) = (d.zeros(q.len()), d.zeros(heads * t));
         d.attention(&mut o, &mut lse, &q, &k, &v, past, t, &shape);
         let (mut dq, mut dk, mut dv) = (d.zeros(q.len()), d.zeros(t * row), d.zeros(t * row));
@@ -120,15 +121,40 @@ fn optimizer(d: &Cpu, out: &mut Results) {
             let (mut s, mut norms) = (d.zeros(channels), d.zeros(NORM_SLOTS));
             let (mut a, mut b) = (d.zeros(rank * channels), d.zeros(rank * channels));
             let write = Write { step: 1e-2, decay: 1e-3, stream: Stream::rounding(4, 1, 2) };
-            d.apollo_prepare(&mut s, &mut norms, 0, &a, &b, &f, &c);
+            d.apollo_prepare(
+                &mut norms,
+                &mut [ApolloPrepare { s: &mut s, at: 0, exp_avg: &a, exp_avg_sq: &b, factors: f, compressed: c }],
+            );
             norms[NORM_FACTOR] = 0.7;
-            d.apollo_commit(&w, &mut norms, 0, &s, &mut a, &mut b, &f, &c, write);
+            d.apollo_commit(
+                &mut norms,
+                &mut [ApolloCommit {
+                    w: &w,
+                    s: &s,
+                    at: 0,
+                    exp_avg: &mut a,
+                    exp_avg_sq: &mut b,
+                    factors: f,
+                    compressed: c,
+                    write,
+                }],
+            );
             keep_step(out, &format!("apollo {dtype} ({m},{n},{t})"), &w, &[&s, &norms, &a, &b]);
             let (mut a, mut b) = (d.zeros(m * n), d.zeros(m * n));
             d.adamw_factors(&w, &mut a, &mut b, &f, moments, write);
             keep_step(out, &format!("adamw_factors {dtype}"), &w, &[&a, &b]);
             let rows = [AdamRow { row: 3, slot: 1, step: 0.1 }, AdamRow { row: 1, slot: 0, step: 0.2 }];
-            d.adamw_rows(&w, &rows, &r.normals(2 * n), &mut a, &mut b, moments, write);
+            d.adamw_rows(
+                &mut [AdamwRows {
+                    w: &w,
+                    rows: &rows,
+                    g: &r.normals(2 * n),
+                    exp_avg: &mut a,
+                    exp_avg_sq: &mut b,
+                    write,
+                }],
+                moments,
+            );
             keep_step(out, &format!("adamw_rows {dtype}"), &w, &[&a, &b]);
         }
     }

@@ -9,7 +9,7 @@ mod machine;
 use anyhow::{Context, Result, bail, ensure};
 use apollo::{Gates, Optimizer, Outcome};
 use compute::cpu::Weight;
-use compute::{Cpu, Dtype};
+use compute::{Cpu, Device, Dtype};
 use memmap2::MmapRaw;
 use model::{Config, Example, Extent, Model, Timings};
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};

@@ -1,6 +1,7 @@
 //! Token by token: logits from the live weights, a choice, and text as soon as it is whole.
 
 use super::Engine;
+use compute::Device;
 use std::ops::ControlFlow;
 
 /// How the next token is chosen.

@@ -11,7 +11,7 @@ mod generate;
 use crate::examples::Templates;
 use crate::weights;
 use anyhow::{Context, Result};
-use compute::Cpu;
+use compute::{Cpu, Device};
 use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
 use std::net::SocketAddr;

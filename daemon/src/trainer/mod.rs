@@ -11,11 +11,15 @@ mod settings;
 mod shadow;
 mod watch;
 
+use crate::backend::Backend;
 use crate::config::Config;
 use crate::protocol::{self, FromTrainer, Request, ToTrainer};
 use anyhow::Result;
-use session::{Session, StartError};
+use compute::cuda::DeviceName;
+use compute::{Cpu, Cuda};
+use session::{Session, Start, StartError};
 use std::io::{BufRead, stdin, stdout};
+use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
@@ -34,12 +38,31 @@ pub fn run(config: &Config, told: u64) -> Result<()> {
             std::thread::sleep(HEARTBEAT);
         }
     });
-    let mut session = match Session::open(config, told) {
-        Ok(session) => session,
-        Err(StartError::ServerGone(reason)) => return say(&FromTrainer::ServerGone { reason }),
-        Err(StartError::Failed(error)) => {
-            return say(&FromTrainer::Failed { request: Request::Start, reason: format!("{error:#}") });
+    match Start::new(config, told) {
+        Ok(start) => match start.gpu().map(|uuid| DeviceName::Uuid(uuid.to_owned())) {
+            None => serve(Cpu::new(config.train.threads).map_err(Into::into), start),
+            Some(gpu) => serve(Cuda::open(&gpu).map_err(Into::into), start),
+        },
+        Err(error) => say_why(error),
+    }
+}
+
+/// Says why there is no session.
+fn say_why(error: StartError) -> Result<()> {
+    match error {
+        StartError::ServerGone(reason) => say(&FromTrainer::ServerGone { reason }),
+        StartError::Failed(error) => {
+            say(&FromTrainer::Failed { request: Request::Start, reason: format!("{error:#}") })
         }
+    }
+}
+
+/// Answers requests on the device that has the weights in its memory.
+fn serve<D: Backend>(device: Result<D>, start: Start) -> Result<()> {
+    let opened = device.map_err(StartError::Failed).and_then(|device| Session::open(start, Arc::new(device)));
+    let mut session = match opened {
+        Ok(session) => session,
+        Err(error) => return say_why(error),
     };
     say(&FromTrainer::Ready(session.ready()))?;
     let requests = requests();

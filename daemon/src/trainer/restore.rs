@@ -12,8 +12,7 @@
 use crate::weights::widened;
 use anyhow::{Context, Result, bail};
 use checkpoint::Checkpoint;
-use compute::Dtype;
-use compute::cpu::Weight;
+use compute::{Device, Dtype};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fs::{self, File};
@@ -61,9 +60,15 @@ pub fn remember_epoch(state_dir: &Path, attached: &Attached) -> Result<()> {
 }
 
 /// Fails at the first tensor whose live bytes differ from the files.
-pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weight], files: &[Dtype]) -> Result<()> {
+pub fn require_equal<D: Device>(
+    device: &D,
+    checkpoint: &Checkpoint,
+    names: &[String],
+    weights: &[D::Weight],
+    files: &[Dtype],
+) -> Result<()> {
     for ((name, weight), files) in names.iter().zip(weights).zip(files) {
-        let same = compare(checkpoint, name, weight, *files, |_, _| false)?;
+        let same = compare(device, checkpoint, name, weight, *files, |_, _| false)?;
         if !same {
             bail!(
                 "live tensor {name} differs from the model directory's: the server holds another model or another \
@@ -75,10 +80,16 @@ pub fn require_equal(checkpoint: &Checkpoint, names: &[String], weights: &[Weigh
 }
 
 /// Writes the files' values over live bytes that differ; returns how many bytes that were.
-pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight, files: Dtype) -> Result<u64> {
+pub fn restore<D: Device>(
+    device: &D,
+    checkpoint: &Checkpoint,
+    name: &str,
+    weight: &D::Weight,
+    files: Dtype,
+) -> Result<u64> {
     let mut written = 0;
-    compare(checkpoint, name, weight, files, |at, bytes| {
-        weight.write_bytes(at, bytes);
+    compare(device, checkpoint, name, weight, files, |at, bytes| {
+        device.write_weight(weight, at, bytes);
         written += bytes.len() as u64;
         true
     })?;
@@ -87,22 +98,24 @@ pub fn restore(checkpoint: &Checkpoint, name: &str, weight: &Weight, files: Dtyp
 
 /// Calls `differs(offset in the weight, bytes as they should be)` for every chunk that differs from the files,
 /// whose element type is `files`, until it returns false; whether nothing differed.
-fn compare(
+fn compare<D: Device>(
+    device: &D,
     checkpoint: &Checkpoint,
     name: &str,
-    weight: &Weight,
+    weight: &D::Weight,
     files: Dtype,
     mut differs: impl FnMut(usize, &[u8]) -> bool,
 ) -> Result<bool> {
-    let (mut file, mut live) = (vec![0; CHUNK], vec![0; CHUNK / files.size() * weight.dtype().size()]);
-    let bytes = weight.bytes() / weight.dtype().size() * files.size();
+    let (dtype, (rows, cols)) = (device.dtype(weight), device.shape(weight));
+    let (mut file, mut live) = (vec![0; CHUNK], vec![0; CHUNK / files.size() * dtype.size()]);
+    let bytes = rows * cols * files.size();
     let mut same = true;
     for at in (0..bytes).step_by(CHUNK) {
         let file = &mut file[..CHUNK.min(bytes - at)];
         checkpoint.read_tensor(name, at as u64, file)?;
-        let wanted = if files == weight.dtype() { Cow::Borrowed(&*file) } else { Cow::Owned(widened(file, files)) };
-        let (at, live) = (at / files.size() * weight.dtype().size(), &mut live[..wanted.len()]);
-        weight.read_bytes(at, live);
+        let wanted = if files == dtype { Cow::Borrowed(&*file) } else { Cow::Owned(widened(file, files)) };
+        let (at, live) = (at / files.size() * dtype.size(), &mut live[..wanted.len()]);
+        device.read_weight(weight, at, live);
         if *live != *wanted {
             same = false;
             if !differs(at, &wanted) {

@@ -4,14 +4,14 @@ use super::prefix_cache::PrefixCache;
 use super::restore::Attached;
 use super::shadow::{self, Failure, Finding};
 use super::{restore, settings, watch};
+use crate::backend::Backend;
 use crate::config::{self, Attach, Config, Update};
 use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
-use compute::cpu::Weight;
-use compute::{Cpu, Dtype};
+use compute::{Cpu, Cuda, Dtype};
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::{Path, PathBuf};
@@ -53,12 +53,12 @@ impl<E: Into<anyhow::Error>> From<E> for StartError {
 }
 
 /// Live weights, their optimizer and their checkpoint.
-pub struct Session {
-    device: Arc<Cpu>,
+pub struct Session<D: Backend> {
+    device: Arc<D>,
     attachment: Arc<Attachment>,
-    model: Model<Cpu>,
-    cache: Cache<Cpu>,
-    optimizer: Optimizer<Cpu>,
+    model: Model<D>,
+    cache: Cache<D>,
+    optimizer: Optimizer<D>,
     gates: Gates,
     extent: Extent,
     lr: f32,
@@ -77,18 +77,42 @@ pub struct Session {
     pinged: Instant,
 }
 
-impl Session {
-    /// Takes the model directory's lock, attaches, and brings live weights and optimizer to the last
-    /// generation. `told` is the highest weight version that anybody was told. Nothing is written to live weights before everything was checked.
-    pub fn open(config: &Config, told: u64) -> Result<Session, StartError> {
-        let model_config = model::Config::read(&config.model.dir)?;
-        let mut tensors = settings::tensors(&model_config, &config.train);
+/// What has been taken before anybody computes: the files, the server's memory, the settings.
+pub struct Start<'a> {
+    config: &'a Config,
+    told: u64,
+    model: model::Config,
+    tensors: Vec<apollo::Tensor>,
+    checkpoint: Checkpoint,
+    recovery: String,
+    attachment: Arc<Attachment>,
+}
+
+impl<'a> Start<'a> {
+    /// Takes the model directory's lock and attaches. `told` is the highest weight version that anybody was told.
+    pub fn new(config: &'a Config, told: u64) -> Result<Start<'a>, StartError> {
+        let model = model::Config::read(&config.model.dir)?;
+        let tensors = settings::tensors(&model, &config.train);
         // The configuration counts the current generation, the library those before it.
         let options = Options { keep: config.sync.keep.saturating_sub(1), ..Options::default() };
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
         require_intact(&checkpoint)?;
-        let attachment = Arc::new(attach(config, &model_config)?);
+        let attachment = Arc::new(attach(config, &model)?);
         watch::start(attachment.clone())?;
+        Ok(Start { config, told, model, tensors, checkpoint, recovery: recovery.to_string(), attachment })
+    }
+
+    /// The UUID of the GPU that the weights lie on, if they do.
+    pub fn gpu(&self) -> Option<&str> {
+        self.attachment.device().map(|device| device.uuid.as_str())
+    }
+}
+
+impl<D: Backend> Session<D> {
+    /// Brings live weights and optimizer to the last generation. Nothing is written to live weights before everything
+    /// was checked.
+    pub fn open(start: Start, device: Arc<D>) -> Result<Session<D>, StartError> {
+        let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment } = start;
         same_directory(attachment.model_dir(), &config.model.dir)?;
         can_be_held(config.server.update, &attachment)?;
         let mut warnings = Vec::new();
@@ -96,11 +120,10 @@ impl Session {
 
         let files = SafetensorsDir::open(&config.model.dir)?;
         let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
-        let device = Arc::new(Cpu::new(config.train.threads)?);
         let longest = settings::longest(&model_config, &config.train);
-        let model = Model::new(device.clone(), model_config, weights::attached(&attachment), longest);
+        let model = Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest);
         let mut cache = model.cache(longest);
-        let mut recovery = vec![recovery.to_string()];
+        let mut recovery = vec![recovery];
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         let file_dtypes = weights::file_dtypes(&files, &names)?;
         recovery.extend(freeze_widened(&mut tensors, &model, &file_dtypes)?);
@@ -113,7 +136,7 @@ impl Session {
             // The last trainer may have died before it could say that weights had moved.
             prefix_cache.moved();
         } else {
-            restore::require_equal(&checkpoint, &names, model.weights(), &file_dtypes)?;
+            restore::require_equal(&*device, &checkpoint, &names, model.weights(), &file_dtypes)?;
         }
         // A live copy keeps its epoch when another server maps it, and that one is to be asked too.
         let lasting = !matches!(attachment.source(), Source::Staged(_));
@@ -131,6 +154,8 @@ impl Session {
 
         let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
+        // Every tensor was compared with the files or restored from them.
+        checkpoint.assume_equal(&Live::new(&model, &optimizer, head_copy.as_deref()));
         let mut progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
         if told > progress.weight_version {
             // Weights of that version are gone; these are older ones again, which no version has named so far.
@@ -387,14 +412,15 @@ fn released(held: ipc::Hold<'_>, since: Instant) -> Hold {
 }
 
 /// Brings every tensor to the files' bytes, also one that is frozen now; how many bytes that took.
-fn restore_all(
+fn restore_all<D: Backend>(
     checkpoint: &Checkpoint,
     tensors: &[apollo::Tensor],
-    model: &Model<Cpu>,
+    model: &Model<D>,
     files: &[Dtype],
 ) -> Result<u64> {
     let each = tensors.iter().zip(model.weights()).zip(files);
-    each.map(|((tensor, weight), files)| restore::restore(checkpoint, &tensor.name, weight, *files)).sum()
+    each.map(|((tensor, weight), files)| restore::restore(&**model.device(), checkpoint, &tensor.name, weight, *files))
+        .sum()
 }
 
 fn can_be_held(update: Update, attachment: &Attachment) -> Result<()> {
@@ -459,11 +485,15 @@ fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartErr
 }
 
 /// Freezes the vectors that the server holds in f32 and the files in 16 bits; what there is to say about it.
-fn freeze_widened(tensors: &mut [apollo::Tensor], model: &Model<Cpu>, files: &[Dtype]) -> Result<Option<String>> {
+fn freeze_widened<D: Backend>(
+    tensors: &mut [apollo::Tensor],
+    model: &Model<D>,
+    files: &[Dtype],
+) -> Result<Option<String>> {
     let mut frozen = Vec::new();
     let held = model.tensors().iter().zip(model.weights());
     for ((tensor, (expected, weight)), files) in tensors.iter_mut().zip(held).zip(files) {
-        let fit = Fit::of(&expected.name, &expected.shape, weight.dtype(), *files)?;
+        let fit = Fit::of(&expected.name, &expected.shape, model.device().dtype(weight), *files)?;
         if fit == Fit::Widened && tensor.rule != Rule::Frozen {
             tensor.rule = Rule::Frozen;
             frozen.push(expected.name.clone());
@@ -504,7 +534,7 @@ fn same_directory(served: &Path, configured: &Path) -> Result<()> {
 }
 
 /// Takes over the optimizer state of the current generation; what there is to say about it.
-fn load_state(optimizer: &mut Optimizer<Cpu>, checkpoint: &Checkpoint) -> Result<Option<String>> {
+fn load_state<D: Backend>(optimizer: &mut Optimizer<D>, checkpoint: &Checkpoint) -> Result<Option<String>> {
     let Some(mut state) = checkpoint.state()? else { return Ok(None) };
     let restored = optimizer.load(&mut state)?;
     if restored.reset.is_empty() {
@@ -519,14 +549,15 @@ fn load_state(optimizer: &mut Optimizer<Cpu>, checkpoint: &Checkpoint) -> Result
 }
 
 /// The trained tensors, as sync reads them.
-struct Live<'a> {
+struct Live<'a, D: Backend> {
+    device: &'a D,
     tensors: Vec<LiveTensor>,
-    weights: Vec<&'a Weight>,
+    weights: Vec<&'a D::Weight>,
 }
 
-impl<'a> Live<'a> {
-    fn new(model: &'a Model<Cpu>, optimizer: &Optimizer<Cpu>, head_copy: Option<&str>) -> Live<'a> {
-        let mut live = Live { tensors: Vec::new(), weights: Vec::new() };
+impl<'a, D: Backend> Live<'a, D> {
+    fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>) -> Live<'a, D> {
+        let mut live = Live { device: model.device(), tensors: Vec::new(), weights: Vec::new() };
         for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
             if spec.effective_rule() != Rule::Frozen {
                 live.push(&tensor.name, &tensor.shape, weight);
@@ -538,22 +569,23 @@ impl<'a> Live<'a> {
         live
     }
 
-    fn push(&mut self, name: &str, shape: &[usize], weight: &'a Weight) {
+    fn push(&mut self, name: &str, shape: &[usize], weight: &'a D::Weight) {
+        let dtype = self.device.dtype(weight);
         self.tensors.push(LiveTensor {
             name: name.into(),
-            dtype: weight.dtype().to_string(),
+            dtype: dtype.to_string(),
             shape: shape.to_vec(),
-            bytes: weight.bytes() as u64,
+            bytes: (shape.iter().product::<usize>() * dtype.size()) as u64,
         });
         self.weights.push(weight);
     }
 }
 
-impl LiveWeights for Live<'_> {
+impl<D: Backend> LiveWeights for Live<'_, D> {
     fn tensors(&self) -> &[LiveTensor] {
         &self.tensors
     }
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
-        self.weights[tensor].read_bytes(offset as usize, buf);
+        self.device.read_weight(self.weights[tensor], offset as usize, buf);
     }
 }

@@ -7,8 +7,7 @@
 //! beginnings.
 
 use anyhow::{Result, anyhow};
-use compute::Cpu;
-use compute::cpu::Weight;
+use compute::Device;
 use ipc::{Attachment, Control, ControlError};
 use model::{Cache, Model};
 use serde_json::{Value, json};
@@ -45,14 +44,14 @@ impl From<anyhow::Error> for Failure {
 }
 
 /// Compares the server with `model`, whose weights are the live ones. The cache is emptied.
-pub fn check(
-    model: &Model<Cpu>,
-    cache: &mut Cache<Cpu>,
+pub fn check<D: Device>(
+    model: &Model<D>,
+    cache: &mut Cache<D>,
     attachment: &Attachment,
     url: Option<&str>,
 ) -> Result<Finding, Failure> {
     let ids = prompt(model.config().decoder.vocab, model.positions().min(cache.capacity()));
-    let tolerance = Tolerance::of(model.weights());
+    let tolerance = Tolerance::of(model);
     if attachment.controls().contains(&Control::Score) {
         let theirs = attachment.score(&ids).map_err(|error| match error {
             ControlError::Babble { .. } => Failure::Differs(error.into()),
@@ -95,7 +94,7 @@ fn prompt(vocab: usize, positions: usize) -> Vec<u32> {
 }
 
 /// The log-probability of the most likely token after each beginning of `ids`, the whole left out.
-fn greedy_logprobs(model: &Model<Cpu>, cache: &mut Cache<Cpu>, ids: &[u32]) -> Vec<f32> {
+fn greedy_logprobs<D: Device>(model: &Model<D>, cache: &mut Cache<D>, ids: &[u32]) -> Vec<f32> {
     cache.truncate(0);
     let largest = |logits: Vec<f32>| {
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
@@ -116,8 +115,8 @@ impl Tolerance {
     /// transformers, 41 prompts, worst mean and worst difference: 0.039 and 0.23 in bf16, 0.005 and 0.024 in f16, 1e-5
     /// at most in f32. Rows of one k_proj in another order give 0.35 and 1.1, weights rounded to 4 bits 0.67 and 1.3.
     /// Weights rounded to 8 bits give 0.035 and 0.19: these cannot be told from bf16 by their answers.
-    fn of(weights: &[Weight]) -> Tolerance {
-        match weights.iter().all(|weight| weight.dtype() == Dtype::F32) {
+    fn of<D: Device>(model: &Model<D>) -> Tolerance {
+        match model.weights().iter().all(|weight| model.device().dtype(weight) == Dtype::F32) {
             true => Tolerance { mean: 1e-3, largest: 1e-2 },
             false => Tolerance { mean: 0.1, largest: 1.0 },
         }

@@ -4,7 +4,7 @@
 #![allow(dead_code)]
 
 use anyhow::{Context, Result, ensure};
-use compute::{Collector, Cpu, Dtype, cpu::Weight};
+use compute::{Collector, Cpu, Device, Dtype, cpu::Weight};
 use model::{Config, Example, Extent, Model, Report, Timings};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};

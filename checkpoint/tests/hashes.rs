@@ -1,0 +1,189 @@
+//! Live weights that are hashed where they are: what is read, and that nothing is missed.
+
+mod common;
+
+use std::cell::{Cell, RefCell};
+
+use checkpoint::{Checkpoint, CrashAction, CrashPoint, Fault, LiveTensor, LiveWeights, Part};
+use common::*;
+
+/// Weights that count what is read of them, and check that it is what was announced.
+struct Device {
+    live: Live,
+    read: Cell<u64>,
+    scans: Cell<u32>,
+    announced: RefCell<std::vec::IntoIter<Part>>,
+}
+
+impl Device {
+    fn of(live: Live) -> Device {
+        Device { live, read: Cell::new(0), scans: Cell::new(0), announced: RefCell::default() }
+    }
+
+    /// Bytes read since the last call.
+    fn taken(&self) -> u64 {
+        assert_eq!(self.announced.borrow_mut().next(), None, "announced and not read");
+        self.read.replace(0)
+    }
+
+    fn bytes(&self) -> u64 {
+        self.live.tensors.iter().map(|tensor| tensor.bytes).sum()
+    }
+
+    fn sync(&self, checkpoint: &mut Checkpoint, cursor: u64) -> checkpoint::Result<checkpoint::SyncReport> {
+        checkpoint.sync(self, &mut |out| out.write_all(&state_of(cursor)), progress(cursor), &mut |_, _| {})
+    }
+}
+
+impl LiveWeights for Device {
+    fn tensors(&self) -> &[LiveTensor] {
+        &self.live.tensors
+    }
+
+    fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
+        let part = Part { tensor, offset, bytes: buf.len() as u64 };
+        assert!(part.bytes <= 1 << 20);
+        assert_eq!(self.announced.borrow_mut().next(), Some(part), "read and not announced");
+        self.read.set(self.read.get() + part.bytes);
+        self.live.read(tensor, offset, buf);
+    }
+
+    fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
+        self.scans.set(self.scans.get() + 1);
+        let hash = |block: &[u8]| {
+            let (first, _) = blake3::hash(block).as_bytes().split_first_chunk().map(|(f, r)| (*f, r.len())).unwrap();
+            u128::from_le_bytes(first)
+        };
+        Some(self.live.bytes.iter().flat_map(|bytes| bytes.chunks(block_bytes as usize).map(hash)).collect())
+    }
+
+    fn announce(&self, parts: Vec<Part>) {
+        *self.announced.borrow_mut() = parts.into_iter();
+    }
+}
+
+#[test]
+fn only_blocks_whose_hash_changed_are_read() {
+    for (sharded, pad) in [(false, 0), (true, 3)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = Device::of(make_model(dir.path(), sharded, pad, 1));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        device.sync(&mut checkpoint, 1).unwrap();
+        assert_eq!(device.taken(), device.bytes(), "nothing is known before the first sync");
+        let idle = device.sync(&mut checkpoint, 2).unwrap();
+        assert_eq!((device.taken(), idle.blocks_changed, idle.generation), (0, 0, 2));
+
+        device.live.bytes[0][300_000] ^= 1;
+        let one = device.sync(&mut checkpoint, 3).unwrap();
+        assert_eq!((device.taken(), one.blocks_changed), (4096, 1));
+        // The last block of a tensor is shorter.
+        let norm = device.live.index("model.norm.weight");
+        device.live.bytes[norm][153] ^= 1;
+        device.sync(&mut checkpoint, 4).unwrap();
+        assert_eq!(device.taken(), 154);
+        assert_files_are(&checkpoint, &device.live);
+        assert_eq!(device.scans.get(), 4, "one scan for a sync");
+    }
+}
+
+#[test]
+fn no_changed_byte_is_missed_whatever_happens_in_between() {
+    let seed = 0x5eed;
+    println!("seed {seed:#x}");
+    let mut rng = Rng(seed);
+    for (sharded, pad) in [(false, 1), (true, 0)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = Device::of(make_model(dir.path(), sharded, pad, seed));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        let mut all = 0;
+        for cursor in 1..=40 {
+            for _ in 0..rng.below(6) {
+                let tensor = rng.below(device.live.bytes.len());
+                let at = rng.below(device.live.bytes[tensor].len());
+                device.live.bytes[tensor][at] ^= 1 << rng.below(8);
+            }
+            match rng.below(8) {
+                // Fails, and the same weights are synced again.
+                0 => {
+                    let action = CrashAction::Errno(28);
+                    checkpoint.crash_at(Some(Fault { point: CrashPoint::JournalWritten, after: 0, action }));
+                    device.sync(&mut checkpoint, cursor).unwrap_err();
+                    checkpoint.crash_at(None);
+                    device.announced.take();
+                    device.read.set(0);
+                }
+                // The files go back and live weights follow, as a trainer does it.
+                1 if checkpoint.current().generation > 0 => {
+                    checkpoint.rollback(checkpoint.current().generation - 1).unwrap();
+                    for (tensor, bytes) in device.live.tensors.iter().zip(&mut device.live.bytes) {
+                        checkpoint.read_tensor(&tensor.name, 0, bytes).unwrap();
+                    }
+                }
+                // The files go back and live weights stay where they are.
+                2 if checkpoint.current().generation > 0 => {
+                    checkpoint.rollback(checkpoint.current().generation - 1).unwrap();
+                }
+                3 => drop(checkpoint.adopt(progress(cursor)).unwrap().generation),
+                4 => {
+                    drop(checkpoint);
+                    checkpoint = Checkpoint::open(dir.path()).unwrap().0;
+                }
+                _ => {}
+            }
+            device.sync(&mut checkpoint, cursor).unwrap();
+            all += device.taken();
+            assert_files_are(&checkpoint, &device.live);
+        }
+        assert!(all < 30 * device.bytes(), "{all} bytes were read: hashes were of no use");
+    }
+}
+
+#[test]
+fn weights_that_are_known_to_equal_the_files_are_not_read_at_the_first_sync() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut device = Device::of(make_model(dir.path(), false, 0, 2));
+    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+    checkpoint.assume_equal(&device);
+    device.live.bytes[0][5000] ^= 1;
+    device.sync(&mut checkpoint, 1).unwrap();
+    assert_eq!(device.taken(), 4096);
+    assert_files_are(&checkpoint, &device.live);
+
+    // A rollback makes it untrue, whether live weights follow or not.
+    checkpoint.rollback(0).unwrap();
+    device.sync(&mut checkpoint, 2).unwrap();
+    assert_eq!(device.taken(), device.bytes());
+    assert_files_are(&checkpoint, &device.live);
+}
+
+#[test]
+fn other_trained_tensors_are_read_in_full() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut device = Device::of(make_model(dir.path(), false, 0, 3));
+    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+    device.sync(&mut checkpoint, 1).unwrap();
+    device.taken();
+    device.live.tensors.remove(1);
+    device.live.bytes.remove(1);
+    device.live.bytes[1][0] ^= 1;
+    device.sync(&mut checkpoint, 2).unwrap();
+    assert_eq!(device.taken(), device.bytes());
+    device.sync(&mut checkpoint, 3).unwrap();
+    assert_eq!(device.taken(), 0);
+}
+
+#[test]
+fn files_that_somebody_else_changed_are_noticed_where_nothing_is_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = Device::of(make_model(dir.path(), false, 0, 4));
+    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+    device.sync(&mut checkpoint, 1).unwrap();
+    device.taken();
+    let path = dir.path().join("model.safetensors");
+    let mut bytes = std::fs::read(&path).unwrap();
+    let at = bytes.len() - 9000;
+    bytes[at] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+    let error = device.sync(&mut checkpoint, 2).unwrap_err();
+    assert!(matches!(error, checkpoint::Error::Changed { .. }), "{error}");
+}

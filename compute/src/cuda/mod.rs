@@ -1,0 +1,417 @@
+//! The CUDA backend: f32 activations in device memory, foreign weights read where they lie.
+//!
+//! Kernels are `compute/kernels/*.cu`, embedded as PTX and compiled by the driver when a device is opened. Everything is
+//! queued on one stream and nothing waits but [`Device::read`], [`Device::read_weight`] and [`Device::synchronize`].
+//! Results do not depend on the order in which blocks run: partial sums are added in a fixed order.
+//!
+//! An error of the driver ends the thread with one line that names call and error. It is sticky: the process that it
+//! happens in can do nothing more on this device, and its parent starts another.
+
+mod driver;
+mod graph;
+mod launch;
+mod layers;
+mod linear;
+mod optimizer;
+mod pool;
+mod weight;
+
+pub use driver::{DeviceName, OpenError};
+pub use graph::Graph;
+pub use weight::Weight;
+
+use crate::{
+    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
+    LinearOutput, Moments, Past, Stream as RandomStream, Write,
+};
+use cudarc::driver::{result, sys};
+use driver::{Context, Module, check};
+use pool::{Block, Pool};
+use std::collections::HashMap;
+use std::ffi::CString;
+use std::sync::{Arc, Mutex};
+
+/// The kernels, compiled by nvcc 13.0 for compute capability 8.0; `ci/kernels.sh` makes it.
+const PTX: &str = include_str!("../../kernels/apollod.ptx");
+/// Rows of the longest window that is recorded.
+const BUCKET_MAX: usize = 128;
+/// Rows of the shortest.
+const BUCKET_MIN: usize = 8;
+
+/// A GPU as a [`Device`].
+pub struct Cuda {
+    stream: Stream,
+    functions: Mutex<HashMap<String, Function>>,
+    module: Module,
+    /// Of what is being recorded, if anything is.
+    pool: Mutex<Option<Arc<Pool>>>,
+    general: Arc<Pool>,
+    /// Last, because everything above needs it to the end.
+    context: Arc<Context>,
+}
+
+/// A kernel of the module.
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: a name that the driver accepts from any thread in which the context is current.
+unsafe impl Send for Function {}
+
+/// The stream that everything is queued on.
+struct Stream(sys::CUstream);
+
+// SAFETY: as for `Function`; the driver orders what several threads queue.
+unsafe impl Send for Stream {}
+// SAFETY: as above.
+unsafe impl Sync for Stream {}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: created in `Cuda::open`; the driver finishes what is queued. An error has nobody to tell.
+        let _ = unsafe { result::stream::destroy(self.0) };
+    }
+}
+
+/// f32 elements in device memory.
+pub struct Buffer {
+    block: Block,
+    len: usize,
+}
+
+impl Buffer {
+    /// Where it lies.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.block.ptr
+    }
+    /// Number of elements.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+    /// The address of `len` elements from `at` on.
+    fn range(&self, at: usize, len: usize) -> u64 {
+        assert!(at.checked_add(len).is_some_and(|end| end <= self.len), "{at}+{len} outside {} elements", self.len);
+        self.block.ptr + 4 * at as u64
+    }
+}
+
+/// Unsigned integers in device memory.
+pub struct Ids {
+    block: Block,
+    len: usize,
+}
+
+impl Ids {
+    /// Where they lie.
+    pub(crate) fn ptr(&self) -> u64 {
+        self.block.ptr
+    }
+    /// How many.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+}
+
+impl Cuda {
+    /// Opens a device and compiles the kernels for it.
+    ///
+    /// # Errors
+    /// There is no driver or no such device, or it cannot run the kernels.
+    pub fn open(name: &DeviceName) -> Result<Cuda, OpenError> {
+        let context = Arc::new(Context::open(name)?);
+        let module = Module::load(&CString::new(PTX).expect("PTX has no zeros"))?;
+        let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map_err(|error| OpenError::Call { call: "cuStreamCreate", error: driver::describe(error) })?;
+        Ok(Cuda {
+            stream: Stream(stream),
+            functions: Mutex::default(),
+            module,
+            pool: Mutex::new(None),
+            general: Arc::new(Pool::new(context.clone())),
+            context,
+        })
+    }
+
+    /// The device's name, such as `NVIDIA H200`.
+    pub fn name(&self) -> &str {
+        &self.context.name
+    }
+    /// Its identity, `GPU-…`.
+    pub fn uuid(&self) -> &str {
+        &self.context.uuid
+    }
+    /// Bytes of device memory taken from the driver, recordings not counted.
+    pub fn memory_bytes(&self) -> usize {
+        self.general.bytes()
+    }
+    /// Free and total bytes of the device's memory.
+    pub fn memory_info(&self) -> (usize, usize) {
+        self.context.bind();
+        check(result::mem_get_info(), "cuMemGetInfo")
+    }
+
+    fn function(&self, name: &str) -> sys::CUfunction {
+        self.context.bind();
+        let mut functions = self.functions.lock().expect("no holder panics");
+        if let Some(function) = functions.get(name) {
+            return function.0;
+        }
+        let function = check(self.module.function(name), &format!("cuModuleGetFunction({name})"));
+        functions.insert(name.into(), Function(function));
+        function
+    }
+
+    /// `bytes` of device memory, content unspecified.
+    fn block(&self, bytes: usize) -> Block {
+        self.context.bind();
+        let recording = self.pool.lock().expect("no holder panics").clone();
+        recording.unwrap_or_else(|| self.general.clone()).block(bytes)
+    }
+
+    /// Multiprocessors of the device.
+    pub(crate) fn multiprocessors(&self) -> usize {
+        self.context.multiprocessors
+    }
+
+    /// Queues a copy from the host, which has read the source when it returns.
+    ///
+    /// # Safety
+    /// `dst` is device memory of as many bytes.
+    unsafe fn upload<T: Copy>(&self, dst: u64, src: &[T]) {
+        assert!(self.pool.lock().expect("no holder panics").is_none(), "the host writes into a recording");
+        self.context.bind();
+        if !src.is_empty() {
+            // SAFETY: the caller's promise; pageable memory has been read when the driver returns.
+            check(unsafe { result::memcpy_htod_async(dst, src, self.stream.0) }, "cuMemcpyHtoDAsync");
+        }
+    }
+
+    /// Waits for all that was queued, and copies to the host.
+    ///
+    /// # Safety
+    /// `src` is device memory of as many bytes.
+    unsafe fn download<T: Copy>(&self, dst: &mut [T], src: u64) {
+        self.context.bind();
+        if !dst.is_empty() {
+            // SAFETY: the caller's promise; the stream is waited for before `dst` is used.
+            check(unsafe { result::memcpy_dtoh_async(dst, src, self.stream.0) }, "cuMemcpyDtoHAsync");
+        }
+        self.synchronize();
+    }
+}
+
+impl Device for Cuda {
+    type Buffer = Buffer;
+    type Ids = Ids;
+    type Weight = Weight;
+    type Graph = Graph;
+
+    fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        self.context.bind();
+        f()
+    }
+    fn synchronize(&self) {
+        self.context.bind();
+        // SAFETY: the stream lives as long as `self`.
+        check(unsafe { result::stream::synchronize(self.stream.0) }, "cuStreamSynchronize");
+    }
+    fn bucket(&self, t: usize) -> Option<usize> {
+        (t <= BUCKET_MAX).then(|| t.next_power_of_two().max(BUCKET_MIN))
+    }
+    fn record(&self, instead: Option<&Graph>, work: &mut dyn FnMut()) -> Graph {
+        self.record_graph(instead, work)
+    }
+    fn replay(&self, graph: &Graph) {
+        self.replay_graph(graph);
+    }
+
+    fn zeros(&self, len: usize) -> Buffer {
+        let buffer = self.uninit(len);
+        if len > 0 {
+            // SAFETY: the block has at least `len` words.
+            check(unsafe { sys::cuMemsetD32Async(buffer.ptr(), 0, len, self.stream.0) }.result(), "cuMemsetD32Async");
+        }
+        buffer
+    }
+    fn uninit(&self, len: usize) -> Buffer {
+        Buffer { block: self.block(4 * len), len }
+    }
+    fn len(&self, buffer: &Buffer) -> usize {
+        buffer.len()
+    }
+    fn ids(&self, ids: &[u32]) -> Ids {
+        let mut on_device = Ids { block: self.block(4 * ids.len()), len: ids.len() };
+        self.write_ids(&mut on_device, ids);
+        on_device
+    }
+    fn write_ids(&self, dst: &mut Ids, ids: &[u32]) {
+        assert!(ids.len() <= dst.len(), "{} ids into {}", ids.len(), dst.len());
+        // SAFETY: checked above.
+        unsafe { self.upload(dst.ptr(), ids) };
+    }
+    fn write(&self, dst: &mut Buffer, at: usize, src: &[f32]) {
+        // SAFETY: `range` checks.
+        unsafe { self.upload(dst.range(at, src.len()), src) };
+    }
+    fn read(&self, src: &Buffer, at: usize, dst: &mut [f32]) {
+        // SAFETY: `range` checks.
+        unsafe { self.download(dst, src.range(at, dst.len())) };
+    }
+    fn shape(&self, w: &Weight) -> (usize, usize) {
+        (w.rows(), w.cols())
+    }
+    fn dtype(&self, w: &Weight) -> Dtype {
+        w.dtype()
+    }
+    fn weight_values(&self, w: &Weight) -> Vec<f32> {
+        let mut bytes = vec![0; w.bytes()];
+        self.read_weight(w, 0, &mut bytes);
+        crate::widen(w.dtype(), &bytes)
+    }
+    fn read_weight(&self, w: &Weight, at: usize, out: &mut [u8]) {
+        // SAFETY: `range` checks.
+        unsafe { self.download(out, w.range(at, out.len())) };
+    }
+    fn write_weight(&self, w: &Weight, at: usize, bytes: &[u8]) {
+        // SAFETY: `range` checks.
+        unsafe { self.upload(w.range(at, bytes.len()), bytes) };
+    }
+    fn copy(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, src_at: usize, len: usize) {
+        self.context.bind();
+        let (dst, src) = (dst.range(dst_at, len), src.range(src_at, len));
+        if len > 0 {
+            // SAFETY: `range` checks; two buffers do not overlap.
+            check(unsafe { result::memcpy_dtod_async(dst, src, 4 * len, self.stream.0) }, "cuMemcpyDtoDAsync");
+        }
+    }
+
+    fn embed(&self, x: &mut Buffer, w: &Weight, ids: &Ids) {
+        layers::embed(self, x, w, ids);
+    }
+    fn linear(&self, y: &mut Buffer, x: &Buffer, w: &Weight, bias: Option<&Weight>, t: usize) {
+        linear::linear_group(self, &mut [LinearOutput { y, w, bias }], x, t);
+    }
+    fn linear_group(&self, outputs: &mut [LinearOutput<Cuda>], x: &Buffer, t: usize) {
+        linear::linear_group(self, outputs, x, t);
+    }
+    fn linear_dx(&self, dx: &mut Buffer, dy: &Buffer, w: &Weight, t: usize, accumulate: bool) {
+        linear::linear_dx_group(self, dx, &[(dy, w)], t, accumulate);
+    }
+    fn linear_dx_group(&self, dx: &mut Buffer, inputs: &[(&Buffer, &Weight)], t: usize) {
+        linear::linear_dx_group(self, dx, inputs, t, false);
+    }
+    fn sum_rows(&self, db: &mut Buffer, dy: &Buffer, t: usize, m: usize) {
+        layers::sum_rows(self, db, dy, t, m);
+    }
+    fn outer_accumulate(&self, g: &mut Buffer, f: &Factors<Buffer>) {
+        layers::outer_accumulate(self, g, f);
+    }
+    fn add(&self, x: &mut Buffer, y: &Buffer, len: usize) {
+        layers::add(self, x, y, len);
+    }
+
+    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, w: &Weight, eps: f32, rows: usize) {
+        layers::rms_norm(self, y, x, w, eps, rows);
+    }
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Buffer,
+        dw: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        w: &Weight,
+        eps: f32,
+        rows: usize,
+    ) {
+        layers::rms_norm_backward(self, dx, dw, dy, x, w, eps, rows);
+    }
+    fn rope(
+        &self,
+        x: &mut Buffer,
+        table: &Buffer,
+        position: &Ids,
+        t: usize,
+        heads: usize,
+        head_dim: usize,
+        inverse: bool,
+    ) {
+        layers::rope(self, x, table, position, t, heads, head_dim, inverse);
+    }
+    fn attention(
+        &self,
+        out: &mut Buffer,
+        lse: &mut Buffer,
+        q: &Buffer,
+        k: &Buffer,
+        v: &Buffer,
+        past: Past<Cuda>,
+        t: usize,
+        shape: &Attention,
+    ) {
+        layers::attention(self, out, lse, q, k, v, past, t, shape);
+    }
+    fn attention_backward(
+        &self,
+        grads: AttentionGrads<Buffer>,
+        saved: AttentionSaved<Cuda>,
+        t: usize,
+        shape: &Attention,
+    ) {
+        layers::attention_backward(self, grads, saved, t, shape);
+    }
+    fn swiglu(&self, h: &mut Buffer, gate: &Buffer, up: &Buffer, len: usize) {
+        layers::swiglu(self, h, gate, up, len);
+    }
+    fn swiglu_backward(
+        &self,
+        dgate: &mut Buffer,
+        dup: &mut Buffer,
+        dh: &Buffer,
+        gate: &Buffer,
+        up: &Buffer,
+        len: usize,
+    ) {
+        layers::swiglu_backward(self, dgate, dup, dh, gate, up, len);
+    }
+    fn cross_entropy(&self, losses: &mut Buffer, logits: &mut Buffer, targets: &Ids, v: usize, scale: &Buffer) {
+        layers::cross_entropy(self, losses, logits, targets, v, scale);
+    }
+
+    fn count_nonfinite(&self, counter: &mut Buffer, at: usize, items: &[(&Buffer, usize)]) {
+        layers::count_nonfinite(self, counter, at, items);
+    }
+    fn sum_squares(&self, out: &mut Buffer, items: &[(&Buffer, usize)]) {
+        layers::sum_squares(self, out, items);
+    }
+    fn normal_projection(&self, p: &mut Buffer, rank: usize, dim: usize, stream: RandomStream) {
+        optimizer::normal_projection(self, p, rank, dim, stream);
+    }
+    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
+        optimizer::prepare(self, norms, tensors);
+    }
+    fn limit(&self, norms: &mut Buffer, limiters: &[(usize, Limiter)]) {
+        optimizer::limit(self, norms, limiters);
+    }
+    fn apollo_commit(&self, norms: &mut Buffer, tensors: &mut [ApolloCommit<Cuda>]) {
+        optimizer::commit(self, norms, tensors);
+    }
+    fn adamw_factors(
+        &self,
+        w: &Weight,
+        exp_avg: &mut Buffer,
+        exp_avg_sq: &mut Buffer,
+        f: &Factors<Buffer>,
+        moments: Moments,
+        write: Write,
+    ) {
+        optimizer::adamw_factors(self, w, exp_avg, exp_avg_sq, f, moments, write);
+    }
+    fn scatter_add_rows(&self, dst: &mut Buffer, src: &Buffer, index: &Ids, n: usize) {
+        layers::scatter_add_rows(self, dst, src, index, n);
+    }
+    fn one_hot(&self, y: &mut Buffer, at: usize, ids: &Ids, m: usize) {
+        layers::one_hot(self, y, at, ids, m);
+    }
+    fn adamw_rows(&self, tensors: &mut [AdamwRows<Cuda>], moments: Moments) {
+        optimizer::adamw_rows(self, tensors, moments);
+    }
+}

@@ -1,0 +1,126 @@
+//! The devices that the daemon computes on, and how weights come to lie on them.
+
+use crate::weights::matrix_shape;
+use anyhow::{Context, Result, bail};
+use compute::cuda::DeviceName;
+use compute::{Cpu, Cuda, Device, Dtype, cpu, cuda};
+use ipc::{Attachment, Memory};
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// A device that the daemon can train on.
+pub trait Backend: Device {
+    /// The weights of a server whose memory is this device's, in the model's order.
+    fn attached(device: &Arc<Self>, attachment: &Arc<Attachment>) -> Vec<Self::Weight>;
+    /// A weight in memory of its own, zeroed.
+    fn weight(device: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Self::Weight;
+    /// What it is, for people.
+    fn describe(&self) -> String;
+}
+
+impl Backend for Cpu {
+    fn attached(_: &Arc<Cpu>, attachment: &Arc<Attachment>) -> Vec<cpu::Weight> {
+        let tensor = |i| {
+            let live = attachment.tensor(i);
+            let (rows, cols) = matrix_shape(live.shape);
+            // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
+            // that the weight keeps holds the mapping, and nobody makes references into it.
+            let weight = unsafe { cpu::Weight::new(live.host(), live.dtype, rows, cols, attachment.clone()) };
+            weight.ordered(live.row_order)
+        };
+        (0..attachment.len()).map(tensor).collect()
+    }
+    fn weight(_: &Arc<Cpu>, dtype: Dtype, rows: usize, cols: usize) -> cpu::Weight {
+        cpu::Weight::zeros(dtype, rows, cols)
+    }
+    fn describe(&self) -> String {
+        format!("CPU, {} threads", self.threads())
+    }
+}
+
+impl Backend for Cuda {
+    fn attached(_: &Arc<Cuda>, attachment: &Arc<Attachment>) -> Vec<cuda::Weight> {
+        let tensor = |i| {
+            let live = attachment.tensor(i);
+            let (rows, cols) = matrix_shape(live.shape);
+            let Memory::Cuda(address) = live.memory else {
+                unreachable!("an attachment has all its weights on one device")
+            };
+            // SAFETY: the tensor's bytes were checked against its allocation when it was attached; the Arc that the
+            // weight keeps holds the allocation open.
+            unsafe { cuda::Weight::new(address, live.dtype, rows, cols, attachment.clone()) }
+        };
+        (0..attachment.len()).map(tensor).collect()
+    }
+    fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
+        cuda::Weight::zeros(device, dtype, rows, cols)
+    }
+    fn describe(&self) -> String {
+        format!("{}, {}", self.name(), self.uuid())
+    }
+}
+
+/// A device as an operator names it: `cpu`, `cuda`, `cuda:1` or `GPU-…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The processor.
+    Cpu,
+    /// A GPU.
+    Cuda(DeviceName),
+}
+
+impl FromStr for DeviceChoice {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<DeviceChoice> {
+        Ok(match text {
+            "cpu" => DeviceChoice::Cpu,
+            "cuda" => DeviceChoice::Cuda(DeviceName::Ordinal(0)),
+            uuid if uuid.starts_with("GPU-") => DeviceChoice::Cuda(DeviceName::Uuid(uuid.into())),
+            text => match text.strip_prefix("cuda:") {
+                Some(ordinal) => DeviceChoice::Cuda(DeviceName::Ordinal(
+                    ordinal.parse().with_context(|| format!("`{ordinal}` is no number of a device"))?,
+                )),
+                None => bail!("`{text}` names no device; want cpu, cuda, cuda:1 or GPU-… as `nvidia-smi -L` prints it"),
+            },
+        })
+    }
+}
+
+/// Work that is the same on every device.
+pub trait OnDevice {
+    /// What comes of it.
+    type Output;
+    /// Does it.
+    fn on<D: Backend>(self, device: Arc<D>) -> Self::Output;
+}
+
+impl DeviceChoice {
+    /// Opens the device and does the work there. `threads` are the CPU's; 0 is one per core.
+    pub fn run<W, T>(&self, threads: usize, work: W) -> Result<T>
+    where
+        W: OnDevice<Output = Result<T>>,
+    {
+        match self {
+            DeviceChoice::Cpu => work.on(Arc::new(Cpu::new(threads)?)),
+            DeviceChoice::Cuda(name) => work.on(Arc::new(Cuda::open(name)?)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_named_as_others_name_them() {
+        let parse = |text: &str| text.parse::<DeviceChoice>().map_err(|error| format!("{error:#}"));
+        let cuda = |ordinal| Ok(DeviceChoice::Cuda(DeviceName::Ordinal(ordinal)));
+        assert_eq!(parse("cpu"), Ok(DeviceChoice::Cpu));
+        assert_eq!((parse("cuda"), parse("cuda:3")), (cuda(0), cuda(3)));
+        let uuid = "GPU-01234567-89ab-cdef-0123-456789abcdef";
+        assert_eq!(parse(uuid), Ok(DeviceChoice::Cuda(DeviceName::Uuid(uuid.into()))));
+        assert!(parse("gpu").unwrap_err().contains("cuda:1"), "{:?}", parse("gpu"));
+        assert!(parse("cuda:one").unwrap_err().contains("`one`"), "{:?}", parse("cuda:one"));
+    }
+}
