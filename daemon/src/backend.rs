@@ -1,5 +1,6 @@
 //! The devices that the daemon computes on, and how weights come to lie on them.
 
+use crate::bench::{self, Rates};
 use crate::weights::matrix_shape;
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
@@ -16,6 +17,12 @@ pub trait Backend: Device {
     fn weight(device: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Self::Weight;
     /// What it is, for people.
     fn describe(&self) -> String;
+    /// How far results of a layer with such weights may be from a reference with the same weights, relative.
+    fn tolerance(dtype: Dtype) -> f64;
+    /// Bytes of its memory that are in use: of this process on a CPU, of everybody on a GPU.
+    fn memory_in_use(&self) -> u64;
+    /// What it can do at best, measured now.
+    fn rates(device: &Arc<Self>) -> Rates;
 }
 
 impl Backend for Cpu {
@@ -35,6 +42,15 @@ impl Backend for Cpu {
     }
     fn describe(&self) -> String {
         format!("CPU, {} threads", self.threads())
+    }
+    fn tolerance(_: Dtype) -> f64 {
+        1e-4
+    }
+    fn memory_in_use(&self) -> u64 {
+        bench::rss_anon().unwrap_or(0)
+    }
+    fn rates(device: &Arc<Cpu>) -> Rates {
+        bench::cpu_rates(device)
     }
 }
 
@@ -57,6 +73,16 @@ impl Backend for Cuda {
     }
     fn describe(&self) -> String {
         format!("{}, {}", self.name(), self.uuid())
+    }
+    fn tolerance(dtype: Dtype) -> f64 {
+        if dtype == Dtype::BF16 { 1e-2 } else { 1e-4 }
+    }
+    fn memory_in_use(&self) -> u64 {
+        let (free, total) = self.memory_info();
+        (total - free) as u64
+    }
+    fn rates(device: &Arc<Cuda>) -> Rates {
+        bench::gpu_rates(device)
     }
 }
 

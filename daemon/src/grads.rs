@@ -1,9 +1,10 @@
 //! `apollod grads`: loss and full gradients of examples, to compare with another implementation.
 
+use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
 use crate::weights;
 use anyhow::{Context, Result, bail};
-use compute::{Collector, Cpu, Device};
+use compute::Collector;
 use model::{Config, Example, Extent, Model, Timings};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
@@ -12,8 +13,32 @@ use std::path::Path;
 use std::sync::Arc;
 
 /// Prints the losses as JSON and writes the f32 gradient of each example i as `{i}.{hf name}`.
-/// `widen` computes with weights in f32 whatever the files hold.
-pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: usize) -> Result<()> {
+pub fn run(device: &DeviceChoice, threads: usize, grads: Grads) -> Result<()> {
+    device.run(threads, grads)
+}
+
+/// What `apollod grads` is told.
+pub struct Grads<'a> {
+    /// Model directory.
+    pub model: &'a Path,
+    /// Examples, one JSON object a line.
+    pub examples: &'a Path,
+    /// The file to write.
+    pub out: &'a Path,
+    /// Compute with weights in f32 whatever the files hold.
+    pub widen: bool,
+}
+
+impl OnDevice for Grads<'_> {
+    type Output = Result<()>;
+
+    fn on<D: Backend>(self, device: Arc<D>) -> Result<()> {
+        let Grads { model, examples, out, widen } = self;
+        write(device, model, examples, out, widen)
+    }
+}
+
+fn write<D: Backend>(device: Arc<D>, model_dir: &Path, examples: &Path, out: &Path, widen: bool) -> Result<()> {
     if out.symlink_metadata().is_ok() {
         bail!("{} exists already; name another file or remove it", out.display());
     }
@@ -23,8 +48,8 @@ pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: 
     let config = Config::read(model_dir)?;
     let examples = read(model_dir, &config, examples)?;
     let longest = examples.iter().map(|e| e.ids().len()).max().unwrap_or(1);
-    let device = Arc::new(Cpu::new(threads)?);
-    let model = Model::new(device.clone(), config.clone(), weights::load(model_dir, &config, widen)?, longest);
+    let weights = weights::load(&device, model_dir, &config, widen)?;
+    let model = Model::new(device.clone(), config.clone(), weights, longest);
     let mut cache = model.cache(longest);
     let (mut reports, mut raw) = (Vec::new(), HashMap::new());
     for (i, example) in examples.iter().enumerate() {
@@ -35,7 +60,9 @@ pub fn run(model_dir: &Path, examples: &Path, out: &Path, widen: bool, threads: 
             .run(|| model.train(&mut cache, example, Extent::Frozen, scale, &mut collector, &mut Timings::default()));
         reports.push(json!({"loss": report.loss(), "tokens": report.tokens}));
         for (tensor, gradient) in model.tensors().iter().zip(collector.gradients) {
-            let bytes: Vec<u8> = gradient.iter().flat_map(|v| v.to_le_bytes()).collect();
+            let mut values = vec![0.0; device.len(&gradient)];
+            device.read(&gradient, 0, &mut values);
+            let bytes = compute::narrow(compute::Dtype::F32, &values);
             raw.insert(format!("{i}.{}", tensor.name), (tensor.shape.clone(), bytes));
         }
     }

@@ -1,5 +1,6 @@
 //! From tensors that somebody holds to the weights that `compute` works on.
 
+use crate::backend::Backend;
 use anyhow::{Context, Result, bail};
 use compute::Dtype;
 use compute::cpu::Weight;
@@ -68,9 +69,7 @@ pub fn file_dtypes(files: &SafetensorsDir, names: &[String]) -> Result<Vec<Dtype
 
 /// Elements of any type as the bytes of f32.
 pub fn widened(bytes: &[u8], dtype: Dtype) -> Vec<u8> {
-    let weight = Weight::zeros(dtype, 1, bytes.len() / dtype.size());
-    weight.write_bytes(0, bytes);
-    weight.values().into_iter().flat_map(f32::to_le_bytes).collect()
+    compute::narrow(Dtype::F32, &compute::widen(dtype, bytes))
 }
 
 /// A model directory's tensors, mapped to the names that its config expects.
@@ -107,23 +106,25 @@ impl ModelFiles {
     }
 
     /// A private copy of the first `rows` rows of a tensor, as it is or widened to f32.
-    pub fn weight(&self, name: &str, rows: usize, widen: bool) -> Result<Weight> {
+    pub fn weight<D: Backend>(&self, device: &Arc<D>, name: &str, rows: usize, widen: bool) -> Result<D::Weight> {
         let index = self.map.find(name).with_context(|| format!("no tensor {name}"))?;
         let cols = matrix_shape(&self.map.views[index].shape).1;
         let (bytes, dtype) = self.bytes(name)?;
-        let weight = Weight::zeros(dtype, rows, cols);
-        weight.write_bytes(0, &bytes[..weight.bytes()]);
-        if !widen || dtype == Dtype::F32 {
-            return Ok(weight);
+        let bytes = &bytes[..rows * cols * dtype.size()];
+        let weight = D::weight(device, if widen { Dtype::F32 } else { dtype }, rows, cols);
+        if widen && dtype != Dtype::F32 {
+            device.write_weight(&weight, 0, &widened(bytes, dtype));
+        } else {
+            device.write_weight(&weight, 0, bytes);
         }
-        Ok(Weight::from_values(Dtype::F32, rows, cols, &weight.values()))
+        Ok(weight)
     }
 }
 
 /// A private copy of all of a model directory's weights, in the model's order.
-pub fn load(dir: &Path, config: &Config, widen: bool) -> Result<Vec<Weight>> {
+pub fn load<D: Backend>(device: &Arc<D>, dir: &Path, config: &Config, widen: bool) -> Result<Vec<D::Weight>> {
     let files = ModelFiles::open(dir, config)?;
-    let weight = |t: HfTensor| files.weight(&t.name, matrix_shape(&t.shape).0, widen);
+    let weight = |t: HfTensor| files.weight(device, &t.name, matrix_shape(&t.shape).0, widen);
     config.decoder.tensors().into_iter().map(weight).collect()
 }
 

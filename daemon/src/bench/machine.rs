@@ -1,7 +1,9 @@
-//! What this machine can do at best, measured on all compute threads: dot products on registers and
-//! a stream through memory.
+//! What this machine can do at best. A CPU, on all compute threads: dot products on registers and a stream through
+//! memory. A GPU: a large matrix product and a copy in its memory.
 
-use compute::Cpu;
+use crate::backend::Backend;
+use compute::{Cpu, Cuda, Device, Dtype};
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Measured rates.
@@ -14,13 +16,40 @@ pub struct Rates {
 }
 
 /// Takes about a second.
-pub fn measure(device: &Cpu) -> Rates {
+pub fn cpu_rates(device: &Cpu) -> Rates {
     let threads = device.threads();
     let best = |f: &dyn Fn() -> f64| (0..3).map(|_| f()).fold(0.0, f64::max);
     Rates {
         dot_flops: best(&|| on_all(threads, dot_rate)),
         bytes: best(&|| on_all(threads, read_rate)).max(best(&|| on_all(threads, update_rate))),
     }
+}
+
+/// Elements of the buffers that are copied on a GPU, 4 bytes each: far more than its caches hold.
+const COPIED: usize = 1 << 28;
+/// Rows and columns of the product, and how often each is done.
+const PRODUCT: usize = 8192;
+const REPEATS: usize = 10;
+
+/// Takes about a second.
+pub fn gpu_rates(device: &Arc<Cuda>) -> Rates {
+    let seconds = |work: &mut dyn FnMut()| {
+        work();
+        device.synchronize();
+        let clock = Instant::now();
+        (0..REPEATS).for_each(|_| work());
+        device.synchronize();
+        clock.elapsed().as_secs_f64() / REPEATS as f64
+    };
+    let (source, mut copy) = (device.zeros(COPIED), device.zeros(COPIED));
+    let copied = seconds(&mut || device.copy(&mut copy, 0, &source, 0, COPIED));
+    let weight = Cuda::weight(device, Dtype::BF16, PRODUCT, PRODUCT);
+    // The power that a product takes, and so its rate, depends on the values: zeros would be fast.
+    crate::bench::fill(&**device, &weight, 0, false);
+    let mut x = device.uninit(PRODUCT * PRODUCT);
+    device.write(&mut x, 0, &device.weight_values(&weight));
+    let multiplied = seconds(&mut || device.linear(&mut copy, &x, &weight, None, PRODUCT));
+    Rates { dot_flops: 2.0 * (PRODUCT as f64).powi(3) / multiplied, bytes: 8.0 * COPIED as f64 / copied }
 }
 
 /// Sum of the rates of `f` run on so many threads at once.

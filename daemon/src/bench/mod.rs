@@ -1,27 +1,26 @@
 //! `apollod bench step`: one context-frozen training step on a model of random weights, by phase,
 //! beside what the machine could do at best.
 //!
-//! The weights lie in shared memory as a server's would, so that private memory is what the trainer
-//! itself needs: moments, keys and values, activations, factors.
+//! Memory is counted from after the weights were made: it is what the trainer itself needs, which is moments, keys and
+//! values, activations and factors.
 
 mod machine;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use apollo::{Gates, Optimizer, Outcome};
-use compute::cpu::Weight;
-use compute::{Cpu, Device, Dtype};
-use memmap2::MmapRaw;
-use model::{Config, Example, Extent, Model, Timings};
-use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+use compute::{Device, Dtype};
+use model::{Cache, Config, Example, Extent, Model, Timings};
 use serde_json::{Value, json};
 use std::io::IsTerminal;
-use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::config::TrainConfig;
 use crate::trainer;
+
+pub use machine::{Rates, cpu_rates, gpu_rates};
 
 /// What `apollod bench step` is told.
 pub struct Options {
@@ -37,6 +36,8 @@ pub struct Options {
     pub steps: usize,
     /// One line of JSON instead of a table.
     pub json: bool,
+    /// Where.
+    pub device: DeviceChoice,
     /// Rank, threads and the rest, as in the configuration.
     pub train: TrainConfig,
 }
@@ -49,7 +50,8 @@ fn shape(name: &str) -> Result<Value> {
         "qwen3-0.6b" => (1024, 28, 3072, 16, 8, 128, 151936, true),
         "qwen3-1.7b" => (2048, 28, 6144, 16, 8, 128, 151936, true),
         "qwen3-4b" => (2560, 36, 9728, 32, 8, 128, 151936, true),
-        _ => bail!("unknown shape {name}; known: tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b"),
+        "qwen3-8b" => (4096, 36, 12288, 32, 8, 128, 151936, false),
+        _ => bail!("unknown shape {name}; known: tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b"),
     };
     Ok(json!({
         "architectures": ["Qwen3ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,
@@ -65,22 +67,36 @@ pub fn step(options: &Options) -> Result<()> {
         options.context > 0 && options.decision > 0 && options.steps > 0,
         "context, decision and steps are at least 1"
     );
+    options.device.run(options.train.threads, Steps(options))
+}
+
+struct Steps<'a>(&'a Options);
+
+impl OnDevice for Steps<'_> {
+    type Output = Result<()>;
+
+    fn on<D: Backend>(self, device: Arc<D>) -> Result<()> {
+        measure(&device, self.0)
+    }
+}
+
+fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
     let config = Config::parse(&shape(&options.shape)?.to_string())?;
-    let device = Arc::new(Cpu::new(options.train.threads)?);
     let tokens = options.context + options.decision;
     let terminal = std::io::stderr().is_terminal();
     if terminal {
         eprintln!("{}: making random weights", options.shape);
     }
-    let model = device.run(|| random_model(&device, &config, options.dtype, tokens))?;
+    let model = random_model(device, &config, options.dtype, tokens);
+    let memory = PeakMemory::watch(device.clone());
     let settings = trainer::optimizer_settings(&options.train);
     let tensors = trainer::tensors(&config, &options.train);
     let mut optimizer = Optimizer::new(device.clone(), tensors, settings);
+    let mut cache = model.cache(tokens);
 
-    let memory = PeakMemory::watch();
     let mut phases: [Vec<f64>; 5] = Default::default();
     for step in 0..=options.steps {
-        let figures = device.run(|| one_step(&model, &mut optimizer, options, step))?;
+        let figures = device.run(|| one_step(&model, &mut cache, &mut optimizer, options, step))?;
         if terminal {
             let kind = if step == 0 { "does not count".into() } else { format!("of {}", options.steps) };
             eprintln!("step {step} {kind}: {:.0} ms", figures[4]);
@@ -90,26 +106,33 @@ pub fn step(options: &Options) -> Result<()> {
         }
     }
     let private = memory.peak();
-    let floor = machine::measure(&device);
+    let floor = D::rates(device);
     let matrices = trained_matrices(&optimizer);
-    print(options, &phases, private, &floor, matrices, &optimizer, device.threads());
+    print(options, &phases, private, &floor, matrices, optimizer.state_bytes(), &device.describe());
     Ok(())
 }
 
 /// prefill, forward, backward, update, total in ms.
-fn one_step(model: &Model<Cpu>, optimizer: &mut Optimizer<Cpu>, options: &Options, step: usize) -> Result<[f64; 5]> {
+fn one_step<D: Backend>(
+    model: &Model<D>,
+    cache: &mut Cache<D>,
+    optimizer: &mut Optimizer<D>,
+    options: &Options,
+    step: usize,
+) -> Result<[f64; 5]> {
     let vocab = model.config().decoder.vocab;
     let id = |i: usize| ((i * 7919 + step * 104729 + 13) % vocab) as u32;
     let ids: Vec<u32> = (0..options.context + options.decision).map(id).collect();
     let (start, end) = (options.context, ids.len());
     let example = Example::new(ids, vec![start..end])?;
-    let mut cache = model.cache(end);
+    cache.truncate(0);
     let (mut gradients, mut timings) = (optimizer.gradients(), Timings::default());
     let clock = Instant::now();
     let scale = 1.0 / options.decision as f32;
-    let report = model.train(&mut cache, &example, Extent::Frozen, scale, &mut gradients, &mut timings);
+    let report = model.train(cache, &example, Extent::Frozen, scale, &mut gradients, &mut timings);
     let update = Instant::now();
     let outcome = optimizer.step(model.weights(), &gradients, report.loss(), 1.0, &Gates::default());
+    model.device().synchronize();
     let (total_ms, update_ms) = (clock.elapsed().as_secs_f64() * 1e3, update.elapsed().as_secs_f64() * 1e3);
     match outcome {
         Outcome::Applied(_) => Ok([timings.prefill_ms, timings.forward_ms, timings.backward_ms, update_ms, total_ms]),
@@ -117,50 +140,42 @@ fn one_step(model: &Model<Cpu>, optimizer: &mut Optimizer<Cpu>, options: &Option
     }
 }
 
-/// Weights N(0, 0.02²), norms 1, in shared memory.
-fn random_model(device: &Arc<Cpu>, config: &Config, dtype: Dtype, positions: usize) -> Result<Model<Cpu>> {
-    let tensors = config.decoder.tensors();
-    let elements: usize = tensors.iter().map(|t| t.shape.iter().product::<usize>().next_multiple_of(32)).sum();
-    let memory = Arc::new(shared_memory(elements * dtype.size())?);
-    let mut offset = 0;
-    let mut weights = Vec::new();
-    for (number, tensor) in tensors.iter().enumerate() {
+/// Weights N(0, 0.02²), norms 1.
+fn random_model<D: Backend>(device: &Arc<D>, config: &Config, dtype: Dtype, positions: usize) -> Model<D> {
+    let weight = |(number, tensor): (usize, weight_map::HfTensor)| {
         let (rows, cols) = crate::weights::matrix_shape(&tensor.shape);
-        let data = NonNull::new(memory.as_mut_ptr()).context("shared memory was not mapped")?;
-        // SAFETY: offset stays inside the mapping, whose length is the sum of the same lengths; the
-        // Arc keeps it mapped and nobody makes references into it.
-        let weight = unsafe { Weight::new(data.add(offset), dtype, rows, cols, memory.clone()) };
-        fill(&weight, number as u64, tensor.shape.len() == 1);
-        offset += (rows * cols).next_multiple_of(32) * dtype.size();
-        weights.push(weight);
-    }
-    Ok(Model::new(device.clone(), config.clone(), weights, positions))
+        let weight = D::weight(device, dtype, rows, cols);
+        fill(&**device, &weight, number as u64, tensor.shape.len() == 1);
+        weight
+    };
+    let weights = config.decoder.tensors().into_iter().enumerate().map(weight).collect();
+    Model::new(device.clone(), config.clone(), weights, positions)
 }
 
-/// Approximately normal numbers from sums of uniform ones: enough for a benchmark, and fast.
-fn fill(weight: &Weight, tensor: u64, norm: bool) {
-    let stream = compute::Stream::rounding(1, tensor, 0);
-    let (mut line, mut random) = (vec![1.0; weight.cols()], vec![0u16; 2 * weight.cols()]);
-    for row in 0..weight.rows() {
-        if !norm {
-            stream.fill_u16((row * random.len()) as u64, &mut random);
-            for (value, pair) in line.iter_mut().zip(random.as_chunks::<2>().0) {
-                // Two uniform numbers have a standard deviation of sqrt(1/6) of their range.
-                *value = 0.02 * (pair[0] as f32 + pair[1] as f32 - 65535.0) / (65536.0 / 6f32.sqrt());
-            }
+/// Different values that a weight is made of, again and again: a prime, so that rows differ.
+const PATTERN: usize = 262_139;
+
+/// Approximately normal numbers from sums of uniform ones, or ones for a norm: enough for a benchmark, and fast.
+fn fill<D: Device>(device: &D, weight: &D::Weight, tensor: u64, norm: bool) {
+    let (rows, cols) = device.shape(weight);
+    let (elements, dtype) = (rows * cols, device.dtype(weight));
+    let mut values = vec![1.0; PATTERN.min(elements)];
+    if !norm {
+        let mut random = vec![0u16; 2 * values.len()];
+        compute::Stream::rounding(1, tensor, 0).fill_u16(0, &mut random);
+        for (value, pair) in values.iter_mut().zip(random.as_chunks::<2>().0) {
+            // Two uniform numbers have a standard deviation of sqrt(1/6) of their range.
+            *value = 0.02 * (pair[0] as f32 + pair[1] as f32 - 65535.0) / (65536.0 / 6f32.sqrt());
         }
-        weight.write(row, 0, &line, &stream);
     }
-}
-
-fn shared_memory(bytes: usize) -> Result<MmapRaw> {
-    let file = memfd_create("apollod-bench", MemfdFlags::CLOEXEC)?;
-    ftruncate(&file, bytes as u64)?;
-    Ok(MmapRaw::map_raw(&file)?)
+    let bytes = compute::narrow(dtype, &values);
+    for at in (0..elements * dtype.size()).step_by(bytes.len()) {
+        device.write_weight(weight, at, &bytes[..bytes.len().min(elements * dtype.size() - at)]);
+    }
 }
 
 /// (parameters, bytes) of the matrices that train.
-fn trained_matrices(optimizer: &Optimizer<Cpu>) -> u64 {
+fn trained_matrices<D: Device>(optimizer: &Optimizer<D>) -> u64 {
     let trained = optimizer.tensors().iter().filter(|t| t.rows > 1 && t.effective_rule() != apollo::Rule::Frozen);
     trained.map(|t| (t.rows * t.cols) as u64).sum()
 }
@@ -171,25 +186,25 @@ fn print(
     private: u64,
     machine: &machine::Rates,
     parameters: u64,
-    optimizer: &Optimizer<Cpu>,
-    threads: usize,
+    state_bytes: usize,
+    device: &str,
 ) {
     let n = parameters as f64;
     let (context, t) = (options.context as f64, options.decision as f64);
-    let moved = 4.0 * n * options.dtype.size() as f64 + 2.0 * optimizer.state_bytes() as f64;
+    let moved = 4.0 * n * options.dtype.size() as f64 + 2.0 * state_bytes as f64;
     let floor_prefill = 2.0 * n * context / machine.dot_flops * 1e3;
     let floor_decision = (6.0 * n * t / machine.dot_flops).max(moved / machine.bytes) * 1e3;
     let names = ["prefill_ms", "forward_ms", "backward_ms", "update_ms", "total_ms"];
     let spread: Vec<(f64, f64, f64)> = phases.iter().map(|p| quartiles(p)).collect();
     if options.json {
         let mut out = json!({"shape": options.shape, "dtype": options.dtype.to_string(), "context": options.context,
-            "decision": options.decision, "rank": options.train.rank, "steps": options.steps, "threads": threads});
+            "decision": options.decision, "rank": options.train.rank, "steps": options.steps, "device": device});
         for (name, (median, min, max)) in names.iter().zip(&spread) {
             out[*name] = round(*median);
             out["spread"][*name] = json!([round(*min), round(*max)]);
         }
         out["private_memory_mb"] = round(private as f64 / 1e6);
-        out["optimizer_state_mb"] = round(optimizer.state_bytes() as f64 / 1e6);
+        out["optimizer_state_mb"] = round(state_bytes as f64 / 1e6);
         out["floor_prefill_ms"] = round(floor_prefill);
         out["floor_decision_ms"] = round(floor_decision);
         out["dot_gflops"] = round(machine.dot_flops / 1e9);
@@ -198,7 +213,7 @@ fn print(
         return;
     }
     println!(
-        "{} {}, context {}, decision {}, rank {}, {threads} threads, median of {} steps (least - most)",
+        "{} {}, context {}, decision {}, rank {}, {device}, median of {} steps (least - most)",
         options.shape, options.dtype, options.context, options.decision, options.train.rank, options.steps
     );
     for (name, (median, min, max)) in names.iter().zip(&spread) {
@@ -206,11 +221,7 @@ fn print(
     }
     println!("  floor      {floor_prefill:>9.1} ms prefill, {floor_decision:.1} ms decision");
     println!("             at {:.0} GFLOP/s dot products and {:.1} GB/s", machine.dot_flops / 1e9, machine.bytes / 1e9);
-    println!(
-        "  private    {:>9.0} MB, of which moments {:.0} MB",
-        private as f64 / 1e6,
-        optimizer.state_bytes() as f64 / 1e6
-    );
+    println!("  private    {:>9.0} MB, of which moments {:.0} MB", private as f64 / 1e6, state_bytes as f64 / 1e6);
 }
 
 fn round(value: f64) -> Value {
@@ -226,7 +237,7 @@ fn quartiles(values: &[f64]) -> (f64, f64, f64) {
     (median, sorted[0], sorted[sorted.len() - 1])
 }
 
-/// Highest RssAnon of this process while it is watched.
+/// Most memory that came into use while it was watched.
 struct PeakMemory {
     peak: Arc<AtomicU64>,
     stop: Arc<AtomicBool>,
@@ -234,13 +245,14 @@ struct PeakMemory {
 }
 
 impl PeakMemory {
-    fn watch() -> PeakMemory {
+    fn watch<D: Backend>(device: Arc<D>) -> PeakMemory {
+        let before = device.memory_in_use();
         let (peak, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
         let thread = std::thread::spawn({
             let (peak, stop) = (peak.clone(), stop.clone());
             move || {
                 while !stop.load(Relaxed) {
-                    peak.fetch_max(rss_anon().unwrap_or(0), Relaxed);
+                    peak.fetch_max(device.memory_in_use().saturating_sub(before), Relaxed);
                     std::thread::sleep(Duration::from_millis(5));
                 }
             }
@@ -257,7 +269,7 @@ impl PeakMemory {
 }
 
 /// Private resident bytes of this process (proc(5), RssAnon).
-fn rss_anon() -> Option<u64> {
+pub fn rss_anon() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find(|l| l.starts_with("RssAnon:"))?;
     Some(line.split_whitespace().nth(1)?.parse::<u64>().ok()? * 1024)

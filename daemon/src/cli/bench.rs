@@ -6,6 +6,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Subcommand};
 use compute::Dtype;
 
+use crate::backend::DeviceChoice;
 use crate::bench::{self, Options};
 use crate::config::{Rule, TensorRule, TrainConfig};
 
@@ -20,13 +21,15 @@ pub enum BenchCommand {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The floor is what the machine could do at best, measured in the same run: 2*N*context over the rate of dot products
-for prefill; for the decision the larger of 6*N*T over that rate and (4 * bytes of W + 2 * bytes of optimizer state)
-over the bandwidth of memory, N being the parameters of the matrices that train.
+(on a GPU: of large matrix products) for prefill; for the decision the larger of 6*N*T over that rate and (4 * bytes of
+W + 2 * bytes of optimizer state) over the bandwidth of memory (on a GPU: of a copy on the device, bytes read and
+written), N being the parameters of the matrices that train.
 
 Examples:
-  apollod bench step --shape qwen3-0.6b --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5")]
+  apollod bench step --shape qwen3-0.6b --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5
+  apollod bench step --shape qwen3-8b --device cuda --json")]
 pub struct StepArgs {
-    /// tiny, small, qwen3-0.6b, qwen3-1.7b or qwen3-4b; random weights.
+    /// tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b or qwen3-8b; random weights.
     #[arg(long, default_value = "qwen3-0.6b")]
     shape: String,
     /// Tokens of frozen context.
@@ -44,7 +47,10 @@ pub struct StepArgs {
     /// Steps that count, after one that does not.
     #[arg(long, default_value_t = 5)]
     steps: usize,
-    /// Compute threads; 0 is one per core.
+    /// cpu, cuda, cuda:1, or a GPU's UUID.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceChoice,
+    /// Compute threads of the CPU; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
     /// Train the tied embedding by AdamW with full moments instead of APOLLO, as apollo-torch's users do.
@@ -76,6 +82,7 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
         dtype,
         steps: args.steps,
         json: args.json,
+        device: args.device.clone(),
         train,
     })?;
     Ok(ExitCode::SUCCESS)

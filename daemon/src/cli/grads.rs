@@ -6,6 +6,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Args, ValueEnum};
 
+use crate::backend::DeviceChoice;
+use crate::grads::Grads;
+
 /// `apollod grads`
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -27,7 +30,10 @@ pub struct GradsArgs {
     /// Compute with the weights as they are in the files, or widened to f32.
     #[arg(long, value_enum, default_value = "native")]
     dtype: Precision,
-    /// Compute threads; 0 is one per core.
+    /// cpu, cuda, cuda:1, or a GPU's UUID.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceChoice,
+    /// Compute threads of the CPU; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
 }
@@ -43,6 +49,7 @@ enum Precision {
 /// Computes and writes.
 pub fn run(args: &GradsArgs) -> Result<ExitCode> {
     let widen = args.dtype == Precision::F32;
-    crate::grads::run(&args.model, &args.examples, &args.out, widen, args.threads)?;
+    let grads = Grads { model: &args.model, examples: &args.examples, out: &args.out, widen };
+    crate::grads::run(&args.device, args.threads, grads)?;
     Ok(ExitCode::SUCCESS)
 }

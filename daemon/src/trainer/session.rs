@@ -11,7 +11,7 @@ use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
-use compute::{Cpu, Cuda, Dtype};
+use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::path::{Path, PathBuf};
@@ -299,6 +299,7 @@ impl<D: Backend> Session<D> {
                 let held = hold(&self.attachment, self.update)?;
                 let clock = Instant::now();
                 device.run(|| self.optimizer.commit(self.model.weights(), prepared));
+                device.synchronize();
                 update_ms += ms(clock);
                 self.progress.weight_version += 1;
                 self.prefix_cache.moved();
@@ -557,7 +558,7 @@ struct Live<'a, D: Backend> {
 
 impl<'a, D: Backend> Live<'a, D> {
     fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>) -> Live<'a, D> {
-        let mut live = Live { device: model.device(), tensors: Vec::new(), weights: Vec::new() };
+        let mut live = Live { device: &**model.device(), tensors: Vec::new(), weights: Vec::new() };
         for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
             if spec.effective_rule() != Rule::Frozen {
                 live.push(&tensor.name, &tensor.shape, weight);
