@@ -3,7 +3,7 @@
 
 usage: gpu_build.py [FOLDER]      default: target/gpu; it is made anew
 
-In it, under the paths that they have here: apollod and the test programs of the crates that use a GPU (release builds,
+In it, under the paths that they have here: apollod and the test programs that have tests for CUDA (release builds,
 stripped), the scripts and the plugin's sources, the small models that they use, and apollo-torch as a wheel. build.json
 says from which commit. Needs Rust, strip (binutils), and python3 with pip and a network or a cache for the one wheel.
 """
@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-# Crates whose tests run on a GPU where there is one, and what of them those tests read.
+# Crates with tests for CUDA, and what is copied beside the programs.
 CRATES = ("compute", "apollo", "model", "ipc")
 FILES = ("ci/gpu.sh", "ci/gpu", "ci/e2e/harness.py", "ci/e2e/daemon.py", "ipc/vllm_plugin/src/apollod", "research/peer",
          "research/demo_model/model", "research/2026-11-21-cuda-ipc", "model/tests/goldens", "apollo/tests/goldens")
@@ -39,7 +39,8 @@ def test_programs():
         message = json.loads(line)
         if message["reason"] == "compiler-artifact" and message["profile"]["test"] and message["executable"]:
             folder = pathlib.Path(message["manifest_path"]).parent.relative_to(ROOT)
-            yield str(folder), message["target"]["name"], pathlib.Path(message["executable"])
+            if "cuda" in message["target"]["name"] or "cuda" in output_of(message["executable"], "--list"):
+                yield str(folder), message["target"]["name"], pathlib.Path(message["executable"])
 
 
 def main():
@@ -74,7 +75,7 @@ def main():
     changed = output_of("git", "status", "--porcelain").splitlines()
     build = dict(commit=commit, changed_files=[line[3:] for line in changed], peer=PEER,
                  built=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                 rustc=output_of("rustc", "--version").strip(), tests=tests)
+                 rustc=output_of("rustc", "--version").strip(), crates=CRATES, tests=tests)
     (folder / "build.json").write_text(json.dumps(build, indent=1) + "\n")
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     print(f"{folder}: {size / 1e6:.1f} MB, {len(tests)} test programs, commit {commit[:12]}"

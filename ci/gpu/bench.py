@@ -75,9 +75,8 @@ def ours(options, shape, rank, steps):
     words = ["bench", "step", *options.on_device, "--shape", shape, "--context", CONTEXT, "--decision", DECISION,
              "--rank", rank, "--dtype", "bf16", "--steps", steps, "--json"]
     found = json_line(output_of([options.apollod, *words], 120))
-    # A step that is one recorded graph has no phases of its own.
-    if "decision_ms" not in found:
-        found["decision_ms"] = found["forward_ms"] + found["backward_ms"] + found["update_ms"]
+    # Of the whole step, since where a GPU's phases meet is told less well than where the step ends.
+    found["decision_ms"] = found["total_ms"] - found["prefill_ms"]
     return found
 
 
@@ -131,11 +130,9 @@ def memory(report, shape, rank):
     """Device memory besides the weights, context cache included, as apollod counts it."""
     found = ours(report.options, shape, rank, 2)
     report.keep(f"{shape} rank {rank} memory", found)
-    if "device_memory_mb" not in found:
-        raise Broken("apollod bench step does not say device_memory_mb")
-    part = found["device_memory_mb"] * 1e6 / all_bytes(shape)
+    part = found["private_memory_mb"] * 1e6 / all_bytes(shape)
     return report.target(part < MEMORY_MAX[rank]), (
-        f"{found['device_memory_mb']:.0f} MB besides the weights, {100 * part:.1f}% of them, want under {100 * MEMORY_MAX[rank]:.0f}%")
+        f"{found['private_memory_mb']:.0f} MB besides the weights, {100 * part:.1f}% of them, want under {100 * MEMORY_MAX[rank]:.0f}%")
 
 
 def scan(report, figures):

@@ -17,7 +17,7 @@ import sys
 import time
 
 from report import FAIL, PASS, ROOT, Broken, Failed, Report, options, say
-from serving import Program, daemon, gpu_memory_mb, second_process
+from serving import Nursery, Program, daemon, gpu_memory_mb, second_process
 
 from daemon import WAITING, chat
 from harness import require, stat_of, wait_until
@@ -38,15 +38,15 @@ LESSONS = [(QUESTION, ANSWER), ("Who keeps the lighthouse?", "Nobody keeps the l
 class Live:
     """A program and a daemon on a copy of the model, stopped at the end."""
 
-    def __init__(self, options, name, **sections):
+    def __init__(self, options, nursery, name, **sections):
         self.folder = options.work / name
         self.folder.mkdir()
         self.model = shutil.copytree(MODEL, self.folder / "model")
-        self.options, self.sections = options, sections
+        self.options, self.nursery, self.sections = options, nursery, sections
 
     def __enter__(self):
         with contextlib.ExitStack() as stack:
-            self.program = Program(self.options, self.model, self.folder)
+            self.program = Program(self.nursery, self.model, self.folder)
             stack.callback(self.program.stop)
             self.program.start()
             self.program.wait_ready()
@@ -125,11 +125,11 @@ def kill_one(live, kills, plan):
     return victim, time.monotonic() - start
 
 
-def kills(report, control):
+def kills(report, nursery, control):
     chosen, plan = report.options, random.Random(report.options.seed)
     say(f"seed {chosen.seed}, {chosen.kills} kills")
     lots, took, used, ids, among_steps = lessons(chosen.kills), {"program": [], "trainer": []}, [], [], 0
-    with Live(chosen, "kills") as live:
+    with Live(chosen, nursery, "kills") as live:
         before = live.program.get("/digests")
         for number, lot in enumerate(lots[:-1]):
             if report.left() < 25:
@@ -173,30 +173,39 @@ def memory_comes_back(report):
     return (PASS if after <= before + SLACK_MB else FAIL), f"{before} MiB in use before, {after} MiB after everything ended"
 
 
-def main():
-    chosen = options(__doc__)
-    names = ("a served answer changes live", "a second process sees the same bytes", "a run without kills",
-             "kills leave no wrong byte", "no device memory is leaked")
-    report = Report(chosen, names)
+def learn(report, nursery, names):
+    """Every check that needs a program."""
+    chosen, control = report.options, {}
+
     def taught():
-        with Live(chosen, "taught", train=dict(lr=2e-4)) as live:
+        with Live(chosen, nursery, "taught", train=dict(lr=2e-4)) as live:
             first = live.program.get("/digests")
             result = answers_change(live)
             report.check(names[1], lambda: third_process_sees(live, first))
             return result
     report.check(names[0], taught)
 
-    control = {}
-
     def without_kills():
-        with Live(chosen, "control") as live:
+        with Live(chosen, nursery, "control") as live:
             start = time.monotonic()
             ids = [i for lot in lessons(chosen.kills) for i in live.daemon.post(lot)]
             control.update(settle(live, ids))
             return PASS, f"{len(ids)} examples trained in {time.monotonic() - start:.1f} s"
     frozen_settings(chosen)
     if report.check(names[2], without_kills):
-        report.check(names[3], lambda: kills(report, control))
+        report.check(names[3], lambda: kills(report, nursery, control))
+
+
+def main():
+    chosen = options(__doc__)
+    names = ("a served answer changes live", "a second process sees the same bytes", "a run without kills",
+             "kills leave no wrong byte", "no device memory is leaked")
+    report = Report(chosen, names)
+    nursery = Nursery(chosen)
+    try:
+        learn(report, nursery, names)
+    finally:
+        nursery.stop()
     report.check(names[4], lambda: memory_comes_back(report))
 
 

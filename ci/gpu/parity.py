@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-from report import FAIL, PASS, ROOT, Failed, Report, options, output_of
+from report import FAIL, PASS, ROOT, Broken, Failed, Report, options, output_of
 
 TOLERANCE = {"f32": 1e-4, "bf16": 1e-2}
 # A gradient smaller than this part of the model's is zero but for rounding: its error is measured against this part.
@@ -81,6 +81,8 @@ def compare(got, want, tolerance, negligible):
 
 
 def check(report, source, dtype):
+    if report.options.device == "cpu":
+        raise Broken("without a GPU both would be the CPU")
     scratch = report.options.work / f"{source.name}-{dtype}"
     scratch.mkdir()
     model = source

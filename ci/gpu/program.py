@@ -1,11 +1,11 @@
 """A PyTorch program that serves a transformers model and offers its weights by `apollod.export`, made to be killed often.
 
-usage: program.py MODEL_DIR SOCKET PORT --device cuda|cpu|simulated
+usage: program.py --device cuda|cpu|simulated
 
-The first process only imports what the program needs. On each line that it reads on its standard input it forks one that
-loads the model and serves it (at most one at a time), and prints that one's process id: a start in a second and not in
-ten. At the end of the input it ends. `simulated`: torch computes on the CPU, and the weights lie where the CUDA driver
-that is found as libcuda.so.1 says.
+The first process only imports what the program needs. On each line that it reads, a JSON object of "model" (a directory),
+"socket" and "port", it forks one that loads the model and serves it, and prints that one's process id: a start in a second
+and not in ten. At the end of the input it ends, and all of them with it. `simulated`: torch computes on the CPU, and the
+weights lie where the CUDA driver that is found as libcuda.so.1 says.
 
 HTTP: GET /health; POST /v1/chat/completions, greedy; POST /generate {"ids", "tokens"} -> {"ids", "ms": of each token};
 GET /digests -> {tensor: digest}; GET /manifest, for a second process.
@@ -15,7 +15,6 @@ import ctypes
 import http.server
 import json
 import os
-import pathlib
 import signal
 import sys
 import threading
@@ -36,21 +35,18 @@ transformers.logging.disable_progress_bar()
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=pathlib.Path)
-    parser.add_argument("socket", type=pathlib.Path)
-    parser.add_argument("port", type=int)
     parser.add_argument("--device", choices=("cuda", "cpu", "simulated"), required=True)
-    parser.add_argument("--now", action="store_true", help="serve in this process")
+    parser.add_argument("--serve", help="serve this line in this process")
     return parser.parse_args()
 
 
 class Model:
     """The model, one request at a time."""
 
-    def __init__(self, options):
-        self.device = "cuda" if options.device == "cuda" else "cpu"
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").to(self.device).eval()
+    def __init__(self, folder, device):
+        self.device = "cuda" if device == "cuda" else "cpu"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(self.device).eval()
         self.lock = threading.Lock()
 
     def generate(self, ids, tokens, end=None):
@@ -104,49 +100,50 @@ class Requests(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def serve(options):
-    if options.device == "simulated":
+def serve(line, device):
+    told = json.loads(line)
+    if device == "simulated":
         import simulated
         simulated.install()
-    Requests.model = Model(options)
-    with apollod.export(Requests.model.model, socket=options.socket, model_dir=options.model) as exported:
+    Requests.model = Model(told["model"], device)
+    with apollod.export(Requests.model.model, socket=told["socket"], model_dir=told["model"]) as exported:
         Requests.manifest = staticmethod(lambda: exported._server._offer.manifest)
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", options.port), Requests)
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", told["port"]), Requests)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         server.serve_forever()
 
 
-def child(options):
+def child(line, device):
     """The forked process: dies with its parent."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     try:
-        if options.device == "cuda":
+        if device == "cuda":
             torch.zeros(1, device="cuda")
     except RuntimeError as e:
         # Something that was imported had started CUDA, which does not survive a fork: the slow way, with the same id.
         print(f"not by a fork: {e}", file=sys.stderr, flush=True)
-        os.execv(sys.executable, [sys.executable, *sys.argv, "--now"])
-    serve(options)
+        os.execv(sys.executable, [sys.executable, __file__, "--device", device, "--serve", line])
+    serve(line, device)
 
 
 def main():
     options = arguments()
-    if options.now:
-        return serve(options)
+    if options.serve:
+        return serve(options.serve, options.device)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)     # ended children leave nothing behind
-    for _ in sys.stdin:
+    for line in sys.stdin:
         pid = os.fork()
         if pid == 0:
-            status = 1
+            status = 0
             try:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                child(options)
-                status = 0
+                child(line, options.device)
             except SystemExit:
-                status = 0
+                pass
+            except BaseException:
+                sys.excepthook(*sys.exc_info())
+                status = 1
             finally:
-                if status:
-                    sys.excepthook(*sys.exc_info())
                 sys.stderr.flush()
                 os._exit(status)
         print(pid, flush=True)

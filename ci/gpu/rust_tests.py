@@ -1,9 +1,9 @@
 """The tests of the Rust crates that use a GPU, on its real driver."""
+import json
 import os
 import re
 import subprocess
 import sys
-import json
 
 from report import CANNOT_RUN, FAIL, PASS, Report, options, say
 
@@ -34,10 +34,14 @@ def run(report, test, name):
 
 def main():
     chosen = options(__doc__)
-    tests = {f"{t['crate']} {t['name']}": t for t in json.loads((chosen.build / "build.json").read_text())["tests"]}
-    report = Report(chosen, tests)
+    build = json.loads((chosen.build / "build.json").read_text())
+    tests = {f"{t['crate']} {t['name']}": t for t in build["tests"]}
+    without = [crate for crate in build["crates"] if crate not in {t["crate"] for t in build["tests"]}]
+    report = Report(chosen, [*tests, *without])
     for name, test in tests.items():
         report.check(name, lambda: run(report, test, name.replace(" ", "-")))
+    for crate in without:
+        report.check(crate, lambda: (CANNOT_RUN, "the build has no test of it that names CUDA"))
 
 
 if __name__ == "__main__":

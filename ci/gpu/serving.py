@@ -9,35 +9,50 @@ import sys
 from report import ROOT, Broken, Failed
 
 from daemon import Daemon
-from harness import free_port, http, require, say, stat_of, tail, wait_until
+from harness import free_port, http, require, stat_of, tail, wait_until
 
 HERE = pathlib.Path(__file__).resolve().parent
 ANSWER_TOKENS_MAX = 64
-IMPORT_LIMIT_S, START_LIMIT_S = 120, 120
+START_LIMIT_S = 120
 
 
-class Program:
-    """program.py: `start` and `kill` its serving process as often as you like."""
+class Nursery:
+    """program.py, from which programs are forked."""
 
-    def __init__(self, options, model, folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.model, self.socket, self.log = model, folder / "weights.sock", folder / "program.log"
-        self.base, self.pid = f"http://127.0.0.1:{(port := free_port())}", None
-        command = [sys.executable, HERE / "program.py", model, self.socket, port, "--device", options.device]
+    def __init__(self, options):
+        self.log = options.work / "programs.log"
         # The plugin as it lies in the tree or in the folder that was carried here.
         path = os.pathsep.join(filter(None, [str(ROOT / "ipc/vllm_plugin/src"), os.environ.get("PYTHONPATH")]))
         # Memory from the virtual-memory functions has no handle.
         env = dict(os.environ, PYTHONPATH=path, HF_HUB_OFFLINE="1", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:False")
-        self.parent = subprocess.Popen([str(c) for c in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                       stderr=self.log.open("w"), text=True, env=env)
+        self.process = subprocess.Popen([sys.executable, HERE / "program.py", "--device", options.device],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=env)
+
+    def start(self, **told):
+        """Process id of a new program."""
+        print(json.dumps(told), file=self.process.stdin, flush=True)
+        line = self.process.stdout.readline()
+        if not line:
+            raise Broken(f"no program starts:\n{tail(self.log)}")
+        return int(line)
+
+    def stop(self):
+        """Ends it and every program."""
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+class Program:
+    """A program that serves and offers a model; `start` and `kill` it as often as you like."""
+
+    def __init__(self, nursery, model, folder):
+        self.nursery, self.model, self.socket, self.log = nursery, model, folder / "weights.sock", nursery.log
+        self.port, self.pid = free_port(), None
+        self.base = f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        """Start a serving process. `wait_ready` waits for it."""
-        print("start", file=self.parent.stdin, flush=True)
-        line = self.parent.stdout.readline()
-        if not line:
-            raise Broken(f"the program does not start:\n{tail(self.log)}")
-        self.pid = int(line)
+        """Start a process. `wait_ready` waits for it."""
+        self.pid = self.nursery.start(model=str(self.model), socket=str(self.socket), port=self.port)
 
     def wait_ready(self):
         def answers():
@@ -76,10 +91,8 @@ class Program:
         return answer["ids"], answer["ms"]
 
     def stop(self):
-        self.parent.stdin.close()
         if self.pid and stat_of(self.pid):
             self.kill()
-        self.parent.wait(20)
 
 
 def daemon(options, folder, program, **sections):
