@@ -6,6 +6,7 @@ read and written counted, measured here between the others. W: the matrices that
 """
 import statistics
 import sys
+import time
 
 import torch
 
@@ -23,7 +24,7 @@ FLOORS_MAX = {"qwen3-0.6b": 3.0, "qwen3-8b": 1.5}
 PEER_MIN = 5.0
 MEMORY_MAX = {64: 0.10, 256: 0.30}      # of the weights, for 8b
 SCAN_MIN, IDLE_SYNC_MS_MAX, SCAN_BYTES = 0.8, 20.0, 16_000_000_000
-CONTEXT, DECISION = 512, 32
+CONTEXT, DECISION, RANK = 512, 32, 256
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 64 << 20, "simulated": 64 << 20}
 
 
@@ -61,7 +62,6 @@ def copy_bandwidth(device):
             end.synchronize()
             seconds.append(start.elapsed_time(end) / 1e3)
         else:
-            import time
             begun = time.perf_counter()
             target.copy_(source)
             seconds.append(time.perf_counter() - begun)
@@ -96,15 +96,15 @@ def in_turn(report, shape):
     mine, theirs, copies = [], [], []
     for _ in range(rounds):
         copies.append(copy_bandwidth(report.options.device))
-        mine.append(ours(report.options, shape, 256, 20))
+        mine.append(ours(report.options, shape, RANK, 20))
         copies.append(copy_bandwidth(report.options.device))
-        theirs.append(peer(report.options, shape, 256, 5))
+        theirs.append(peer(report.options, shape, RANK, 5))
     report.keep(f"{shape} in turn", dict(apollod=mine, peer=theirs, copy_bytes_per_s=copies))
     bandwidth = statistics.median(copies)
     middle = lambda runs, key: statistics.median(run[key] for run in runs)
     found = dict(ours_ms=middle(mine, "decision_ms"), peer_ms=middle(theirs, "decision_ms"),
                  prefill_ms=middle(mine, "prefill_ms"), peer_prefill_ms=middle(theirs, "prefill_ms"),
-                 floor_ms=floor_ms(shape, 256, bandwidth), copy_gb_per_s=bandwidth / 1e9)
+                 floor_ms=floor_ms(shape, RANK, bandwidth), copy_gb_per_s=bandwidth / 1e9)
     found |= dict(peer_over_ours=found["peer_ms"] / found["ours_ms"], ours_over_floor=found["ours_ms"] / found["floor_ms"])
     report.keep(shape, {k: round(v, 3) for k, v in found.items()})
     return found
@@ -128,7 +128,8 @@ def beside_peer(report, figures):
 
 def memory(report, shape, rank):
     """Device memory besides the weights, context cache included, as apollod counts it."""
-    found = ours(report.options, shape, rank, 2)
+    before = report.data.get(f"{shape} in turn")
+    found = before["apollod"][0] if before and rank == RANK else ours(report.options, shape, rank, 2)
     report.keep(f"{shape} rank {rank} memory", found)
     part = found["private_memory_mb"] * 1e6 / all_bytes(shape)
     return report.target(part < MEMORY_MAX[rank]), (

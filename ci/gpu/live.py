@@ -64,6 +64,8 @@ class Live:
 
 
 def answers_change(live):
+    kinds = {allocation["kind"] for allocation in live.program.get("/manifest")["allocations"]}
+    require(kinds == {"file" if live.options.device == "cpu" else "cuda_ipc"}, f"the weights are offered as {kinds}")
     before, _ = live.program.ask(QUESTION)
     if before == ANSWER:
         raise Broken("the model gives the taught answer already")

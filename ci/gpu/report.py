@@ -89,9 +89,9 @@ def options(description):
     parser.add_argument("--shapes", default="qwen3-0.6b,qwen3-8b")
     found = parser.parse_args()
     found.apollod = found.build / "bin" / "apollod"
-    # The flag and the key of apollod that choose the device.
+    # The daemon goes where the weights are; the other commands are told.
     found.on_device = [] if found.device == "cpu" else ["--device", "cuda"]
-    found.set = [] if found.device == "cpu" else ["train.device=cuda"]
+    found.set = []
     return found
 
 
