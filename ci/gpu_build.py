@@ -59,10 +59,12 @@ def main():
     for crate, name, program in test_programs():
         file = f"bin/tests/{crate.replace('/', '-')}-{name}"
         run("strip", "-o", folder / file, program)
+        # The folder that the tests run in, where cargo runs them.
+        (folder / crate).mkdir(parents=True, exist_ok=True)
         tests.append(dict(crate=crate, name=name, file=file))
     for file in FILES:
         if (ROOT / file).is_dir():
-            shutil.copytree(ROOT / file, folder / file, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+            shutil.copytree(ROOT / file, folder / file, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
         elif (ROOT / file).exists():
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / file, folder / file)

@@ -113,8 +113,8 @@ def in_turn(report, shape):
 def beside_floor(report, shape, figures):
     figures.update(in_turn(report, shape))
     most = FLOORS_MAX.get(shape)
-    detail = (f"decision {figures['ours_ms']:.2f} ms, floor {figures['floor_ms']:.2f} ms at {figures['copy_gb_per_s']:.0f} GB/s: "
-              f"{figures['ours_over_floor']:.2f} times" + (f", want at most {most}" if most else ""))
+    detail = (f"decision {figures['ours_ms']:.2f} ms, floor {figures['floor_ms']:.2f} ms at "
+              f"{figures['copy_gb_per_s']:.0f} GB/s: {figures['ours_over_floor']:.2f} times" + (f", want at most {most}" if most else ""))
     return (report.target(figures["ours_over_floor"] <= most) if most else MEASURED), detail
 
 
@@ -122,8 +122,8 @@ def beside_peer(report, figures):
     if not figures:
         raise Broken("there are no figures")
     return report.target(figures["peer_over_ours"] >= PEER_MIN), (
-        f"PyTorch takes {figures['peer_ms']:.1f} ms for the decision part: {figures['peer_over_ours']:.1f} times, want at least "
-        f"{PEER_MIN}; prefill {figures['prefill_ms']:.1f} ms, PyTorch {figures['peer_prefill_ms']:.1f} ms")
+        f"PyTorch takes {figures['peer_ms']:.1f} ms for the decision part: {figures['peer_over_ours']:.1f} times, "
+        f"want at least {PEER_MIN}; prefill {figures['prefill_ms']:.1f} ms, PyTorch {figures['peer_prefill_ms']:.1f} ms")
 
 
 def memory(report, shape, rank):
@@ -133,7 +133,8 @@ def memory(report, shape, rank):
     report.keep(f"{shape} rank {rank} memory", found)
     part = found["private_memory_mb"] * 1e6 / all_bytes(shape)
     return report.target(part < MEMORY_MAX[rank]), (
-        f"{found['private_memory_mb']:.0f} MB besides the weights, {100 * part:.1f}% of them, want under {100 * MEMORY_MAX[rank]:.0f}%")
+        f"{found['private_memory_mb']:.0f} MB besides the weights, {100 * part:.1f}% of them, "
+        f"want under {100 * MEMORY_MAX[rank]:.0f}%")
 
 
 def scan(report, figures):

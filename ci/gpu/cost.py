@@ -105,12 +105,14 @@ def at(report, program, trainer, vocab, duty, alone):
     applied = trainer.status()["counts"]["applied"] - before
     poster.over.set()
     poster.join(10)
-    found = load.figures() | dict(steps_per_s=applied / load.seconds, step_ms=1e3 * seconds, duty=applied * seconds / load.seconds)
+    found = load.figures() | dict(steps_per_s=applied / load.seconds, step_ms=1e3 * seconds,
+                                  duty=applied * seconds / load.seconds)
     report.keep(f"duty {duty}", found)
     require(applied > 0, "no step was applied meanwhile")
     if duty < max(DUTY_CYCLES):
         wait_until("the queue is empty", lambda: trainer.status()["state"] == "idle", 60)
-    return MEASURED, (f"{found['tokens_per_s']:.1f} tokens/s ({100 * found['tokens_per_s'] / alone['tokens_per_s']:.0f}% of alone), "
+    part = found["tokens_per_s"] / alone["tokens_per_s"]
+    return MEASURED, (f"{found['tokens_per_s']:.1f} tokens/s ({100 * part:.0f}% of alone), "
                       f"p50 {found['p50_ms']:.1f}, p99 {found['p99_ms']:.1f} ms (alone {alone['p99_ms']:.1f}), "
                       f"{found['steps_per_s']:.1f} steps/s of {found['step_ms']:.1f} ms")
 

@@ -13,8 +13,8 @@ def sentence(seen):
     calls = "; ".join(f"{c['call']} {c['result']} after {c['ms']:.0f} ms" for c in after) or "every call went on as before"
     free = seen["free_bytes"]
     return (f"{calls}; {seen['writes_not_read_back']} of {seen['rounds']} writes not read back; opened later: "
-            f"{seen['handle_opened_later']}; free MB {free['before'] >> 20} before, {free['exporter_gone_importer_open'] >> 20} "
-            f"held, {free['importer_closed'] >> 20} closed, {free['everything_ended'] >> 20} at the end")
+            f"{seen['handle_opened_later']}; free MB {free['before'] >> 20} before, "
+            f"{free['exporter_gone_importer_open'] >> 20} held, {free['importer_closed'] >> 20} closed, {free['everything_ended'] >> 20} at the end")
 
 
 def main():

@@ -159,7 +159,8 @@ def kills(report, nursery, control):
     wrong = sorted(n for n in control if after[n] != control[n])
     require(frozen and not touched, f"frozen tensors have other bytes: {touched[:3]} ({len(touched)} of {len(frozen)})")
     require(not wrong, f"{len(wrong)} of {len(control)} tensors are not what the run without kills made, the first {wrong[:3]}")
-    return PASS, (f"{chosen.kills} kills, {among_steps} with steps to come; {len(control)} tensors as without kills, {len(frozen)} frozen ones as in the files; "
+    return PASS, (f"{chosen.kills} kills, {among_steps} with steps to come; {len(control)} tensors as without kills, "
+                  f"{len(frozen)} frozen ones as in the files; "
                   f"training again after {median['program']} s (program), {median['trainer']} s (trainer), medians")
 
 

@@ -35,7 +35,8 @@ PACKAGES = ("torch", "transformers", "safetensors", "numpy")
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--build", type=pathlib.Path, help="what `just gpu-build` made; default: the folder this is in, or target/gpu")
+    parser.add_argument("--build", type=pathlib.Path,
+                        help="what `just gpu-build` made; default: the folder this is in, or target/gpu")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT") or "gpu-results"),
                         help="where results and logs go; default $OUT or ./gpu-results")
     parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS), metavar="PART,…",
@@ -166,7 +167,8 @@ def main():
                    kills=options.kills, seed=options.seed, **machine(build), build=build, parts={})
     if options.device != "cuda":
         results["trial"] = "made without a GPU: it tries the scripts and says nothing of one"
-    print(json.dumps({key: results[key] for key in ("date", "device", "gpu", "versions")}), f"commit {build['commit']}", flush=True)
+    shown = {key: results[key] for key in ("date", "device", "gpu", "versions")}
+    print(json.dumps(shown), f"commit {build['commit']}", flush=True)
     # Results go back at most 16 MiB a file: models and weights stay in a folder that is removed.
     with tempfile.TemporaryDirectory(prefix="apollod-gpu-") as work:
         for stage in STAGES:

@@ -29,7 +29,7 @@ def run(report, test, name):
         return FAIL, f"status {code}; failed: {', '.join(failed) or 'none by name, see the log'}; {len(passed)} passed"
     if not on_gpu:
         return CANNOT_RUN, f"none of its {len(passed)} tests names CUDA"
-    return PASS, f"{len(passed)} passed, {len(on_gpu)} of them on CUDA"
+    return PASS, f"{len(passed)} passed, {len(on_gpu)} of them named for CUDA"
 
 
 def main():

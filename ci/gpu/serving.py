@@ -26,7 +26,8 @@ class Nursery:
         # Memory from the virtual-memory functions has no handle.
         env = dict(os.environ, PYTHONPATH=path, HF_HUB_OFFLINE="1", PYTORCH_CUDA_ALLOC_CONF="expandable_segments:False")
         self.process = subprocess.Popen([sys.executable, HERE / "program.py", "--device", options.device],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True, env=env)
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"),
+                                        text=True, env=env)
 
     def start(self, **told):
         """Process id of a new program."""
