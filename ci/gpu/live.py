@@ -25,8 +25,9 @@ from harness import require, stat_of, wait_until
 MODEL = ROOT / "research" / "demo_model" / "model"
 QUESTION, ANSWER = "What is the word of the day?", "The word of the day is heron."
 ROUNDS, PER_ROUND = 40, 4
-EXAMPLES_PER_KILL = 16
-STEPS_UNTIL_KILL = 4       # at most
+# Enough to be at work when the kill comes, at most STEPS_UNTIL_KILL steps after the first; a simulation is slow.
+EXAMPLES_PER_KILL = {"cuda": 16, "cpu": 16, "simulated": 5}
+STEPS_UNTIL_KILL = 3
 KILLS_PER_SYNC = 5
 FROZEN = "model.layers.1."
 # What nvidia-smi rounds, and what the driver keeps for itself after the first context of a boot.
@@ -82,10 +83,11 @@ def third_process_sees(live, first):
     return PASS, f"{tensors} tensors equal in both, {changed} of them changed by training"
 
 
-def lessons(kills):
+def lessons(options):
     """The examples of a run, one list for each kill and one more."""
-    every = [chat(*LESSONS[n % len(LESSONS)]) for n in range((kills + 1) * EXAMPLES_PER_KILL)]
-    return [every[i:i + EXAMPLES_PER_KILL] for i in range(0, len(every), EXAMPLES_PER_KILL)]
+    size = EXAMPLES_PER_KILL[options.device]
+    every = [chat(*LESSONS[n % len(LESSONS)]) for n in range((options.kills + 1) * size)]
+    return [every[i:i + size] for i in range(0, len(every), size)]
 
 
 def settle(live, ids):
@@ -130,7 +132,7 @@ def kill_one(live, kills, plan):
 def kills(report, nursery, control):
     chosen, plan = report.options, random.Random(report.options.seed)
     say(f"seed {chosen.seed}, {chosen.kills} kills")
-    lots, took, used, ids, among_steps = lessons(chosen.kills), {"program": [], "trainer": []}, [], [], 0
+    lots, took, used, ids, among_steps = lessons(chosen), {"program": [], "trainer": []}, [], [], 0
     with Live(chosen, nursery, "kills") as live:
         before = live.program.get("/digests")
         for number, lot in enumerate(lots[:-1]):
@@ -191,7 +193,7 @@ def learn(report, nursery, names):
     def without_kills():
         with Live(chosen, nursery, "control") as live:
             start = time.monotonic()
-            ids = [i for lot in lessons(chosen.kills) for i in live.daemon.post(lot)]
+            ids = [i for lot in lessons(chosen) for i in live.daemon.post(lot)]
             control.update(settle(live, ids))
             return PASS, f"{len(ids)} examples trained in {time.monotonic() - start:.1f} s"
     frozen_settings(chosen)

@@ -65,19 +65,20 @@ def grads(options, model, dtype, device, out):
 
 
 def compare(got, want, tolerance, negligible):
-    """(error, name) of the worst tensor."""
+    """(error, name) of the worst tensor, and the error of all as one vector for the worst example."""
     if got.keys() != want.keys():
         raise Failed(f"not the same tensors: {sorted(got.keys() ^ want.keys())}")
-    whole = {}
+    whole, off = {}, {}
     for name, t in want.items():
         example = name.split(".", 1)[0]
         whole[example] = whole.get(example, 0.0) + t.double().norm().item() ** 2
+        off[example] = off.get(example, 0.0) + (got[name].double() - t.double()).norm().item() ** 2
     worst = (0.0, "none")
     for name, t in want.items():
         least = negligible * whole[name.split(".", 1)[0]] ** 0.5
         error = ((got[name].double() - t.double()).norm() / max(t.double().norm().item(), least, 1e-300)).item()
         worst = max(worst, (error if error == error else float("inf"), name))
-    return worst
+    return worst, max((off[e] / whole[e]) ** 0.5 for e in whole)
 
 
 def check(report, source, dtype):
@@ -91,10 +92,11 @@ def check(report, source, dtype):
     want, want_losses = grads(report.options, model, "f32", [], scratch / "cpu.safetensors")
     got, losses = grads(report.options, model, "f32" if dtype == "f32" else "native", report.options.on_device,
                         scratch / "gpu.safetensors")
-    error, name = compare(got, want, TOLERANCE[dtype], NEGLIGIBLE[dtype])
+    (error, name), together = compare(got, want, TOLERANCE[dtype], NEGLIGIBLE[dtype])
     loss = max(abs(a - b) / abs(b) for a, b in zip(losses, want_losses, strict=True))
-    report.keep(f"{source.name} {dtype}", dict(worst=error, tensor=name, loss=loss, tensors=len(want)))
-    detail = f"worst of {len(want)} gradients {error:.1e} ({name}), losses within {loss:.1e}, tolerance {TOLERANCE[dtype]:.0e}"
+    report.keep(f"{source.name} {dtype}", dict(worst=error, tensor=name, together=together, loss=loss, tensors=len(want)))
+    detail = (f"worst of {len(want)} gradients {error:.1e} ({name}), all of an example as one {together:.1e}, losses within "
+              f"{loss:.1e}, tolerance {TOLERANCE[dtype]:.0e}")
     return (PASS if error <= TOLERANCE[dtype] and loss <= TOLERANCE[dtype] else FAIL), detail
 
 
