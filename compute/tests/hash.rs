@@ -55,6 +55,19 @@ fn weights(cuda: &Arc<Cuda>, random: &mut Random, shapes: &[(Dtype, usize, usize
     shapes.iter().map(weight).collect()
 }
 
+/// Work runs when somebody waits for it, and threads in the opposite order: nothing may come out differently.
+#[test]
+fn the_tests_hold_when_work_is_late_and_in_another_order() {
+    if std::env::var_os("SIMULATED_CUDA_LATE").is_some() {
+        return;
+    }
+    let again = std::process::Command::new(std::env::current_exe().unwrap())
+        .envs([("SIMULATED_CUDA_LATE", "1"), ("SIMULATED_CUDA_ORDER", "reverse")])
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stdout));
+}
+
 #[test]
 fn the_kernel_hashes_as_the_cpu_does_for_every_length_and_alignment() {
     let mut random = seeded("hashes");
