@@ -3,7 +3,7 @@
 use compute::cuda::{DeviceName, Weight};
 use compute::hash::{BLOCK_BYTES_MAX, Keys, block_hashes};
 use compute::{Cuda, Device, Dtype};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// splitmix64, seeded, so that a failing test can be run again.
 struct Random(u64);
@@ -32,9 +32,14 @@ fn seeded(test: &str) -> Random {
     Random(seed)
 }
 
+/// One device for all tests of this program.
 fn cuda() -> Arc<Cuda> {
-    simulated_driver::load();
-    Arc::new(Cuda::open(&DeviceName::Ordinal(0)).unwrap())
+    static CUDA: OnceLock<Arc<Cuda>> = OnceLock::new();
+    let open = || {
+        simulated_driver::load();
+        Arc::new(Cuda::open(&DeviceName::Ordinal(0)).unwrap())
+    };
+    CUDA.get_or_init(open).clone()
 }
 
 /// Weights of these many elements, laid behind each other in one allocation with `gaps` elements before each, and their
@@ -53,6 +58,19 @@ fn weights(cuda: &Arc<Cuda>, random: &mut Random, shapes: &[(Dtype, usize, usize
         (weight, content)
     };
     shapes.iter().map(weight).collect()
+}
+
+/// Work runs when somebody waits for it, and threads in the opposite order: nothing may come out differently.
+#[test]
+fn the_tests_hold_when_work_is_late_and_in_another_order() {
+    if std::env::var_os("SIMULATED_CUDA_LATE").is_some() {
+        return;
+    }
+    let again = std::process::Command::new(std::env::current_exe().unwrap())
+        .envs([("SIMULATED_CUDA_LATE", "1"), ("SIMULATED_CUDA_ORDER", "reverse")])
+        .output()
+        .unwrap();
+    assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stdout));
 }
 
 #[test]

@@ -66,7 +66,7 @@ def places(spans: Sequence[Span], driver: Driver) -> tuple[list[dict[str, Any]],
             raise ExportError(
                 f"tensor `{span.name}` lies in memory that has no CUDA IPC handle; start the server without "
                 "sleep mode (--enable-sleep-mode), without --enable-cumem-allocator, and with "
-                "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
+                "PYTORCH_CUDA_ALLOC_CONF=backend:native,expandable_segments:False"
             )
         base, size = driver.address_range(span.pointer)
         if span.pointer + span.bytes > base + size:
