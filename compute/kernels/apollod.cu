@@ -1,4 +1,4 @@
-// All kernels as one translation unit: `ci/kernels.sh` makes apollod.ptx of it.
+// All kernels as one translation unit: `ci/kernels.py` makes apollod.ptx of it.
 
 #include "adamw.cu"
 #include "apollo.cu"

@@ -4,10 +4,15 @@ use crate::bench::{self, Rates};
 use crate::weights::matrix_shape;
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
+use compute::hash::Keys;
 use compute::{Cpu, Cuda, Device, Dtype, cpu, cuda};
 use ipc::{Attachment, LiveTensor, Memory, SharedWeights};
+use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
+
+/// Copies the next of some ranges of bytes, in their order.
+pub type ReadNext<'a> = Box<dyn FnMut(&mut [u8]) + 'a>;
 
 /// A device that the daemon can train on.
 pub trait Backend: Device {
@@ -17,6 +22,16 @@ pub trait Backend: Device {
     fn shared(device: &Arc<Self>, weights: &Arc<SharedWeights>) -> Vec<Self::Weight>;
     /// The UUID, of a GPU.
     fn gpu(&self) -> Option<&str>;
+    /// A hash of every block of every weight, weight by weight, where that is cheaper than to read them: with the keys
+    /// that the seed stands for.
+    fn block_hashes(&self, _weights: &[&Self::Weight], _block_bytes: usize, _seed: u64) -> Option<Vec<u128>> {
+        None
+    }
+    /// Reads these ranges of bytes, one with each call, so that later ones are under way meanwhile; none where reading
+    /// is as fast as anything.
+    fn read_ahead<'a>(&'a self, _parts: Vec<(&'a Self::Weight, Range<usize>)>) -> Option<ReadNext<'a>> {
+        None
+    }
     /// A weight in memory of its own, zeroed.
     fn weight(device: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Self::Weight;
     /// What it is, for people.
@@ -73,6 +88,13 @@ impl Backend for Cuda {
     }
     fn gpu(&self) -> Option<&str> {
         Some(self.uuid())
+    }
+    fn block_hashes(&self, weights: &[&cuda::Weight], block_bytes: usize, seed: u64) -> Option<Vec<u128>> {
+        Some(Cuda::block_hashes(self, weights, block_bytes, &Keys::new(seed)))
+    }
+    fn read_ahead<'a>(&'a self, parts: Vec<(&'a cuda::Weight, Range<usize>)>) -> Option<ReadNext<'a>> {
+        let mut ahead = Cuda::read_ahead(self, parts);
+        Some(Box::new(move |out| ahead.next(out)))
     }
     fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
         cuda::Weight::zeros(device, dtype, rows, cols)

@@ -77,7 +77,10 @@ fn a_shared_context_gives_what_running_it_again_gives<D: Machine>() -> Result<()
 }
 
 /// Holds every event until the end, as an optimizer does whose step has several windows.
-struct Held<D: Device>(Vec<Box<dyn Fn(&mut Collector<D>) + Send>>);
+struct Held<D: Device>(Vec<Event<D>>);
+
+/// Hands one event to a collector.
+type Event<D> = Box<dyn Fn(&mut Collector<D>) + Send>;
 
 impl<D: Device> Sink<D> for Held<D> {
     fn linear(&mut self, tensor: usize, x: &Arc<D::Buffer>, dy: &Arc<D::Buffer>, t: usize) {

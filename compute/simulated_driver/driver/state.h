@@ -143,6 +143,7 @@ struct State {
     std::map<char*, Allocation> allocations;
     std::set<CUmodule> modules;
     std::set<CUstream> streams;
+    std::vector<std::unique_ptr<CUstr>> ended;
     std::set<CUevent> events;
     std::set<CUgraph> graphs;
     size_t used = 0;

@@ -136,7 +136,8 @@ EXPORT CUresult cuStreamDestroy_v2(CUstream stream) {
     if (error == CUDA_SUCCESS) {
         std::lock_guard<std::recursive_mutex> guard(state().lock);
         state().streams.erase(stream);
-        delete stream;
+        // Another thread may be waiting for its work at this moment, which is none.
+        state().ended.emplace_back(stream);
     }
     return error;
 }

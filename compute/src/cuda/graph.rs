@@ -20,8 +20,8 @@ unsafe impl Sync for Graph {}
 
 impl Drop for Graph {
     fn drop(&mut self) {
-        // SAFETY: instantiated in `record`; the driver ends what runs of it first. An error has nobody to tell.
         let _ = self.context.bind_for_drop();
+        // SAFETY: instantiated in `record`; the driver ends what runs of it first. An error has nobody to tell.
         let _ = unsafe { result::graph::exec_destroy(self.exec) };
     }
 }

@@ -35,7 +35,7 @@ use std::collections::HashMap;
 use std::ffi::CString;
 use std::sync::{Arc, Mutex};
 
-/// The kernels, compiled by nvcc 13.0 for compute capability 8.0; `ci/kernels.sh` makes it.
+/// The kernels, compiled by nvcc 13.0 for compute capability 8.0; `ci/kernels.py` makes it.
 const PTX: &str = include_str!("../../kernels/apollod.ptx");
 /// Rows of the longest window that is recorded.
 const BUCKET_MAX: usize = 128;

@@ -22,9 +22,9 @@ struct Slab {
 
 impl Drop for Slab {
     fn drop(&mut self) {
+        let _ = self.context.bind_for_drop();
         // SAFETY: allocated by `allocate`; the pool that held it is gone, and cuMemFree waits for queued work. An error
         // has nobody to tell: the device is lost then.
-        let _ = self.context.bind_for_drop();
         let _ = unsafe { result::free_sync(self.ptr) };
     }
 }

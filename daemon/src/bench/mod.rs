@@ -224,8 +224,9 @@ fn print(
     println!("  private    {:>9.0} MB, of which moments {:.0} MB", private as f64 / 1e6, state_bytes as f64 / 1e6);
 }
 
+/// To three decimals: a step of a GPU takes a few ms.
 fn round(value: f64) -> Value {
-    json!((value * 10.0).round() / 10.0)
+    json!((value * 1e3).round() / 1e3)
 }
 
 /// Median, least and most.

@@ -37,14 +37,17 @@ pub struct Options {
     pub threads: usize,
 }
 
+/// Continues a text by these tokens: the logits that follow.
+type Continue<'a> = Box<dyn FnMut(&[u32]) -> Vec<f32> + 'a>;
+
 /// A model on some device.
 trait Network: Send {
     /// Number of tokens.
     fn vocab(&self) -> usize;
     /// Of `ids[1..]`, each given those before it.
     fn logprobs(&self, ids: &[u32]) -> Vec<f32>;
-    /// The start of a text of up to so many tokens: continued by each call, which gives the logits that follow.
-    fn text(&self, capacity: usize) -> Box<dyn FnMut(&[u32]) -> Vec<f32> + '_>;
+    /// The start of a text of up to so many tokens.
+    fn text(&self, capacity: usize) -> Continue<'_>;
 }
 
 impl<D: Backend> Network for Model<D> {
@@ -55,7 +58,7 @@ impl<D: Backend> Network for Model<D> {
         let mut cache = self.cache(0);
         self.device().run(|| Model::logprobs(self, &mut cache, ids))
     }
-    fn text(&self, capacity: usize) -> Box<dyn FnMut(&[u32]) -> Vec<f32> + '_> {
+    fn text(&self, capacity: usize) -> Continue<'_> {
         let mut cache = self.cache(capacity);
         Box::new(move |ids| self.device().run(|| self.next_logits(&mut cache, ids)))
     }

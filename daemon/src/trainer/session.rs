@@ -4,16 +4,18 @@ use super::prefix_cache::PrefixCache;
 use super::restore::Attached;
 use super::shadow::{self, Failure, Finding};
 use super::{restore, settings, watch};
-use crate::backend::Backend;
+use crate::backend::{Backend, ReadNext};
 use crate::config::{self, Attach, Config, Update};
 use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Progress};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, Progress};
 use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
+use std::cell::RefCell;
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,6 +77,8 @@ pub struct Session<D: Backend> {
     shadow_check: Option<String>,
     warnings: Vec<String>,
     pinged: Instant,
+    /// Of the hashes that tell a sync what has changed, where the weights are hashed.
+    hash_seed: u64,
 }
 
 /// What has been taken before anybody computes: the files, the server's memory, the settings.
@@ -155,7 +159,8 @@ impl<D: Backend> Session<D> {
         let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
         // Every tensor was compared with the files or restored from them.
-        checkpoint.assume_equal(&Live::new(&model, &optimizer, head_copy.as_deref()));
+        let hash_seed = RandomState::new().hash_one(std::process::id());
+        checkpoint.assume_equal(&Live::new(&model, &optimizer, head_copy.as_deref(), hash_seed));
         let mut progress = Progress { epoch: attachment.epoch().into(), ..checkpoint.current().progress.clone() };
         if told > progress.weight_version {
             // Weights of that version are gone; these are older ones again, which no version has named so far.
@@ -169,6 +174,7 @@ impl<D: Backend> Session<D> {
             recovery: recovery.join("; "),
             update: config.server.update,
             pinged: Instant::now(),
+            hash_seed,
             device,
             attachment,
             model,
@@ -337,7 +343,7 @@ impl<D: Backend> Session<D> {
     }
 
     fn sync(&mut self, reason: &str) -> Result<FromTrainer> {
-        let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref());
+        let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref(), self.hash_seed);
         let optimizer = &self.optimizer;
         let report =
             self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
@@ -361,6 +367,8 @@ impl<D: Backend> Session<D> {
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
         load_state(&mut self.optimizer, &self.checkpoint)?;
+        let head_copy = self.head_copy.as_deref();
+        self.checkpoint.assume_equal(&Live::new(&self.model, &self.optimizer, head_copy, self.hash_seed));
         // Weights moved once more, so the version goes on rising.
         let weight_version = self.progress.weight_version + 1;
         let epoch = self.attachment.epoch().into();
@@ -554,11 +562,15 @@ struct Live<'a, D: Backend> {
     device: &'a D,
     tensors: Vec<LiveTensor>,
     weights: Vec<&'a D::Weight>,
+    hash_seed: u64,
+    /// What was announced, where it is read ahead.
+    ahead: RefCell<Option<ReadNext<'a>>>,
 }
 
 impl<'a, D: Backend> Live<'a, D> {
-    fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>) -> Live<'a, D> {
-        let mut live = Live { device: &**model.device(), tensors: Vec::new(), weights: Vec::new() };
+    fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>, hash_seed: u64) -> Live<'a, D> {
+        let (tensors, weights, ahead) = (Vec::new(), Vec::new(), RefCell::new(None));
+        let mut live = Live { device: &**model.device(), tensors, weights, hash_seed, ahead };
         for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
             if spec.effective_rule() != Rule::Frozen {
                 live.push(&tensor.name, &tensor.shape, weight);
@@ -587,6 +599,19 @@ impl<D: Backend> LiveWeights for Live<'_, D> {
         &self.tensors
     }
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
-        self.device.read_weight(self.weights[tensor], offset as usize, buf);
+        match &mut *self.ahead.borrow_mut() {
+            Some(next) => next(buf),
+            None => self.device.read_weight(self.weights[tensor], offset as usize, buf),
+        }
+    }
+    fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
+        self.device.block_hashes(&self.weights, block_bytes as usize, self.hash_seed)
+    }
+    fn announce(&self, parts: Vec<Part>) {
+        let bytes = |part: Part| {
+            let start = part.offset as usize;
+            (self.weights[part.tensor], start..start + part.bytes as usize)
+        };
+        *self.ahead.borrow_mut() = self.device.read_ahead(parts.into_iter().map(bytes).collect());
     }
 }
