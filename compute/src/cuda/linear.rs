@@ -164,7 +164,8 @@ pub(super) fn linear_group(cuda: &Cuda, outputs: &mut [LinearOutput<Cuda>], x: &
     if t == 0 {
         return;
     }
-    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) = outputs.iter().map(|o| &*o).partition(|o| o.w.dtype() == Dtype::BF16);
+    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) =
+        outputs.iter().map(|o| &*o).partition(|o| o.w.dtype() == Dtype::BF16);
     for o in plain {
         let (m, n) = (o.w.rows(), o.w.cols());
         let bias = o.bias.map_or(0, Weight::ptr);
@@ -335,9 +336,14 @@ mod tests {
                         let what = format!("{outputs:?} {chunks} chunks, {groups} groups: {plan:?}");
                         assert!(plan.splits <= chunks && plan.warps_k * plan.width(direction) > 0, "{what}");
                         assert!(plan.splits == 1 || plan.tiles <= SHARED_TILES, "{what}");
-                        assert_eq!(plan.tiles, outputs.iter().map(|m| m.div_ceil(plan.width(direction))).sum(), "{what}");
+                        assert_eq!(
+                            plan.tiles,
+                            outputs.iter().map(|m| m.div_ceil(plan.width(direction))).sum(),
+                            "{what}"
+                        );
                         // Half of the warps of a tile leave their sums where the activations were.
-                        let sums = if plan.warps_k > 1 { plan.threads / 64 * direction.outputs() * 8 * groups } else { 0 };
+                        let sums =
+                            if plan.warps_k > 1 { plan.threads / 64 * direction.outputs() * 8 * groups } else { 0 };
                         assert!(4 * sums <= 2 * 8 * groups * (STAGED / groups + 32), "{what}");
                         assert!(STAGED / groups / direction.chunk() >= plan.warps_k, "{what}");
                     }

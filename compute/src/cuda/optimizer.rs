@@ -6,8 +6,8 @@
 use super::launch::Launch;
 use super::{Block, Buffer, Cuda, Weight};
 use crate::{
-    AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Dtype, Factors, Limiter, Moments, NORM_SLOTS, ScaleType,
-    Stream as RandomStream, Write,
+    AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Dtype, Factors, Limiter, Moments, NORM_SLOTS,
+    ScaleType, Stream as RandomStream, Write,
 };
 
 /// Rows and ranks in a tile of `apollo_project`.
@@ -350,7 +350,9 @@ pub(super) fn adamw_rows(cuda: &Cuda, tensors: &mut [AdamwRows<Cuda>], moments: 
     for tensor in tensors.iter() {
         let n = tensor.w.cols();
         let slots = tensor.rows.iter().map(|r| r.slot as usize + 1).max().unwrap_or(0);
-        assert!(tensor.g.len() >= tensor.rows.len() * n && tensor.rows.iter().all(|r| (r.row as usize) < tensor.w.rows()));
+        assert!(
+            tensor.g.len() >= tensor.rows.len() * n && tensor.rows.iter().all(|r| (r.row as usize) < tensor.w.rows())
+        );
         assert!(tensor.exp_avg.len() >= slots * n && tensor.exp_avg_sq.len() >= slots * n);
         tasks.push(AdamwTask {
             w: tensor.w.ptr(),
