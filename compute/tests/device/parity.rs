@@ -8,8 +8,8 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{F32, Random, assert_close, wide};
 use crate::reference;
 use compute::{
-    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Cuda, Dtype, Factors, Limiter, LinearOutput,
-    Moments, NORM_SLOTS, ScaleType, Stream, Write,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Cuda, Device, Dtype, Factors, Limiter,
+    LinearOutput, Moments, NORM_SLOTS, ScaleType, Stream, Write,
 };
 use std::sync::Arc;
 
