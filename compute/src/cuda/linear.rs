@@ -168,7 +168,7 @@ pub(super) fn linear_group(cuda: &Cuda, outputs: &mut [LinearOutput<Cuda>], x: &
         return;
     }
     let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) =
-        outputs.iter().map(|o| &*o).partition(|o| o.w.dtype() == Dtype::BF16);
+        outputs.iter().partition(|o| o.w.dtype() == Dtype::BF16);
     for o in plain {
         let (m, n) = (o.w.rows(), o.w.cols());
         let bias = o.bias.map_or(0, Weight::ptr);

@@ -329,7 +329,7 @@ fn a_step_on_16_bit_weights_is_right_on_average<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("stochastic");
     // Both the kernel for rows of whole groups of 128 and the one for any.
     for (m, n) in [(24, 40), (8, 128)] {
-        let (t, rank, runs) = (3, 4, 400);
+        let (t, rank, runs) = (3, 4, 100);
         let [x, dy, p] = [t * n, t * m, rank * m].map(|len| device.upload(&r.normals(len)));
         for dtype in DTYPES {
             // Weights between 1 and 2, all with the same distance of neighbours.
