@@ -16,3 +16,9 @@ bench shape="qwen3-0.6b":
 # licences and advisories of the dependencies
 deny:
     cargo deny check
+# what a machine with a GPU and without Rust needs, in one folder; there: FOLDER/ci/gpu.sh --out DIR
+gpu-build folder="target/gpu":
+    ci/gpu_build.py {{folder}}
+# the PTX of the kernels, made anew
+kernels:
+    ci/kernels.py --write

@@ -4,6 +4,7 @@
 #include "apollo.cu"
 #include "attention.cu"
 #include "embed.cu"
+#include "hash.cu"
 #include "linear.cu"
 #include "loss.cu"
 #include "norm.cu"

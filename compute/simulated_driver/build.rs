@@ -16,7 +16,7 @@ fn main() {
     let here = PathBuf::from(std::env::var("CARGO_MANIFEST_DIR").expect("set by cargo"));
     let out = PathBuf::from(std::env::var("OUT_DIR").expect("set by cargo"));
     let kernels = here.join("../kernels");
-    let (driver, tests) = (here.join("driver"), here.join("tests/kernels.cu"));
+    let (driver, tests) = (here.join("driver"), here.join("tests/driver/kernels.cu"));
     for path in [&kernels, &driver, &tests] {
         println!("cargo::rerun-if-changed={}", path.display());
     }
@@ -36,19 +36,12 @@ fn main() {
     let flags = kernel_flags();
     let flags: Vec<&str> = flags.iter().map(String::as_str).chain(["-c", "-o", path(&object)]).collect();
     compiler(&flags, &include, &[&table]);
-    link(
-        &out.join("libcuda.so"),
-        "libcuda.so",
-        &include,
-        &[
-            &object,
-            &driver.join("state.cpp"),
-            &driver.join("device.cpp"),
-            &driver.join("memory.cpp"),
-            &driver.join("stream.cpp"),
-            &driver.join("module.cpp"),
-        ],
-    );
+    let files = ["state.cpp", "device.cpp", "memory.cpp", "stream.cpp", "module.cpp"].map(|file| driver.join(file));
+    let files: Vec<&Path> = files.iter().chain([&object]).map(PathBuf::as_path).collect();
+    link(&out.join("libcuda.so"), "libcuda.so", &include, &files);
+    let include = [format!("-I{}", kernels.join("host").display())];
+    let blas = [driver.join("blas.cpp"), out.join("libcuda.so")];
+    link(&out.join("libcublasLt.so.13"), "libcublasLt.so.13", &include, &blas.each_ref().map(PathBuf::as_path));
     // Programs without cudarc look for this name.
     let alias = out.join("libcuda.so.1");
     let _ = std::fs::remove_file(&alias);
@@ -89,7 +82,7 @@ fn kernel_flags() -> Vec<String> {
 
 fn link(to: &Path, name: &str, include: &[String], files: &[&Path]) {
     let soname = format!("-Wl,-soname,{name}");
-    compiler(&["-O1", "-shared", "-pthread", "-Wl,--no-undefined", &soname, "-o", path(to)], include, files);
+    compiler(&["-O2", "-shared", "-pthread", "-Wl,--no-undefined", &soname, "-o", path(to)], include, files);
 }
 
 /// Every `extern "C" __global__ void name(` with its launch bounds, before or after `void`.

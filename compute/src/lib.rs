@@ -18,6 +18,7 @@
 
 pub mod cpu;
 pub mod cuda;
+pub mod hash;
 mod random;
 mod sink;
 

@@ -5,7 +5,7 @@ use crate::weights::matrix_shape;
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::{Cpu, Cuda, Device, Dtype, cpu, cuda};
-use ipc::{Attachment, Memory};
+use ipc::{Attachment, LiveTensor, Memory, SharedWeights};
 use std::str::FromStr;
 use std::sync::Arc;
 
@@ -13,6 +13,10 @@ use std::sync::Arc;
 pub trait Backend: Device {
     /// The weights of a server whose memory is this device's, in the model's order.
     fn attached(device: &Arc<Self>, attachment: &Arc<Attachment>) -> Vec<Self::Weight>;
+    /// The weights that the embedded engine serves from this device's memory, in the model's order.
+    fn shared(device: &Arc<Self>, weights: &Arc<SharedWeights>) -> Vec<Self::Weight>;
+    /// The UUID, of a GPU.
+    fn gpu(&self) -> Option<&str>;
     /// A weight in memory of its own, zeroed.
     fn weight(device: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize) -> Self::Weight;
     /// What it is, for people.
@@ -27,15 +31,17 @@ pub trait Backend: Device {
 
 impl Backend for Cpu {
     fn attached(_: &Arc<Cpu>, attachment: &Arc<Attachment>) -> Vec<cpu::Weight> {
-        let tensor = |i| {
-            let live = attachment.tensor(i);
-            let (rows, cols) = matrix_shape(live.shape);
-            // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc
-            // that the weight keeps holds the mapping, and nobody makes references into it.
-            let weight = unsafe { cpu::Weight::new(live.host(), live.dtype, rows, cols, attachment.clone()) };
-            weight.ordered(live.row_order)
-        };
-        (0..attachment.len()).map(tensor).collect()
+        // SAFETY: the tensor's bytes were checked against its mapping when it was attached; the Arc holds the mapping.
+        let weight = |i| unsafe { in_host_memory(&attachment.tensor(i), attachment.clone()) };
+        (0..attachment.len()).map(weight).collect()
+    }
+    fn shared(_: &Arc<Cpu>, weights: &Arc<SharedWeights>) -> Vec<cpu::Weight> {
+        // SAFETY: the Arc holds the shared memory that the tensor lies in.
+        let weight = |i| unsafe { in_host_memory(&weights.tensor(i), weights.clone()) };
+        (0..weights.len()).map(weight).collect()
+    }
+    fn gpu(&self) -> Option<&str> {
+        None
     }
     fn weight(_: &Arc<Cpu>, dtype: Dtype, rows: usize, cols: usize) -> cpu::Weight {
         cpu::Weight::zeros(dtype, rows, cols)
@@ -56,17 +62,17 @@ impl Backend for Cpu {
 
 impl Backend for Cuda {
     fn attached(_: &Arc<Cuda>, attachment: &Arc<Attachment>) -> Vec<cuda::Weight> {
-        let tensor = |i| {
-            let live = attachment.tensor(i);
-            let (rows, cols) = matrix_shape(live.shape);
-            let Memory::Cuda(address) = live.memory else {
-                unreachable!("an attachment has all its weights on one device")
-            };
-            // SAFETY: the tensor's bytes were checked against its allocation when it was attached; the Arc that the
-            // weight keeps holds the allocation open.
-            unsafe { cuda::Weight::new(address, live.dtype, rows, cols, attachment.clone()) }
-        };
-        (0..attachment.len()).map(tensor).collect()
+        // SAFETY: the tensor's bytes were checked against its allocation when it was attached; the Arc holds that open.
+        let weight = |i| unsafe { in_device_memory(&attachment.tensor(i), attachment.clone()) };
+        (0..attachment.len()).map(weight).collect()
+    }
+    fn shared(_: &Arc<Cuda>, weights: &Arc<SharedWeights>) -> Vec<cuda::Weight> {
+        // SAFETY: the Arc holds the allocation that the tensor lies in.
+        let weight = |i| unsafe { in_device_memory(&weights.tensor(i), weights.clone()) };
+        (0..weights.len()).map(weight).collect()
+    }
+    fn gpu(&self) -> Option<&str> {
+        Some(self.uuid())
     }
     fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
         cuda::Weight::zeros(device, dtype, rows, cols)
@@ -84,6 +90,27 @@ impl Backend for Cuda {
     fn rates(device: &Arc<Cuda>) -> Rates {
         bench::gpu_rates(device)
     }
+}
+
+/// A tensor in the machine's memory as a weight.
+///
+/// # Safety
+/// `owner` keeps the tensor's bytes mapped, and nobody makes references into them.
+unsafe fn in_host_memory(live: &LiveTensor, owner: Arc<dyn Send + Sync>) -> cpu::Weight {
+    let (rows, cols) = matrix_shape(live.shape);
+    // SAFETY: the caller's promise.
+    unsafe { cpu::Weight::new(live.host(), live.dtype, rows, cols, owner) }.ordered(live.row_order)
+}
+
+/// A tensor in a GPU's memory as a weight.
+///
+/// # Safety
+/// `owner` keeps the tensor's bytes allocated, or opened.
+unsafe fn in_device_memory(live: &LiveTensor, owner: Arc<dyn Send + Sync>) -> cuda::Weight {
+    let (rows, cols) = matrix_shape(live.shape);
+    let Memory::Cuda(address) = live.memory else { unreachable!("all weights of a server lie on one device") };
+    // SAFETY: the caller's promise.
+    unsafe { cuda::Weight::new(address, live.dtype, rows, cols, owner) }
 }
 
 /// A device as an operator names it: `cpu`, `cuda`, `cuda:1` or `GPU-…`.

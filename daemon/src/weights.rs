@@ -3,8 +3,7 @@
 use crate::backend::Backend;
 use anyhow::{Context, Result, bail};
 use compute::Dtype;
-use compute::cpu::Weight;
-use ipc::{SafetensorsDir, SharedWeights};
+use ipc::SafetensorsDir;
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
@@ -17,17 +16,6 @@ pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
         [m, n] => (m, n),
         _ => unreachable!("a decoder has vectors and matrices"),
     }
-}
-
-/// The weights that the embedded engine serves, in the model's order.
-pub fn shared(weights: &Arc<SharedWeights>) -> Vec<Weight> {
-    let tensor = |i| {
-        let live = weights.tensor(i);
-        let (rows, cols) = matrix_shape(live.shape);
-        // SAFETY: the Arc holds the shared memory that the tensor lies in, and nobody makes references into it.
-        unsafe { Weight::new(live.host(), live.dtype, rows, cols, weights.clone()) }
-    };
-    (0..weights.len()).map(tensor).collect()
 }
 
 /// How a server's tensor and the files' go together.

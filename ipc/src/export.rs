@@ -1,13 +1,14 @@
-//! Weights in shared memory, exported: the server's side, for an engine of our own.
+//! Weights in memory that others can open, exported: the server's side, for an engine of our own.
 //!
-//! [`SharedWeights`] holds every tensor of the model in one memfd, 64-byte aligned, sealed against being
-//! resized, so that no reader of it can meet SIGBUS. [`SharedWeights::serve`] hands its manifest out over a
+//! [`SharedWeights`] holds every tensor of the model in one allocation, 256-byte aligned: a memfd, sealed against being
+//! resized, so that no reader of it can meet SIGBUS, or memory of a GPU. [`SharedWeights::serve`] hands its manifest out over a
 //! Unix socket and lends the weights to one trainer at a time.
 
+use crate::cuda::OwnMemory;
 use crate::lend::{CONNECTIONS_MAX, Engine, Lender};
 use crate::manifest::{Allocation, ManifestTensor, Writer};
 use crate::mapping::Mapping;
-use crate::{Error, LiveTensor, Manifest, SafetensorsDir, random_epoch, tied_head_copy};
+use crate::{Error, LiveTensor, Manifest, Memory, SafetensorsDir, random_epoch, tied_head_copy};
 use rustix::fs::{MemfdFlags, Mode, SealFlags, fchmod, fcntl_add_seals, memfd_create};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 use std::collections::HashMap;
@@ -18,44 +19,72 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use weight_map::{HfTensor, Packing, Role, ServerTensor, WeightMap};
+use weight_map::{HfTensor, Packing, Role, ServerTensor, View, WeightMap};
 
 /// Every tensor starts at a multiple of this many bytes.
-const ALIGNMENT: u64 = 64;
+const ALIGNMENT: u64 = 256;
 
-/// A model's weights in shared memory.
+/// The one allocation.
+#[derive(Debug)]
+enum Held {
+    Host {
+        // The descriptor is what `/proc/PID/fd/N` in the manifest names, so it stays open.
+        _memory: File,
+        mapping: Mapping,
+    },
+    Cuda(OwnMemory),
+}
+
+/// A model's weights in memory that others can open.
 #[derive(Debug)]
 pub struct SharedWeights {
-    // The descriptor is what `/proc/PID/fd/N` in the manifest names, so it stays open.
-    _memory: File,
-    mapping: Mapping,
+    held: Held,
     map: WeightMap,
     by_name: HashMap<String, usize>,
     manifest: Manifest,
 }
 
 impl SharedWeights {
-    /// Loads exactly the tensors in `expected` from the safetensors files of `model_dir`, in their dtype.
+    /// Loads exactly the tensors in `expected` from the safetensors files of `model_dir`, in their dtype: into memory of
+    /// the GPU with the UUID `gpu`, if there is one, and else into shared memory.
     ///
     /// # Errors
     /// The files do not hold exactly these tensors (a head that copies the embedding of a tied model aside);
-    /// one of them is of a type that cannot be trained; there is no memory.
-    pub fn load(model_dir: &Path, expected: &[HfTensor]) -> Result<SharedWeights, Error> {
+    /// one of them is of a type that cannot be trained; there is no memory, or no such GPU.
+    pub fn load(model_dir: &Path, expected: &[HfTensor], gpu: Option<&str>) -> Result<SharedWeights, Error> {
         let model_dir = fs::canonicalize(model_dir).map_err(|source| Error::io("find", model_dir, source))?;
         let dir = SafetensorsDir::open(&model_dir)?;
-        let (files, held) = mapped_files(&dir, expected)?;
-        let (map, bytes) = laid_out(&held);
-        let (memory, mapping, path) = shared_memory(bytes)?;
-        for (view, file_view) in map.views.iter().zip(&held.views) {
-            let tensor = mapping.tensor(view);
-            // SAFETY: the memory was made above and nobody else knows of it yet, so this is the only
-            // reference to these bytes, which the mapping holds (Mapping::tensor asserts the range).
-            let out = unsafe { std::slice::from_raw_parts_mut(tensor.host().as_ptr(), tensor.bytes) };
-            dir.read_into(&files[file_view.server_tensor].name, out)?;
-        }
-        let manifest = manifest_of(model_dir, &map, path, bytes)?;
+        let (files, in_files) = mapped_files(&dir, expected)?;
+        let (map, bytes) = laid_out(&in_files);
+        let read = |file_view: &View, out: &mut [u8]| dir.read_into(&files[file_view.server_tensor].name, out);
+        let pairs = map.views.iter().zip(&in_files.views);
+        let (held, allocation) = match gpu {
+            None => {
+                let (memory, mapping, path) = shared_memory(bytes)?;
+                for (view, file_view) in pairs {
+                    let tensor = mapping.tensor(view);
+                    // SAFETY: the memory was made above and nobody else knows of it yet, so this is the only
+                    // reference to these bytes, which the mapping holds (Mapping::tensor asserts the range).
+                    let out = unsafe { std::slice::from_raw_parts_mut(tensor.host().as_ptr(), tensor.bytes) };
+                    read(file_view, out)?;
+                }
+                let held = Held::Host { _memory: memory, mapping };
+                (held, Allocation::File { path, bytes, writable_by: Writer::Trainer })
+            }
+            Some(uuid) => {
+                let memory = OwnMemory::allocate(uuid, bytes)?;
+                for (view, file_view) in pairs {
+                    let mut tensor = vec![0; view.bytes()];
+                    read(file_view, &mut tensor)?;
+                    memory.write(view.offset, &tensor)?;
+                }
+                let allocation = memory.described();
+                (Held::Cuda(memory), allocation)
+            }
+        };
+        let manifest = manifest_of(model_dir, &map, allocation)?;
         let by_name = map.views.iter().enumerate().map(|(index, view)| (view.name.clone(), index)).collect();
-        Ok(SharedWeights { _memory: memory, mapping, map, by_name, manifest })
+        Ok(SharedWeights { held, map, by_name, manifest })
     }
 
     /// Number of tensors.
@@ -78,7 +107,11 @@ impl SharedWeights {
     /// # Panics
     /// If `index` is not below [`SharedWeights::len`].
     pub fn tensor(&self, index: usize) -> LiveTensor<'_> {
-        self.mapping.tensor(&self.map.views[index])
+        let view = &self.map.views[index];
+        match &self.held {
+            Held::Host { mapping, .. } => mapping.tensor(view),
+            Held::Cuda(memory) => LiveTensor::new(view, Memory::Cuda(memory.base() + view.offset)),
+        }
     }
 
     /// The tensor of this Hugging Face name, in place.
@@ -157,7 +190,7 @@ fn shared_memory(bytes: u64) -> Result<(File, Mapping, PathBuf), Error> {
     Ok((memory, mapping, path))
 }
 
-fn manifest_of(model_dir: PathBuf, map: &WeightMap, path: PathBuf, bytes: u64) -> Result<Manifest, Error> {
+fn manifest_of(model_dir: PathBuf, map: &WeightMap, allocation: Allocation) -> Result<Manifest, Error> {
     let tensors = map
         .views
         .iter()
@@ -177,7 +210,7 @@ fn manifest_of(model_dir: PathBuf, map: &WeightMap, path: PathBuf, bytes: u64) -
         model_dir,
         rank: 0,
         world_size: 1,
-        allocations: vec![Allocation::File { path, bytes, writable_by: Writer::Trainer }],
+        allocations: vec![allocation],
         tensors,
         packing: Vec::<Packing>::new(),
         server: None,

@@ -27,7 +27,7 @@ struct Exporter {
 
 fn exporter() -> Exporter {
     let (dir, model, expected) = model(true);
-    let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
+    let weights = Arc::new(SharedWeights::load(&model, &expected, None).unwrap());
     let socket = dir.path().join("weights.sock");
     Exporter { dir, model, expected, weights, socket }
 }

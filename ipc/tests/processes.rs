@@ -6,15 +6,25 @@
 
 mod common;
 
+use common::processes::{Other, answer, hex, run_tests};
 use common::{content, decoder, model};
 use ipc::{Attachment, SafetensorsDir, SharedWeights, Source, servers_of, stage};
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 const NAME: &str = "model.layers.0.self_attn.q_proj.weight";
+
+const TESTS: [(&str, fn()); 7] = [
+    ("bytes_written_by_another_process_are_seen_by_the_exporter", bytes_are_shared),
+    ("a_killed_exporter_is_noticed_within_100_ms_by_its_pid", killed_exporter),
+    ("a_watch_sleeps_until_the_exporter_is_killed", watched_exporter),
+    ("a_process_that_is_dying_is_gone_before_it_is_dead", dying_exporter),
+    ("a_trainer_that_is_killed_gives_the_lease_back", killed_trainer),
+    ("a_server_of_a_live_copy_sees_every_write_and_its_end_is_noticed", staged_server),
+    ("a_live_copy_that_is_served_is_not_staged_again", no_staging_under_a_server),
+];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -23,96 +33,13 @@ fn main() -> ExitCode {
         ["serve-then-die-slowly", model, socket] => serve_then_die_slowly(Path::new(model), Path::new(socket)),
         ["serve-staged", live] => serve_staged(Path::new(live)),
         ["train", socket] => train(Path::new(socket)),
-        rest => return run_tests(rest),
+        rest => return run_tests(rest, &TESTS),
     }
     ExitCode::SUCCESS
 }
 
-/// Runs the tests whose names contain a word of the command line, or all of them.
-fn run_tests(arguments: &[&str]) -> ExitCode {
-    let tests: [(&str, fn()); 7] = [
-        ("bytes_written_by_another_process_are_seen_by_the_exporter", bytes_are_shared),
-        ("a_killed_exporter_is_noticed_within_100_ms_by_its_pid", killed_exporter),
-        ("a_watch_sleeps_until_the_exporter_is_killed", watched_exporter),
-        ("a_process_that_is_dying_is_gone_before_it_is_dead", dying_exporter),
-        ("a_trainer_that_is_killed_gives_the_lease_back", killed_trainer),
-        ("a_server_of_a_live_copy_sees_every_write_and_its_end_is_noticed", staged_server),
-        ("a_live_copy_that_is_served_is_not_staged_again", no_staging_under_a_server),
-    ];
-    if arguments.contains(&"--list") {
-        tests.iter().for_each(|(name, _)| println!("{name}: test"));
-        return ExitCode::SUCCESS;
-    }
-    let words: Vec<&&str> = arguments.iter().filter(|argument| !argument.starts_with('-')).collect();
-    let mut failed = 0;
-    for (name, test) in
-        tests.iter().filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(**word)))
-    {
-        let passed = std::panic::catch_unwind(test).is_ok();
-        println!("test {name} ... {}", if passed { "ok" } else { "FAILED" });
-        failed += u32::from(!passed);
-    }
-    if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
-}
-
-/// Another process of this program, killed when dropped.
-struct Other {
-    child: Child,
-    input: ChildStdin,
-    output: BufReader<ChildStdout>,
-}
-
-impl Other {
-    /// Starts it and waits until it says that it is ready.
-    fn start(arguments: &[&Path]) -> Other {
-        let mut command = Command::new(std::env::current_exe().unwrap());
-        let mut child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-        let input = child.stdin.take().unwrap();
-        let output = BufReader::new(child.stdout.take().unwrap());
-        let mut other = Other { child, input, output };
-        assert_eq!(other.line(), "ready");
-        other
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.output.read_line(&mut line).unwrap();
-        line.trim_end().to_owned()
-    }
-
-    fn ask(&mut self, question: &str) -> String {
-        writeln!(self.input, "{question}").unwrap();
-        self.line()
-    }
-
-    fn kill(&mut self) {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        // It may have been killed by the test already.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Says that it is ready, then answers each line until there are no more.
-fn answer(mut reply: impl FnMut(&str) -> String) {
-    println!("ready");
-    for line in std::io::stdin().lines() {
-        println!("{}", reply(&line.unwrap()));
-    }
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 fn serve_export(model: &Path, socket: &Path) {
-    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors(), None).unwrap());
     let _handle = weights.serve(socket, Arc::new(())).unwrap();
     answer(|_| hex(&weights.find(NAME).unwrap().read()));
 }
@@ -120,7 +47,7 @@ fn serve_export(model: &Path, socket: &Path) {
 /// Exports, and a moment later ends its first thread alone: as of a large process that was killed, whose memory takes
 /// long to be taken down, its pidfd and its sockets say nothing.
 fn serve_then_die_slowly(model: &Path, socket: &Path) {
-    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors()).unwrap());
+    let weights = Arc::new(SharedWeights::load(model, &decoder(true).tensors(), None).unwrap());
     let _handle = weights.serve(socket, Arc::new(())).unwrap();
     std::thread::spawn(|| std::thread::sleep(Duration::from_secs(60)));
     println!("ready");
@@ -221,7 +148,7 @@ fn dying_exporter() {
 fn killed_trainer() {
     let (dir, model, expected) = model(true);
     let socket = dir.path().join("s");
-    let weights = Arc::new(SharedWeights::load(&model, &expected).unwrap());
+    let weights = Arc::new(SharedWeights::load(&model, &expected, None).unwrap());
     let handle = weights.serve(&socket, Arc::new(())).unwrap();
     let mut trainer = Other::start(&[Path::new("train"), &socket]);
     let refusal = Attachment::open(&Source::Socket(socket.clone()), &expected).unwrap_err().to_string();

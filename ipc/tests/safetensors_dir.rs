@@ -3,7 +3,7 @@
 mod common;
 
 use common::{bf16, content, decoder, model, write_sharded};
-use ipc::{Allocation, Error, Manifest, SafetensorsDir, SharedWeights};
+use ipc::{Error, Manifest, SafetensorsDir, SharedWeights};
 use proptest::prelude::*;
 use safetensors::SafeTensors;
 
@@ -185,7 +185,7 @@ fn manifest_text() -> String {
     static TEXT: std::sync::OnceLock<String> = std::sync::OnceLock::new();
     TEXT.get_or_init(|| {
         let (_dir, model, expected) = model(true);
-        let weights = SharedWeights::load(&model, &expected).unwrap();
+        let weights = SharedWeights::load(&model, &expected, None).unwrap();
         serde_json::to_string(weights.manifest()).unwrap()
     })
     .clone()

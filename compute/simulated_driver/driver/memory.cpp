@@ -369,3 +369,9 @@ EXPORT CUresult cuIpcCloseMemHandle(CUdeviceptr at) {
     state().allocations.erase(found);
     return CUDA_SUCCESS;
 }
+
+// For the libraries that come with the driver: whether all of the range is device memory.
+EXPORT int simulated_cuda_holds(const void* at, size_t size) {
+    std::lock_guard<std::recursive_mutex> guard(state().lock);
+    return find_allocation(at, size) != nullptr;
+}

@@ -312,3 +312,14 @@ EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
     if (error != CUDA_SUCCESS || other == nullptr) return error;
     return submit(stream, {NODE_HOST, "cuStreamWaitEvent", [other] { return drain(other); }});
 }
+
+// For the libraries that come with the driver: work that runs as a kernel does, and owns its data.
+EXPORT CUresult simulated_cuda_submit(CUstream stream, void (*run)(void*), void (*drop)(void*), void* data) {
+    std::shared_ptr<void> owned(data, drop);
+    CUresult error = of_stream("simulated_cuda_submit", stream, [](CUstream) { return CUDA_SUCCESS; });
+    if (error != CUDA_SUCCESS) return error;
+    return submit(stream, {NODE_KERNEL, "a library's kernel", [=] {
+                               run(owned.get());
+                               return CUDA_SUCCESS;
+                           }});
+}

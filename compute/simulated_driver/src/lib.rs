@@ -19,17 +19,26 @@ use std::ffi::CString;
 use std::path::Path;
 use std::sync::Once;
 
-/// Where the library lies, as `libcuda.so` and `libcuda.so.1`: for the `LD_LIBRARY_PATH` of child processes.
+/// Where the libraries lie: for the `LD_LIBRARY_PATH` of child processes. The driver is `libcuda.so` and
+/// `libcuda.so.1`; `libcublasLt.so.13`, to be loaded after it, multiplies matrices.
 pub fn library_dir() -> &'static Path {
     Path::new(env!("OUT_DIR"))
 }
 
-/// Loads the driver into this process, before anything looks for CUDA.
+/// Whether tests are to use the machine's driver instead: APOLLOD_TEST_DRIVER=real, on a machine with a GPU.
+pub fn real() -> bool {
+    std::env::var("APOLLOD_TEST_DRIVER").is_ok_and(|driver| driver == "real")
+}
+
+/// Loads the driver into this process, before anything looks for CUDA; not if tests are to use the machine's.
 ///
 /// # Panics
 /// If it cannot be loaded.
 pub fn load() {
     static LOADED: Once = Once::new();
+    if real() {
+        return;
+    }
     LOADED.call_once(|| {
         let path = library_dir().join("libcuda.so");
         let name = CString::new(path.to_str().expect("paths are UTF-8")).expect("paths have no NUL");

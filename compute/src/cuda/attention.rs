@@ -44,7 +44,7 @@ impl<'a> Cut<'a> {
         let query_tiles = (t * shape.heads / shape.kv_heads).div_ceil(TILE);
         let own_tiles = t.div_ceil(TILE);
         // As many parts as keep every multiprocessor busy once, and no more than there are tiles.
-        let busy = BLOCKS_AT_A_TIME * cuda.context.multiprocessors / (shape.kv_heads * d.div_ceil(columns));
+        let busy = BLOCKS_AT_A_TIME * cuda.multiprocessors() / (shape.kv_heads * d.div_ceil(columns));
         let parts = |blocks: usize, tiles: usize| (busy / blocks.max(1)).clamp(1, tiles.max(1));
         Cut {
             shape,

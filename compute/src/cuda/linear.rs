@@ -167,8 +167,7 @@ pub(super) fn linear_group(cuda: &Cuda, outputs: &mut [LinearOutput<Cuda>], x: &
     if t == 0 {
         return;
     }
-    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) =
-        outputs.iter().partition(|o| o.w.dtype() == Dtype::BF16);
+    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) = outputs.iter().partition(|o| o.w.dtype() == Dtype::BF16);
     for o in plain {
         let (m, n) = (o.w.rows(), o.w.cols());
         let bias = o.bias.map_or(0, Weight::ptr);

@@ -11,6 +11,7 @@ mod attention;
 mod blas;
 mod driver;
 mod graph;
+mod hash;
 mod launch;
 mod layers;
 mod linear;
@@ -20,6 +21,7 @@ mod weight;
 
 pub use driver::{DeviceName, OpenError};
 pub use graph::Graph;
+pub use hash::ReadAhead;
 pub use weight::Weight;
 
 use crate::{

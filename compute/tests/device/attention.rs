@@ -4,6 +4,7 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{F32, Random, assert_close, poison, wide};
 use crate::reference;
 use compute::{Attention, AttentionGrads, AttentionSaved, Past};
+use std::sync::Arc;
 
 on_every_device! {
     attention_agrees_with_its_definition,
@@ -133,7 +134,7 @@ struct Uploaded<D: Machine> {
 
 impl<D: Machine> Uploaded<D> {
     /// With out and lse as forward leaves them, poisoned before.
-    fn forward(device: &D, case: &Case, i: &Inputs) -> Uploaded<D> {
+    fn forward(device: &Arc<D>, case: &Case, i: &Inputs) -> Uploaded<D> {
         let [q, k, v, past_k, past_v] = [&i.q, &i.k, &i.v, &i.past_k, &i.past_v].map(|x| device.upload(x));
         let (out, lse) = (device.poisoned(case.queries()), device.poisoned(case.heads * case.t));
         let mut u = Uploaded { q, k, v, past_k, past_v, len: device.ids(&[case.past as u32]), out, lse };
@@ -143,12 +144,12 @@ impl<D: Machine> Uploaded<D> {
     }
 }
 
-fn forward<D: Machine>(device: &D, case: &Case, i: &Inputs) -> (Vec<f32>, Vec<f32>) {
+fn forward<D: Machine>(device: &Arc<D>, case: &Case, i: &Inputs) -> (Vec<f32>, Vec<f32>) {
     let u = Uploaded::forward(device, case, i);
     (device.download(&u.out), device.download(&u.lse))
 }
 
-fn attention_agrees_with_its_definition<D: Machine>(device: &D) {
+fn attention_agrees_with_its_definition<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("attention");
     for case in CASES {
         let i = case.inputs(&mut r);
@@ -159,7 +160,7 @@ fn attention_agrees_with_its_definition<D: Machine>(device: &D) {
     }
 }
 
-fn attention_with_scores_of_hundreds_stays_exact<D: Machine>(device: &D) {
+fn attention_with_scores_of_hundreds_stays_exact<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("scores");
     for case in [case(9, 20, 2, 1, 8, 0), case(3, 700, 4, 1, 8, 0)] {
         let mut i = case.inputs(&mut r);
@@ -173,7 +174,7 @@ fn attention_with_scores_of_hundreds_stays_exact<D: Machine>(device: &D) {
 }
 
 /// Room for many more rows than count, as when a recorded window is replayed over another context.
-fn attention_does_not_look_beyond_the_length<D: Machine>(device: &D) {
+fn attention_does_not_look_beyond_the_length<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("room");
     for case in [case(5, 0, 4, 2, 8, 0), case(5, 3, 4, 2, 8, 0), case(5, 130, 4, 2, 8, 30), case(70, 90, 2, 1, 16, 0)] {
         let i = case.inputs_with_room(&mut r, 3000);
@@ -192,7 +193,7 @@ fn attention_does_not_look_beyond_the_length<D: Machine>(device: &D) {
 }
 
 /// Gradients of sum(dout · out), outputs poisoned before.
-fn backward<D: Machine>(device: &D, case: &Case, i: &Inputs, dout: &[f32]) -> [Vec<f32>; 3] {
+fn backward<D: Machine>(device: &Arc<D>, case: &Case, i: &Inputs, dout: &[f32]) -> [Vec<f32>; 3] {
     let u = Uploaded::forward(device, case, i);
     let [mut dq, mut dk, mut dv] = [case.queries(), case.own(), case.own()].map(|n| device.poisoned(n));
     let past = Past { keys: &u.past_k, values: &u.past_v, len: &u.len };
@@ -203,7 +204,7 @@ fn backward<D: Machine>(device: &D, case: &Case, i: &Inputs, dout: &[f32]) -> [V
     [dq, dk, dv].map(|x| device.download(&x))
 }
 
-fn attention_backward_agrees_with_finite_differences<D: Machine>(device: &D) {
+fn attention_backward_agrees_with_finite_differences<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("attention_backward");
     for case in CASES {
         let i = case.inputs(&mut r);
@@ -238,7 +239,7 @@ fn attention_backward_agrees_with_finite_differences<D: Machine>(device: &D) {
 }
 
 /// A softmax over one key is constant, so q and k have no gradient at all: not rounding, 0.
-fn a_query_that_sees_one_key_gives_queries_and_keys_a_gradient_of_exactly_zero<D: Machine>(device: &D) {
+fn a_query_that_sees_one_key_gives_queries_and_keys_a_gradient_of_exactly_zero<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("one_key");
     for case in [case(1, 0, 6, 2, 5, 0), case(6, 3, 3, 1, 4, 1), case(1, 0, 2, 1, 128, 0)] {
         let i = case.inputs(&mut r);
@@ -250,7 +251,7 @@ fn a_query_that_sees_one_key_gives_queries_and_keys_a_gradient_of_exactly_zero<D
 }
 
 /// A window of a recorded size has rows beyond its last token; dout is 0 there.
-fn rows_of_padding_change_nothing_for_the_rows_before<D: Machine>(device: &D) {
+fn rows_of_padding_change_nothing_for_the_rows_before<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("attention padding");
     for (case, t) in [(case(8, 21, 4, 2, 8, 0), 5), (case(128, 9, 4, 1, 8, 30), 70)] {
         let (i, alone) = (case.inputs(&mut r), Case { t, ..case });

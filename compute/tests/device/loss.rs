@@ -4,6 +4,7 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{F32, Random, assert_close, wide};
 use crate::reference;
 use compute::NO_TARGET;
+use std::sync::Arc;
 
 on_every_device! {
     cross_entropy_agrees_with_the_definition_for_large_vocabularies,
@@ -14,13 +15,13 @@ on_every_device! {
 }
 
 /// (losses, gradients) of the device, losses poisoned before.
-fn run<D: Machine>(device: &D, logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
+fn run<D: Machine>(device: &Arc<D>, logits: &[f32], targets: &[u32], v: usize, scale: f32) -> (Vec<f32>, Vec<f32>) {
     let (mut losses, mut gradients) = (device.poisoned(targets.len()), device.upload(logits));
     device.cross_entropy(&mut losses, &mut gradients, &device.ids(targets), v, &device.upload(&[scale]));
     (device.download(&losses), device.download(&gradients))
 }
 
-fn cross_entropy_agrees_with_the_definition_for_large_vocabularies<D: Machine>(device: &D) {
+fn cross_entropy_agrees_with_the_definition_for_large_vocabularies<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("cross_entropy");
     for (t, v, size) in [(1, 1, 1.0), (3, 2, 1.0), (5, 1023, 10.0), (4, 1025, 0.01), (3, 151_936, 3.0)] {
         let logits: Vec<f32> = (0..t * v).map(|_| size * r.normal()).collect();
@@ -41,7 +42,7 @@ fn cross_entropy_agrees_with_the_definition_for_large_vocabularies<D: Machine>(d
     }
 }
 
-fn the_gradient_of_cross_entropy_agrees_with_finite_differences<D: Machine>(device: &D) {
+fn the_gradient_of_cross_entropy_agrees_with_finite_differences<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("cross_entropy differences");
     let (t, v) = (3, 29);
     let (logits, targets) = (r.normals(t * v), r.ids(t, v));
@@ -53,7 +54,7 @@ fn the_gradient_of_cross_entropy_agrees_with_finite_differences<D: Machine>(devi
     assert_close(&gradients, &reference::gradient(&wide(&logits), &all, mean), F32, "mean of the losses");
 }
 
-fn extreme_logits_give_finite_losses_and_gradients<D: Machine>(device: &D) {
+fn extreme_logits_give_finite_losses_and_gradients<D: Machine>(device: &Arc<D>) {
     let v = 2000;
     let mut r = Random::new("extreme");
     let base = r.normals(v);
@@ -82,7 +83,7 @@ fn extreme_logits_give_finite_losses_and_gradients<D: Machine>(device: &D) {
     assert_close(&gradients, &softmax, F32, "masked stretch");
 }
 
-fn a_logit_that_is_not_a_number_gives_a_loss_that_is_not_one<D: Machine>(device: &D) {
+fn a_logit_that_is_not_a_number_gives_a_loss_that_is_not_one<D: Machine>(device: &Arc<D>) {
     let mut logits = vec![0.5; 30_000];
     for at in [2500, 29_999] {
         let before = logits[at];
@@ -94,7 +95,7 @@ fn a_logit_that_is_not_a_number_gives_a_loss_that_is_not_one<D: Machine>(device:
     }
 }
 
-fn a_row_without_target_has_no_loss_and_no_gradient<D: Machine>(device: &D) {
+fn a_row_without_target_has_no_loss_and_no_gradient<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("padding");
     for v in [7, 20_001] {
         let mut logits = r.normals(4 * v);

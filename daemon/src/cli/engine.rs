@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 
+use crate::backend::DeviceChoice;
 use crate::engine::{self, Options};
 
 /// `apollod engine`
@@ -31,19 +32,22 @@ pub struct EngineArgs {
     /// Longest prompt and answer together, in tokens; the model may hold fewer.
     #[arg(long, default_value_t = 4096, value_name = "TOKENS")]
     max_tokens: usize,
-    /// Compute threads; 0 is one per core.
+    /// Where the weights lie: cpu, cuda, cuda:1, or a GPU's UUID.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceChoice,
+    /// Compute threads of the CPU; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
 }
 
 /// Serves until told to stop.
 pub fn run(args: EngineArgs) -> Result<ExitCode> {
-    let EngineArgs { model, socket, listen, max_tokens, threads } = args;
+    let EngineArgs { model, socket, listen, max_tokens, device, threads } = args;
     if !listen.ip().is_loopback() {
         anyhow::bail!("--listen {listen}: the embedded engine has no access control and stays on loopback");
     }
     super::need_tokenizer(&model)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(engine::run(Options { model, listen, socket, max_tokens, threads }))?;
+    runtime.block_on(engine::run(Options { model, listen, socket, max_tokens, device, threads }))?;
     Ok(ExitCode::SUCCESS)
 }

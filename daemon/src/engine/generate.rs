@@ -1,7 +1,6 @@
 //! Token by token: logits from the live weights, a choice, and text as soon as it is whole.
 
 use super::Engine;
-use compute::Device;
 use std::ops::ControlFlow;
 
 /// How the next token is chosen.
@@ -47,14 +46,14 @@ impl Engine {
     ) -> Answer {
         let model = self.model.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let room = self.max_tokens.saturating_sub(prompt.len()).min(sampling.max_tokens);
-        let mut cache = model.cache(prompt.len() + room);
+        let mut text = model.text(prompt.len() + room);
         let mut random = Random(sampling.seed, 0);
         let mut decoder = self.templates.decoder();
         let mut answer = Answer { text: String::new(), tokens: 0, finish: Finish::Length };
         let mut next = prompt.to_vec();
         while answer.tokens < room {
             let step = self.gate.step();
-            let logits = self.device.run(|| model.next_logits(&mut cache, &next));
+            let logits = text(&next);
             drop(step);
             let token = choose(logits, sampling, &mut random);
             answer.tokens += 1;

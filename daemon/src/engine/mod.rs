@@ -1,4 +1,4 @@
-//! The embedded engine: a small OpenAI-compatible server whose weights lie in shared memory.
+//! The embedded engine: a small OpenAI-compatible server whose weights lie in shared memory, or in a GPU's.
 //!
 //! It stands in for vLLM or `transformers serve` where neither is installed: the demo, tests, and a
 //! first try on any machine. It reads its weights on every token and never keeps a copy, so what a
@@ -8,10 +8,9 @@ mod api;
 mod gate;
 mod generate;
 
+use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
-use crate::weights;
 use anyhow::{Context, Result};
-use compute::{Cpu, Device};
 use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
 use std::net::SocketAddr;
@@ -32,14 +31,57 @@ pub struct Options {
     pub socket: PathBuf,
     /// Longest context and answer together, in tokens.
     pub max_tokens: usize,
-    /// Compute threads; 0 is one per core.
+    /// Where the weights lie.
+    pub device: DeviceChoice,
+    /// Compute threads of the CPU; 0 is one per core.
     pub threads: usize,
+}
+
+/// A model on some device.
+trait Network: Send {
+    /// Number of tokens.
+    fn vocab(&self) -> usize;
+    /// Of `ids[1..]`, each given those before it.
+    fn logprobs(&self, ids: &[u32]) -> Vec<f32>;
+    /// The start of a text of up to so many tokens: continued by each call, which gives the logits that follow.
+    fn text(&self, capacity: usize) -> Box<dyn FnMut(&[u32]) -> Vec<f32> + '_>;
+}
+
+impl<D: Backend> Network for Model<D> {
+    fn vocab(&self) -> usize {
+        self.config().decoder.vocab
+    }
+    fn logprobs(&self, ids: &[u32]) -> Vec<f32> {
+        let mut cache = self.cache(0);
+        self.device().run(|| Model::logprobs(self, &mut cache, ids))
+    }
+    fn text(&self, capacity: usize) -> Box<dyn FnMut(&[u32]) -> Vec<f32> + '_> {
+        let mut cache = self.cache(capacity);
+        Box::new(move |ids| self.device().run(|| self.next_logits(&mut cache, ids)))
+    }
+}
+
+/// Reads a model directory into memory that others can open, and makes the model of it.
+struct Load<'a> {
+    options: &'a Options,
+    config: Config,
+    max_tokens: usize,
+}
+
+impl OnDevice for Load<'_> {
+    type Output = Result<(Box<dyn Network>, Arc<SharedWeights>)>;
+
+    fn on<D: Backend>(self, device: Arc<D>) -> Self::Output {
+        let weights = SharedWeights::load(&self.options.model, &self.config.decoder.tensors(), device.gpu())?;
+        let weights = Arc::new(weights);
+        let model = Model::new(device.clone(), self.config, D::shared(&device, &weights), self.max_tokens);
+        Ok((Box::new(model), weights))
+    }
 }
 
 /// A loaded model that can answer.
 pub struct Engine {
-    device: Arc<Cpu>,
-    model: Mutex<Model<Cpu>>,
+    model: Mutex<Box<dyn Network>>,
     gate: gate::Gate,
     templates: Templates,
     name: String,
@@ -49,14 +91,12 @@ pub struct Engine {
 impl Engine {
     fn load(options: &Options) -> Result<(Engine, Arc<SharedWeights>)> {
         let config = Config::read(&options.model)?;
-        let weights = Arc::new(SharedWeights::load(&options.model, &config.decoder.tensors())?);
-        let device = Arc::new(Cpu::new(options.threads)?);
         let max_tokens = options.max_tokens.min(config.max_position_embeddings);
-        let model = Model::new(device.clone(), config, weights::shared(&weights), max_tokens);
+        let (model, weights) = options.device.run(options.threads, Load { options, config, max_tokens })?;
         let templates = Templates::load(&options.model, max_tokens)?;
         let name = options.model.file_name().map_or("model".into(), |n| n.to_string_lossy().into_owned());
         let (model, gate) = (Mutex::new(model), gate::Gate::default());
-        Ok((Engine { device, model, gate, templates, name, max_tokens }, weights))
+        Ok((Engine { model, gate, templates, name, max_tokens }, weights))
     }
 }
 
@@ -85,12 +125,11 @@ impl ipc::Engine for Engine {
 
     fn score(&self, ids: &[u32]) -> Result<Vec<f32>, String> {
         let model = self.model.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (vocab, most) = (model.config().decoder.vocab, self.max_tokens);
+        let (vocab, most) = (model.vocab(), self.max_tokens);
         if !(2..=most).contains(&ids.len()) || ids.iter().any(|&id| id as usize >= vocab) {
             return Err(format!("want 2 to {most} token ids below {vocab}"));
         }
-        let mut cache = model.cache(0);
-        Ok(self.device.run(|| model.logprobs(&mut cache, ids)))
+        Ok(model.logprobs(ids))
     }
 }
 

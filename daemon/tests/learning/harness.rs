@@ -56,10 +56,20 @@ impl Drop for Process {
 /// A directory with a copy of the demo model.
 pub struct Place {
     pub dir: tempfile::TempDir,
+    gpu: bool,
 }
 
 impl Place {
     pub fn new() -> Place {
+        Place::with(false)
+    }
+
+    /// Where the weights lie in a GPU's memory: the simulated driver's, or with APOLLOD_TEST_DRIVER=real the machine's.
+    pub fn on_a_gpu() -> Place {
+        Place::with(true)
+    }
+
+    fn with(gpu: bool) -> Place {
         let dir = tempfile::tempdir().unwrap();
         let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("../research/demo_model/model");
         std::fs::create_dir(dir.path().join("model")).unwrap();
@@ -67,7 +77,7 @@ impl Place {
             let path = entry.unwrap().path();
             std::fs::copy(&path, dir.path().join("model").join(path.file_name().unwrap())).unwrap();
         }
-        Place { dir }
+        Place { dir, gpu }
     }
 
     pub fn model(&self) -> PathBuf {
@@ -75,9 +85,18 @@ impl Place {
     }
 
     pub fn engine(&self) -> Process {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_apollod"));
-        command.arg("engine").arg(self.model()).arg("--socket").arg(self.dir.path().join("engine.sock"));
+        let mut command = self.apollod();
+        command.arg("engine").args(["--device", if self.gpu { "cuda" } else { "cpu" }]);
+        command.arg(self.model()).arg("--socket").arg(self.dir.path().join("engine.sock"));
         Process::start(command.args(["--listen", "127.0.0.1:0"]))
+    }
+
+    fn apollod(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_apollod"));
+        if self.gpu && !simulated_driver::real() {
+            command.env("LD_LIBRARY_PATH", simulated_driver::library_dir());
+        }
+        command
     }
 
     /// The daemon's command line: lr as in the demo, syncs only when asked.
@@ -86,7 +105,7 @@ impl Place {
     }
 
     fn command(&self, server: &str, settings: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_apollod"));
+        let mut command = self.apollod();
         command.arg("serve").env("APOLLOD_LOG", "warn");
         let model = format!("model.dir={}", self.model().display());
         let fixed = [&model, server, "http.listen=127.0.0.1:0", "train.lr=2e-4", "sync.schedule=0 0 1 1 *"];

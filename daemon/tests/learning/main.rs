@@ -2,6 +2,7 @@
 //! of them is killed.
 
 mod gguf;
+mod gpu;
 mod harness;
 
 use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};

@@ -156,7 +156,7 @@ fn said(place: &Place, want: &str) -> String {
 fn a_wrong_manifest_is_refused_by_name_and_every_byte_stays() {
     let place = Place::new();
     let config = model::Config::read(&place.model()).unwrap();
-    let weights = Arc::new(SharedWeights::load(&place.model(), &config.decoder.tensors()).unwrap());
+    let weights = Arc::new(SharedWeights::load(&place.model(), &config.decoder.tensors(), None).unwrap());
     let read = || (0..weights.len()).map(|i| weights.tensor(i).read()).collect::<Vec<_>>();
     let (before, good) = (read(), serde_json::to_value(weights.manifest()).unwrap());
     Manifest::parse(good.to_string().as_bytes()).unwrap();

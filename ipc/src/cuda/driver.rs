@@ -190,6 +190,35 @@ impl Entered {
         check("cuIpcCloseMemHandle", about, unsafe { sys::cuIpcCloseMemHandle(base) }.result())
     }
 
+    /// Takes memory of the device, content unspecified.
+    pub(super) fn allocate(&self, bytes: usize) -> Result<u64, Error> {
+        // SAFETY: whoever asks for it writes every byte before it is read; freed by `free`.
+        check("cuMemAlloc", &format!("{bytes} bytes"), unsafe { result::malloc_sync(bytes) })
+    }
+
+    /// Gives it back.
+    pub(super) fn free(&self, base: u64) -> Result<(), Error> {
+        // SAFETY: `base` came from `allocate`; the driver refuses anything else.
+        check("cuMemFree", "", unsafe { result::free_sync(base) })
+    }
+
+    /// Copies bytes to an address of the device, and waits for it.
+    ///
+    /// # Safety
+    /// There is an allocation of at least as many bytes.
+    pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        check("cuMemcpyHtoD", "", unsafe { result::memcpy_htod_sync(address, bytes) })
+    }
+
+    /// What another process opens an allocation by.
+    pub(super) fn handle(&self, base: u64) -> Result<[u8; 64], Error> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: handle is one that the call may fill; an address of nothing is an error of the call.
+        check("cuIpcGetMemHandle", "", unsafe { sys::cuIpcGetMemHandle(&raw mut handle, base) }.result())?;
+        Ok(handle.reserved.map(|byte| byte as u8))
+    }
+
     /// First byte and size of the allocation that an address lies in.
     pub(super) fn range_of(&self, address: u64, about: &str) -> Result<(u64, usize), Error> {
         let (mut base, mut bytes) = (0, 0);

@@ -23,7 +23,7 @@ mod driver;
 
 pub use driver::CudaError;
 
-use crate::Error;
+use crate::{Allocation, Error};
 use driver::Context;
 use std::fmt;
 use std::sync::Arc;
@@ -217,6 +217,55 @@ impl Drop for Opened {
     fn drop(&mut self) {
         // What cannot be closed stays open until the process ends, and nobody is here who could do better.
         let _ = self.context.enter().and_then(|entered| entered.close(self.base, &about(self.index)));
+    }
+}
+
+/// Memory of this process on a device, that another one can open.
+#[derive(Debug)]
+pub(crate) struct OwnMemory {
+    base: u64,
+    bytes: u64,
+    handle: [u8; 64],
+    device: CudaDevice,
+    context: Context,
+}
+
+impl OwnMemory {
+    /// Takes so many bytes on the device of this UUID.
+    pub(crate) fn allocate(uuid: &str, bytes: u64) -> Result<OwnMemory, Error> {
+        let device = CudaDevice::find(uuid)?;
+        let context = Context::retain(device.ordinal)?;
+        let entered = context.enter()?;
+        let base = entered.allocate(bytes as usize)?;
+        let handle = entered.handle(base).inspect_err(|_| drop(entered.free(base)))?;
+        drop(entered);
+        Ok(OwnMemory { base, bytes, handle, device, context })
+    }
+
+    /// Copies bytes to `at`, and waits for it.
+    pub(crate) fn write(&self, at: u64, bytes: &[u8]) -> Result<(), Error> {
+        let end = at.checked_add(bytes.len() as u64);
+        assert!(end.is_some_and(|end| end <= self.bytes), "{at}+{} outside {}", bytes.len(), self.bytes);
+        // SAFETY: checked above.
+        unsafe { self.context.enter()?.write(self.base + at, bytes) }
+    }
+
+    /// Where it begins.
+    pub(crate) fn base(&self) -> u64 {
+        self.base
+    }
+
+    /// As a manifest describes it.
+    pub(crate) fn described(&self) -> Allocation {
+        let handle = self.handle.iter().map(|byte| format!("{byte:02x}")).collect();
+        Allocation::CudaIpc { handle, bytes: self.bytes, device: self.device.uuid.clone() }
+    }
+}
+
+impl Drop for OwnMemory {
+    fn drop(&mut self) {
+        // What cannot be freed goes with the process, and nobody is here who could do better.
+        let _ = self.context.enter().and_then(|entered| entered.free(self.base));
     }
 }
 

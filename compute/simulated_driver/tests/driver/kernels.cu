@@ -28,7 +28,7 @@ extern "C" __global__ void test_shuffles(uint32_t* out) {
     out[n + lane] = __shfl_down_sync(ALL_LANES, lane, 3);
     out[2 * n + lane] = __shfl_up_sync(ALL_LANES, lane, 3);
     out[3 * n + lane] = __shfl_sync(ALL_LANES, lane, 9);
-    out[4 * n + lane] = __shfl_xor_sync(ALL_LANES, lane, 3, 8);
+    out[4 * n + lane] = __shfl_down_sync(ALL_LANES, lane, 3, 8);
     out[5 * n + lane] = __ballot_sync(ALL_LANES, lane % 3 == 0);
     out[6 * n + lane] = lane < 8 ? __shfl_sync(0x000000FF, lane, 2) : __shfl_sync(0xFFFFFF00, lane, 10);
 }
