@@ -117,7 +117,7 @@ union Stage {
         float a[DEPTH][PITCH];
         float b[DEPTH][PITCH];
     };
-    float rows[TILE * 64];
+    float rows[TILE * 32];
 };
 
 // Where a thread stands: its four output rows and four output columns, and what it stages for a product.
@@ -160,7 +160,7 @@ __device__ void product(float (&c)[4][4], const float* a, const float* b, const 
         __syncthreads();
         next_a = fetch<VECTOR>(a, at + DEPTH + me.depth, s.d);
         next_b = fetch<VECTOR>(b, at + DEPTH + me.depth, s.d);
-#pragma unroll 4
+#pragma unroll 2
         for (int k = 0; k < DEPTH; k++) {
             const float4 x = *reinterpret_cast<const float4*>(&shared.a[k][me.row]);
             const float4 y = *reinterpret_cast<const float4*>(&shared.b[k][me.column]);
@@ -191,9 +191,9 @@ template <int COLUMNS, bool VECTOR, class Rows>
 __device__ void mix(Sums<COLUMNS>& sums, const float (*weights)[PITCH], const Rows& rows, int first, int count, int column,
                     const Shape& s, Stage& shared, const Place& me) {
     // Rows in shared memory at a time, and quads of columns in one.
-    constexpr int CHUNK = TILE * 64 / COLUMNS, QUADS = COLUMNS / 4;
+    constexpr int CHUNK = TILE * 32 / COLUMNS, QUADS = COLUMNS / 4;
     constexpr int EACH = CHUNK * QUADS / THREADS;
-    static_assert(CHUNK * COLUMNS == TILE * 64, "the rows fill the stage");
+    static_assert(CHUNK * COLUMNS == TILE * 32, "the rows fill the stage");
     float(*staged)[COLUMNS] = reinterpret_cast<float(*)[COLUMNS]>(shared.rows);
     const int quad = threadIdx.x % QUADS, lead = threadIdx.x / QUADS;
     float4 next[EACH];
@@ -347,6 +347,7 @@ __device__ void load_rowwise(Rowwise& into, const float* lse, const QueryRows& d
     float sum = 0.f;
     if (row < dout.rows) {
         const float *a = dout.row(row), *b = out.row(row);
+#pragma unroll 1
         for (int at = threadIdx.x % 4 * 4; at < s.d; at += 16) {
             const float4 x = fetch<VECTOR>(a, at, s.d), y = fetch<VECTOR>(b, at, s.d);
             sum = fmaf(x.x, y.x, fmaf(x.y, y.y, fmaf(x.z, y.z, fmaf(x.w, y.w, sum))));
@@ -408,7 +409,7 @@ __device__ void backward_queries(float* dq, float* dq_of_splits, const Saved& sa
 // transposed here, a thread's rows are keys.
 template <bool VECTOR>
 __device__ void backward_keys(float* dk, float* dv, const Saved& saved, int tile, int split, int splits, int column,
-                              const Shape& s, Stage& shared, float (*weights)[PITCH], Rowwise& rowwise) {
+                              const Shape& s, Stage& shared, float (*weights)[PITCH], float (*slopes)[PITCH], Rowwise& rowwise) {
     const Place me;
     const int kv_head = blockIdx.y;
     const Span rows = queries_of(tile, s).part(split, splits);
@@ -420,33 +421,25 @@ __device__ void backward_keys(float* dk, float* dv, const Saved& saved, int tile
     clear<OWN_COLUMNS>(dv_sums);
     for (int first = rows.first; first < rows.end; first += TILE) {
         const int count = min(TILE, rows.end - first);
+        // Whoever read those of the tile before has passed the barriers of its mix.
+        load_rowwise<VECTOR>(rowwise, saved.lse, dout, out, kv_head, first, s);
         float c[4][4], dp[4][4];
         product<VECTOR>(c, key_rows.row(s.len + tile * TILE + me.staged), queries.row(first + me.staged), s, shared, me);
-        // The last readers of the tile before stand before the product's barriers.
-        load_rowwise<VECTOR>(rowwise, saved.lse, dout, out, kv_head, first, s);
         product<VECTOR>(dp, value_rows.row(s.len + tile * TILE + me.staged), dout.row(first + me.staged), s, shared, me);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const int at = me.column + j, query = (first + at) / s.group();
+            const float scale = s.sees_one(query) ? 0.f : s.scale;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const bool counts = at < count && s.sees(query, s.len + tile * TILE + me.row + i);
                 const float p = counts ? expf(c[i][j] * s.scale - rowwise.lse[at]) : 0.f;
-                c[i][j] = p;
-                dp[i][j] = s.sees_one(query) ? 0.f : p * (dp[i][j] - rowwise.delta[at]) * s.scale;
+                weights[me.row + i][at] = p;
+                slopes[me.row + i][at] = p * (dp[i][j] - rowwise.delta[at]) * scale;
             }
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            *reinterpret_cast<float4*>(&weights[me.row + i][me.column]) = make_float4(c[i][0], c[i][1], c[i][2], c[i][3]);
-        }
         mix<OWN_COLUMNS, VECTOR>(dv_sums, weights, dout, first, count, column, s, shared, me);
-        __syncthreads();
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            *reinterpret_cast<float4*>(&weights[me.row + i][me.column]) = make_float4(dp[i][0], dp[i][1], dp[i][2], dp[i][3]);
-        }
-        mix<OWN_COLUMNS, VECTOR>(dk_sums, weights, queries, first, count, column, s, shared, me);
+        mix<OWN_COLUMNS, VECTOR>(dk_sums, slopes, queries, first, count, column, s, shared, me);
     }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -463,7 +456,7 @@ template <int COLUMNS, bool VECTOR>
 __device__ void backward(float* dq, float* dk, float* dv, float* dq_of_splits, float* dk_of_splits, float* dv_of_splits,
                          const Saved& saved, int key_splits, int query_splits, const Shape& s) {
     __align__(16) __shared__ Stage shared;
-    __align__(16) __shared__ float weights[TILE][PITCH];
+    __align__(16) __shared__ float weights[TILE][PITCH], slopes[TILE][PITCH];
     __shared__ Rowwise rowwise;
     const int query_blocks = (s.rows() + TILE - 1) / TILE * key_splits;
     const int block = blockIdx.x;
@@ -476,7 +469,7 @@ __device__ void backward(float* dq, float* dk, float* dv, float* dq_of_splits, f
     const int own = (block - query_blocks) / PIECES, piece = (block - query_blocks) % PIECES;
     const bool whole = query_splits == 1;
     backward_keys<VECTOR>(whole ? dk : dk_of_splits, whole ? dv : dv_of_splits, saved, own / query_splits, own % query_splits,
-                  query_splits, blockIdx.z * COLUMNS + piece * OWN_COLUMNS, s, shared, weights, rowwise);
+                  query_splits, blockIdx.z * COLUMNS + piece * OWN_COLUMNS, s, shared, weights, slopes, rowwise);
 }
 
 // sum over parts 0..count of parts[part·size + at], in order.

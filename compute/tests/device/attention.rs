@@ -31,7 +31,7 @@ const fn case(t: usize, past: usize, heads: usize, kv_heads: usize, head_dim: us
 }
 
 /// A window of 0 stands for none.
-const CASES: [Case; 26] = [
+const CASES: [Case; 31] = [
     case(1, 0, 1, 1, 1, 0),
     case(1, 5, 2, 1, 6, 0),
     case(7, 0, 6, 2, 5, 0),
@@ -65,6 +65,12 @@ const CASES: [Case; 26] = [
     case(33, 31, 2, 1, 70, 0),
     // As many keys and queries as whole tiles.
     case(64, 64, 2, 1, 20, 0),
+    // So many heads that a GPU has work without cutting the keys finely, or at all: several tiles in a row.
+    case(3, 200, 140, 140, 4, 0),
+    case(5, 400, 100, 100, 4, 150),
+    case(2, 150, 140, 140, 72, 0),
+    case(130, 5, 70, 70, 4, 0),
+    case(130, 5, 70, 70, 4, 40),
 ];
 
 #[derive(Clone)]
