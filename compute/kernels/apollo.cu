@@ -37,8 +37,8 @@ struct ApolloTask {
     __device__ bool rows() const { return m >= n; }
     __device__ uint32_t channels() const { return rows() ? m : n; }
     __device__ uint32_t dim() const { return rows() ? n : m; }
-    __device__ const float* big() const { return rows() ? dy : x; }
-    __device__ const float* small() const { return rows() ? x : dy; }
+    __device__ const float* big() const { return as_global(rows() ? dy : x); }
+    __device__ const float* small() const { return as_global(rows() ? x : dy); }
 };
 
 // Slots of `norms`, as compute/src/lib.rs numbers them.
@@ -55,7 +55,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_project(
     const ApolloTask& task = tasks[which];
     const uint32_t t = task.t, rank = task.rank, dim = task.dim();
     const float* const small = task.small();
-    const float* const p = task.projection;
+    const float* const p = as_global(task.projection);
     const uint32_t across = (rank + PROJECT_RANKS - 1) / PROJECT_RANKS;
     const uint32_t row0 = tile / across * PROJECT_ROWS, rank0 = tile % across * PROJECT_RANKS;
     const uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -100,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_project(
 #pragma unroll
         for (uint32_t j = 0; j < 4; j++) {
             const uint32_t row = row0 + 2 * ty + i, column = rank0 + 4 * tx + j;
-            if (row < t && column < rank) task.q[static_cast<size_t>(row) * rank + column] = sum[i][j];
+            if (row < t && column < rank) as_global(task.q)[static_cast<size_t>(row) * rank + column] = sum[i][j];
         }
     }
 }
@@ -152,8 +152,8 @@ __device__ __forceinline__ void apollo_channels(const ApolloTask* tasks, const u
         for (uint32_t i = 0; i < OWN; i++) {
             const size_t row = static_cast<size_t>(own0 + i) * rank;
             const uint32_t end = own0 + i < channels ? rank : 0;
-            exp_avg[i] = load4(task.exp_avg + row, at, end, aligned);
-            exp_avg_sq[i] = load4(task.exp_avg_sq + row, at, end, aligned);
+            exp_avg[i] = load4(as_global(task.exp_avg) + row, at, end, aligned);
+            exp_avg_sq[i] = load4(as_global(task.exp_avg_sq) + row, at, end, aligned);
         }
         float r[OWN][4] = {};
         for (uint32_t row0 = 0; row0 < t; row0 += ROWS) {
@@ -161,7 +161,7 @@ __device__ __forceinline__ void apollo_channels(const ApolloTask* tasks, const u
             __syncthreads();
             for (uint32_t row = warp; row < rows; row += blockDim.x / 32) {
                 const size_t of = row0 + row;
-                *reinterpret_cast<float4*>(&q[row][4 * lane]) = load4(task.q + of * rank, at, rank, aligned);
+                *reinterpret_cast<float4*>(&q[row][4 * lane]) = load4(as_global(task.q) + of * rank, at, rank, aligned);
                 big[row][lane] = channel0 + lane < channels ? from_big[of * channels + channel0 + lane] : 0.0f;
             }
             __syncthreads();
@@ -195,8 +195,8 @@ __device__ __forceinline__ void apollo_channels(const ApolloTask* tasks, const u
             if constexpr (COMMIT) {
                 const size_t row = static_cast<size_t>(own0 + i) * rank;
                 const uint32_t end = own0 + i < channels ? rank : 0;
-                store4(task.exp_avg + row, at, end, aligned, make_float4(m[0], m[1], m[2], m[3]));
-                store4(task.exp_avg_sq + row, at, end, aligned, make_float4(v[0], v[1], v[2], v[3]));
+                store4(as_global(task.exp_avg) + row, at, end, aligned, make_float4(m[0], m[1], m[2], m[3]));
+                store4(as_global(task.exp_avg_sq) + row, at, end, aligned, make_float4(v[0], v[1], v[2], v[3]));
             }
         }
     }
@@ -315,7 +315,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_norm(const ApolloTask* 
         if ((row + 1) * (row + 2) / 2 <= pair) row++;
         const double twice = pair == row * (row + 1) / 2 + row ? 1.0 : 2.0;
         for (uint32_t e = threadIdx.x; e < GRAM * GRAM; e += blockDim.x) {
-            const double* at = task.grams + static_cast<size_t>(pair) * GRAM * GRAM + e;
+            const double* at = as_global(task.grams) + static_cast<size_t>(pair) * GRAM * GRAM + e;
             double a = 0.0, b = 0.0;
             for (uint32_t c = 0; c < chunks_big; c++, at += per_chunk) a += *at;
             for (uint32_t c = 0; c < chunks_small; c++, at += per_chunk) b += *at;
@@ -437,11 +437,11 @@ __device__ __forceinline__ void apollo_write(const ApolloTask* tasks, const uint
         if (task.per_tensor) factor[r] *= task.s[0];
         else if (!by_column && inside[r]) factor[r] *= task.s[row + 8 * r];
     }
-    uint16_t* w_at = static_cast<uint16_t*>(task.w) + static_cast<size_t>(row) * n + column0 + 4 * q;
+    uint16_t* w_at = as_global(static_cast<uint16_t*>(task.w)) + static_cast<size_t>(row) * n + column0 + 4 * q;
     // Of the first lane of 16 in the row's first group; a group has 16, and so has each of the 8 rows n / 128 times.
     uint64_t block0 = (static_cast<uint64_t>(row) * n + column0) / 8 + 4 * q;
 
-    if (t <= FACTOR_ROWS) stage_factor(dy, task.dy, t, task.m, 0, row0);
+    if (t <= FACTOR_ROWS) stage_factor(dy, as_global(task.dy), t, task.m, 0, row0);
     const uint32_t end = min(n, column0 + WRITE_GROUPS * 128);
     for (uint32_t column = column0; column < end; column += 128, w_at += 128, block0 += 16) {
         uint2 w[2][8];
@@ -455,7 +455,7 @@ __device__ __forceinline__ void apollo_write(const ApolloTask* tasks, const uint
         }
         if (t <= FACTOR_ROWS) {
             __syncthreads();
-            stage_factor(x, task.x, t, n, 0, column);
+            stage_factor(x, as_global(task.x), t, n, 0, column);
             __syncthreads();
         }
 #pragma unroll
@@ -464,8 +464,8 @@ __device__ __forceinline__ void apollo_write(const ApolloTask* tasks, const uint
             for (uint32_t top = 0; top < t; top += FACTOR_ROWS) {
                 if (t > FACTOR_ROWS) {
                     __syncthreads();
-                    stage_factor(dy, task.dy, t, task.m, top, row0);
-                    stage_factor(x, task.x, t, n, top, column);
+                    stage_factor(dy, as_global(task.dy), t, task.m, top, row0);
+                    stage_factor(x, as_global(task.x), t, n, top, column);
                     __syncthreads();
                 }
                 const uint32_t steps = t - top > 16 ? 2 : 1;
@@ -485,7 +485,7 @@ __device__ __forceinline__ void apollo_write(const ApolloTask* tasks, const uint
                 }
             }
             if (by_column) {
-                const float* const s = task.s + column + 4 * q + 2 * pass;
+                const float* const s = as_global(task.s) + column + 4 * q + 2 * pass;
 #pragma unroll
                 for (uint32_t h = 0; h < 8; h++) {
                     const float2 both = *reinterpret_cast<const float2*>(s + 16 * h);
@@ -533,7 +533,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_write_any(
     const uint32_t m = task.m, n = task.n, across = (n + FORMED - 1) / FORMED;
     const uint32_t row0 = tile / across * FORMED, column0 = tile % across * FORMED;
     float g[4][4];
-    form_tile(g, task.x, task.dy, task.t, m, n, row0, column0);
+    form_tile(g, as_global(task.x), as_global(task.dy), task.t, m, n, row0, column0);
     const float step = task.step * task.norms[NORM_FACTOR], keep = task.keep;
     const bool rows = task.rows();
 #pragma unroll

@@ -103,6 +103,16 @@ __device__ __forceinline__ void load8(float (&v)[8], const float* at) {
 
 __device__ __forceinline__ bool aligned16(const void* at) { return (reinterpret_cast<uintptr_t>(at) & 15) == 0; }
 
+// The same pointer, known to point to global memory: one that comes out of a struct is generic to the compiler, whose
+// accesses through it then keep their order with those of shared memory.
+template <typename T>
+__device__ __forceinline__ T* as_global(T* at) {
+#ifdef __CUDA_ARCH__
+    __builtin_assume(__isGlobal(at));
+#endif
+    return at;
+}
+
 // --- Reductions: the order of the additions is fixed, so a result is the same on every run ---
 
 // The sum over the warp, in every lane.

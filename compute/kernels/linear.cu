@@ -118,8 +118,8 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     // Rows of W beyond the outputs are not read: the last one stands for them, and its results are dropped.
     const uint32_t output = min(first + (FORWARD ? g : 4 * g), outputs - (FORWARD || !VECTOR ? 1 : 4));
     const uint32_t output8 = min(first + g + 8, outputs - 1);
-    const uint16_t* const row = own.w + static_cast<size_t>(output) * n;
-    const uint16_t* const row8 = own.w + static_cast<size_t>(output8) * n;
+    const uint16_t* const row = as_global(own.w + static_cast<size_t>(output) * n);
+    const uint16_t* const row8 = as_global(own.w + static_cast<size_t>(output8) * n);
 
     uint32_t w[DEPTH][16];
     float acc[TILES][NT][4];
@@ -144,7 +144,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
         } else {
             const Product p = product_at(group, c);
             const uint32_t k = (c - p.first) * CHUNK + 8 * q;
-            const uint16_t* const from = p.w + static_cast<size_t>(k) * n;
+            const uint16_t* const from = as_global(p.w + static_cast<size_t>(k) * n);
 #pragma unroll
             for (uint32_t r = 0; r < 8; r++) {
                 const uint16_t* const line = from + static_cast<size_t>(r) * n;
@@ -195,11 +195,11 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
             uint2 four = make_uint2(0, 0);
             if (token < t) {
                 if (FORWARD) {
-                    four = four_bf16(own.in + static_cast<size_t>(token) * n, c * CHUNK + at, n, n % 4 == 0);
+                    four = four_bf16(as_global(own.in) + static_cast<size_t>(token) * n, c * CHUNK + at, n, n % 4 == 0);
                 } else {
                     const Product p = product_at(group, c + at / CHUNK);
                     const uint32_t k = (c - p.first) * CHUNK + at;
-                    four = four_bf16(p.in + static_cast<size_t>(token) * p.m, k, p.m, p.m % 4 == 0);
+                    four = four_bf16(as_global(p.in) + static_cast<size_t>(token) * p.m, k, p.m, p.m % 4 == 0);
                 }
             }
             *reinterpret_cast<uint2*>(staged + token * ROW + at) = four;
@@ -267,20 +267,21 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     }
     if (wk != 0) return;
 
+    float* const all_out = as_global(own.out);
     if constexpr (FORWARD) {
         float b[2] = {0.0f, 0.0f};
         if (own.bias) b[0] = widen(own.bias[output]), b[1] = widen(own.bias[output8]);
 #pragma unroll
         for (int v = 0; v < 4 * NT; v++) {
             const uint32_t token = v / 4 * 8 + 2 * q + v % 2, to = first + g + (v % 4 < 2 ? 0 : 8);
-            if (token < t && to < outputs) own.out[static_cast<size_t>(token) * outputs + to] = acc[0][v / 4][v % 4] + b[v % 4 / 2];
+            if (token < t && to < outputs) all_out[static_cast<size_t>(token) * outputs + to] = acc[0][v / 4][v % 4] + b[v % 4 / 2];
         }
     } else {
 #pragma unroll
         for (int v = 0; v < 2 * NT; v++) {
             const uint32_t token = v / 2 * 8 + 2 * q + v % 2, to = first + 4 * g;
             if (token >= t) continue;
-            float* const out = own.out + static_cast<size_t>(token) * n + to;
+            float* const out = all_out + static_cast<size_t>(token) * n + to;
             const int j = v / 2, b = v % 2;
             float4 sum = make_float4(acc[0][j][b], acc[0][j][2 + b], acc[1][j][b], acc[1][j][2 + b]);
             if (VECTOR) {

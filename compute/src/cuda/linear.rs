@@ -17,6 +17,8 @@ const SKINNY: usize = 64;
 const GROUP: usize = 4;
 /// Tiles that may be shared by blocks: one counter each.
 const SHARED_TILES: usize = 4096;
+/// Blocks that may share a tile.
+const SPLITS_MAX: usize = 32;
 /// Elements of k that a block stages for one token, times groups of 8 tokens.
 const STAGED: usize = 2048;
 
@@ -123,8 +125,9 @@ impl Plan {
 ///
 /// A stream of W wants every multiprocessor busy to the end, which more and smaller shares give; smaller tiles read the
 /// activations more often, and shared tiles cost the writing and reading of partial sums, the last of them by one block
-/// alone. Costs are in bytes that a multiprocessor moves in its share of the memory's bandwidth; from the caches it gets
-/// about twice that, and a block's start and the handing over of a tile take about as long as 24 KiB.
+/// alone. Costs are in bytes that a multiprocessor moves in its share of the memory's bandwidth: from the caches it gets
+/// about twice that, while others are idle a quarter more, and a block's start and the handing over of a tile take about
+/// as long as 24 KiB. These are estimates; a benchmark may move them.
 fn plan(direction: Direction, outputs: &[usize], chunks: usize, groups: usize, processors: usize) -> Plan {
     const LATENCY: f64 = 24576.0;
     let threads = if groups > 4 { 256 } else { 512 };
@@ -133,17 +136,17 @@ fn plan(direction: Direction, outputs: &[usize], chunks: usize, groups: usize, p
         let plan = Plan { threads, warps_k, splits: 1, tiles: 0 };
         let width = plan.width(direction);
         let tiles: usize = outputs.iter().map(|m| m.div_ceil(width)).sum();
-        let most = if tiles > SHARED_TILES { 1 } else { chunks.div_ceil(warps_k).min(16) };
+        let most = if tiles > SHARED_TILES { 1 } else { chunks.div_ceil(warps_k).min(SPLITS_MAX) };
         for splits in 1..=most {
             let k = chunks.div_ceil(splits) * direction.chunk();
             let (weights, activations) = ((2 * k * width) as f64, (32 * k * groups) as f64);
             let partial = if splits > 1 { (32 * width * groups) as f64 } else { 0.0 };
             let blocks = tiles * splits;
             let share = blocks as f64 / processors as f64;
-            let streamed = share * (weights + 0.5 * (activations + partial));
-            let busiest = blocks.div_ceil(processors) as f64 * (0.5 * (weights + activations + partial) + LATENCY);
+            let moved = weights + 0.5 * (activations + partial);
+            let busiest = blocks.div_ceil(processors) as f64 * (0.8 * moved + LATENCY);
             let handing_over = if splits > 1 { LATENCY + splits as f64 * partial / 3.0 } else { 0.0 };
-            let cost = streamed.max(busiest) + handing_over;
+            let cost = (share * moved).max(busiest) + handing_over;
             if best.is_none_or(|(least, _)| cost < least) {
                 best = Some((cost, Plan { splits, tiles, ..plan }));
             }
@@ -164,8 +167,7 @@ pub(super) fn linear_group(cuda: &Cuda, outputs: &mut [LinearOutput<Cuda>], x: &
     if t == 0 {
         return;
     }
-    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) =
-        outputs.iter().map(|o| &*o).partition(|o| o.w.dtype() == Dtype::BF16);
+    let (skinny, plain): (Vec<&LinearOutput<Cuda>>, _) = outputs.iter().partition(|o| o.w.dtype() == Dtype::BF16);
     for o in plain {
         let (m, n) = (o.w.rows(), o.w.cols());
         let bias = o.bias.map_or(0, Weight::ptr);

@@ -10,6 +10,7 @@ mod linear;
 mod loss;
 mod machine;
 mod optimizer;
+mod parity;
 mod random;
 mod reference;
 mod row_order;

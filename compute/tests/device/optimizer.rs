@@ -1,18 +1,24 @@
 //! APOLLO and AdamW on factors against f64 implementations that form the gradient.
 
-use crate::machine::Machine;
+use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, Random, assert_close, wide};
 use crate::reference;
 use compute::{
-    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments,
-    NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write, cpu::Weight,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Dtype, Factors, Limiter, Moments, NORM_FACTOR,
+    NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write,
 };
+use std::sync::Arc;
+
+on_every_device! {
+    the_factored_step_equals_the_step_on_the_formed_gradient,
+    the_limiter_divides_growth_and_remembers_no_less_than_its_floor,
+    adamw_on_factors_is_adamw_on_the_formed_gradient,
+    adamw_on_rows_touches_the_rows_and_slots_that_it_names,
+    a_step_on_16_bit_weights_is_right_on_average,
+    an_overflow_shows_in_the_norm_of_the_update,
+}
 
 const MOMENTS: Moments = Moments { beta1: 0.9, beta2: 0.99, eps: 1e-6 };
-
-fn cpu() -> Cpu {
-    Cpu::new(2).expect("two threads")
-}
 
 /// APOLLO, arXiv:2412.05270, Algorithm 1, on a gradient that is formed.
 struct Direct {
@@ -113,14 +119,12 @@ fn cases() -> Vec<Case> {
     shapes.into_iter().flat_map(each).collect()
 }
 
-#[test]
-fn the_factored_step_equals_the_step_on_the_formed_gradient() {
+fn the_factored_step_equals_the_step_on_the_formed_gradient<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("apollo");
-    let device = cpu();
     let grams = cases().iter().filter(|c| c.uses_gram()).count();
     assert!(grams >= 8 && cases().len() - grams >= 8, "{grams} Gram cases: both branches must be covered");
     for case in cases() {
-        device.run(|| follow(&device, &case, &mut r));
+        device.run(|| follow(device, &case, &mut r));
     }
 }
 
@@ -133,27 +137,28 @@ fn distance(x: &[f64], y: &[f64]) -> f64 {
 }
 
 /// Five steps, gradients of very different sizes; every quantity after every step.
-fn follow(device: &Cpu, case: &Case, r: &mut Random) {
+fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
     let Case { m, n, rank, t, scale_type } = *case;
     let (channels, d) = (m.max(n), m.min(n));
     let limiter = Limiter { growth: Some(1.01), floor: 0.2, expected: ((rank * channels) as f32).sqrt() };
-    let (w, mut w64) = r.weight(&Cpu::start(), Dtype::F32, m, n, 1.0);
+    let (w, mut w64) = r.weight(device, Dtype::F32, m, n, 1.0);
     let mut p = device.zeros(rank * d);
     device.normal_projection(&mut p, rank, d, Stream::projection(r.next(), 0, d));
     let mut direct = Direct { m: vec![0.0; rank * channels], v: vec![0.0; rank * channels], previous: 0.0 };
     // The norms of this tensor lie behind those of another, which must stay.
-    let (mut norms, at) = (vec![3.0; 2 * NORM_SLOTS], NORM_SLOTS);
-    norms[at + NORM_PREVIOUS] = 0.0;
+    let (mut norms, at) = (device.upload(&[3.0; 2 * NORM_SLOTS]), NORM_SLOTS);
+    device.write(&mut norms, at + NORM_PREVIOUS, &[0.0]);
     let (mut exp_avg, mut exp_avg_sq) = (device.zeros(rank * channels), device.zeros(rank * channels));
     let (step, decay) = (0.05f32, 0.003f32);
     for (i, size) in [1.0f32, 30.0, 0.01, 5.0, 5.0].into_iter().enumerate() {
         let what = format!("{case:?} step {i}");
         let x = r.normals(t * n);
         let dy: Vec<f32> = (0..t * m).map(|_| size * r.normal()).collect();
-        let f = Factors { x: &x, dy: &dy, t, m, n };
+        let (x_buffer, dy_buffer) = (device.upload(&x), device.upload(&dy));
+        let f = Factors { x: &x_buffer, dy: &dy_buffer, t, m, n };
         let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
-        let mut s = vec![f32::NAN; channels];
-        let state = (exp_avg.clone(), exp_avg_sq.clone(), w.values());
+        let mut s = device.poisoned(channels);
+        let state = (device.download(&exp_avg), device.download(&exp_avg_sq), device.weight_values(&w));
         device.apollo_prepare(
             &mut norms,
             &mut [ApolloPrepare {
@@ -166,17 +171,20 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
             }],
         );
         device.limit(&mut norms, &[(at, limiter)]);
-        assert!(state == (exp_avg.clone(), exp_avg_sq.clone(), w.values()), "{what}: prepare wrote");
+        let after = (device.download(&exp_avg), device.download(&exp_avg_sq), device.weight_values(&w));
+        assert!(state == after, "{what}: prepare wrote");
+        let (values, slots) = (device.download(&s), device.download(&norms));
 
         let previous = direct.previous;
-        let want = direct.step(&reference::outer(&wide(&dy), &wide(&x), t, m, n), &wide(&p), case, &limiter);
+        let want =
+            direct.step(&reference::outer(&wide(&dy), &wide(&x), t, m, n), &wide(&device.download(&p)), case, &limiter);
         let used = if scale_type == ScaleType::Tensor { 1 } else { channels };
         // 1e-4 of the whole, here and for the distance moved: s divides by the norm of a channel's r
         // values and N by each of them, sums of d·t terms of which a few cancel to nothing.
-        let error = distance(&wide(&s[..used]), &want.s[..used]);
+        let error = distance(&wide(&values[..used]), &want.s[..used]);
         assert!(error <= 1e-4 * norm(&want.s[..used]), "{what}: s is off by {error}");
         let near = |slot: usize, want: f64, name: &str| {
-            let got = norms[at + slot] as f64;
+            let got = slots[at + slot] as f64;
             assert!((got - want).abs() <= 3e-5 * want, "{what} {name}: {got} want {want}");
         };
         near(NORM_PREVIOUS, previous, "stored norm before");
@@ -197,27 +205,27 @@ fn follow(device: &Cpu, case: &Case, r: &mut Random) {
                 write,
             }],
         );
-        assert_eq!(norms[at + NORM_PREVIOUS], norms[at + NORM_NEXT], "{what}: stored norm");
-        assert_eq!(norms[..at], [3.0; NORM_SLOTS], "{what}: another tensor's norms");
-        assert_close(&exp_avg, &direct.m, 3e-5, &format!("{what} exp_avg"));
-        assert_close(&exp_avg_sq, &direct.v, 3e-5, &format!("{what} exp_avg_sq"));
+        let slots = device.download(&norms);
+        assert_eq!(slots[at + NORM_PREVIOUS], slots[at + NORM_NEXT], "{what}: stored norm");
+        assert_eq!(slots[..at], [3.0; NORM_SLOTS], "{what}: another tensor's norms");
+        assert_close(&device.download(&exp_avg), &direct.m, 3e-5, &format!("{what} exp_avg"));
+        assert_close(&device.download(&exp_avg_sq), &direct.v, 3e-5, &format!("{what} exp_avg_sq"));
         let before = w64.clone();
         w64.iter_mut().zip(&want.update).for_each(|(w, u)| *w = (*w - step as f64 * u) * (1.0 - decay as f64));
-        let (moved, error) = (distance(&w64, &before), distance(&wide(&w.values()), &w64));
+        let (moved, error) = (distance(&w64, &before), distance(&wide(&device.weight_values(&w)), &w64));
         // Weights of size 1 are themselves rounded to 2^-24 of their size, twice a step.
         let rounding = 2f64.powi(-23) * ((m * n) as f64).sqrt();
         assert!(error <= 1e-4 * moved + rounding, "{what}: off by {error} of {moved} moved");
         // The next step starts from what f32 holds.
-        w64 = wide(&w.values());
+        w64 = wide(&device.weight_values(&w));
     }
 }
 
-#[test]
-fn the_limiter_divides_growth_and_remembers_no_less_than_its_floor() {
-    let device = cpu();
+fn the_limiter_divides_growth_and_remembers_no_less_than_its_floor<D: Machine>(device: &Arc<D>) {
     let limit = |previous: f32, update: f32, growth: Option<f32>, floor: f32| {
-        let mut norms = vec![previous, update, f32::NAN, f32::NAN];
+        let mut norms = device.upload(&[previous, update, f32::NAN, f32::NAN]);
         device.limit(&mut norms, &[(0, Limiter { growth, floor, expected: 10.0 })]);
+        let norms = device.download(&norms);
         (norms[NORM_FACTOR], norms[NORM_NEXT])
     };
     let close = |got: (f32, f32), want: (f32, f32)| {
@@ -257,17 +265,16 @@ fn corrected(lr: f64, t: i32) -> f32 {
     (lr * (1.0 - (MOMENTS.beta2 as f64).powi(t)).sqrt() / (1.0 - (MOMENTS.beta1 as f64).powi(t))) as f32
 }
 
-#[test]
-fn adamw_on_factors_is_adamw_on_the_formed_gradient() {
+fn adamw_on_factors_is_adamw_on_the_formed_gradient<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("adamw_factors");
-    let device = cpu();
     for (m, n, t) in [(1, 1, 1), (13, 7, 3), (7, 13, 20), (300, 33, 2), (3, 700, 5)] {
-        let (w, mut w64) = r.weight(&Cpu::start(), Dtype::F32, m, n, 0.1);
+        let (w, mut w64) = r.weight(device, Dtype::F32, m, n, 0.1);
         let (mut a, mut b) = (device.zeros(m * n), device.zeros(m * n));
         let mut adam: Vec<Adam> = (0..m * n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect();
         for i in 1..=4 {
             let (x, dy) = (r.normals(t * n), r.normals(t * m));
-            let f = Factors { x: &x, dy: &dy, t, m, n };
+            let (x_buffer, dy_buffer) = (device.upload(&x), device.upload(&dy));
+            let f = Factors { x: &x_buffer, dy: &dy_buffer, t, m, n };
             let write = Write { step: corrected(0.01, i), decay: 0.002, stream: Stream::rounding(1, 1, 1) };
             device.run(|| device.adamw_factors(&w, &mut a, &mut b, &f, MOMENTS, write));
             let g = reference::outer(&wide(&dy), &wide(&x), t, m, n);
@@ -275,30 +282,29 @@ fn adamw_on_factors_is_adamw_on_the_formed_gradient() {
                 *w = adam.step(*w, g, 0.01, 0.002);
             }
             // 1e-4: an element of G that nearly cancels keeps fewer digits, and Adam takes its sign.
-            assert_close(&w.values(), &w64, 1e-4, &format!("({m},{n}) step {i}"));
-            assert_close(&a, &adam.iter().map(|a| a.m).collect::<Vec<_>>(), 1e-5, "exp_avg");
-            assert_close(&b, &adam.iter().map(|a| a.v).collect::<Vec<_>>(), 1e-5, "exp_avg_sq");
+            assert_close(&device.weight_values(&w), &w64, 1e-4, &format!("({m},{n}) step {i}"));
+            assert_close(&device.download(&a), &adam.iter().map(|a| a.m).collect::<Vec<_>>(), 1e-5, "exp_avg");
+            assert_close(&device.download(&b), &adam.iter().map(|a| a.v).collect::<Vec<_>>(), 1e-5, "exp_avg_sq");
         }
     }
 }
 
-#[test]
-fn adamw_on_rows_touches_the_rows_and_slots_that_it_names() {
+fn adamw_on_rows_touches_the_rows_and_slots_that_it_names<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("adamw_rows");
-    let device = cpu();
     let (rows, n) = (9, 21);
-    let (w, mut w64) = r.weight(&Cpu::start(), Dtype::F32, rows, n, 0.1);
-    let (mut a, mut b) = (vec![0.0; 3 * n], vec![0.0; 3 * n]);
+    let (w, mut w64) = r.weight(device, Dtype::F32, rows, n, 0.1);
+    let (mut a, mut b) = (device.zeros(3 * n), device.zeros(3 * n));
     // Row 7 has slot 0, row 2 has slot 2; slot 1 belongs to nobody. Row 2 is one gradient behind.
     let mut adam: Vec<Vec<Adam>> = (0..2).map(|_| (0..n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect()).collect();
     for i in 1..=3 {
         let named: &[(u32, u32, usize, i32)] = if i == 1 { &[(7, 0, 0, 1)] } else { &[(7, 0, 0, i), (2, 2, 1, i - 1)] };
         let g = r.normals(named.len() * n);
+        let g_buffer = device.upload(&g);
         let list: Vec<AdamRow> =
             named.iter().map(|&(row, slot, _, t)| AdamRow { row, slot, step: corrected(0.01, t) }).collect();
         let write = Write { step: f32::NAN, decay: 0.002, stream: Stream::rounding(1, 1, 1) };
         device.adamw_rows(
-            &mut [AdamwRows { w: &w, rows: &list, g: &g, exp_avg: &mut a, exp_avg_sq: &mut b, write }],
+            &mut [AdamwRows { w: &w, rows: &list, g: &g_buffer, exp_avg: &mut a, exp_avg_sq: &mut b, write }],
             MOMENTS,
         );
         for (k, &(row, _, which, _)) in named.iter().enumerate() {
@@ -307,7 +313,7 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names() {
                 *w = adam[which][c].step(*w, g[k * n + c] as f64, 0.01, 0.002);
             }
         }
-        assert_close(&w.values(), &w64, 1e-5, &format!("step {i}"));
+        assert_close(&device.weight_values(&w), &w64, 1e-5, &format!("step {i}"));
     }
     let moments = |f: &dyn Fn(&Adam) -> f64| {
         let mut all: Vec<f64> = adam[0].iter().map(f).collect();
@@ -315,80 +321,81 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names() {
         all.extend(adam[1].iter().map(f));
         all
     };
-    assert_close(&a, &moments(&|a| a.m), 1e-5, "exp_avg");
-    assert_close(&b, &moments(&|a| a.v), 1e-5, "exp_avg_sq");
+    assert_close(&device.download(&a), &moments(&|a| a.m), 1e-5, "exp_avg");
+    assert_close(&device.download(&b), &moments(&|a| a.v), 1e-5, "exp_avg_sq");
 }
 
-#[test]
-fn a_step_on_16_bit_weights_is_right_on_average() {
+fn a_step_on_16_bit_weights_is_right_on_average<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("stochastic");
-    let device = cpu();
-    let (m, n, t, rank, runs) = (24, 40, 3, 4, 400);
-    let (x, dy, p) = (r.normals(t * n), r.normals(t * m), r.normals(rank * m));
-    for dtype in DTYPES {
-        // Weights between 1 and 2, all with the same distance of neighbours.
-        let start: Vec<f32> = (0..m * n).map(|_| 1.25 + r.below(64) as f32 / 128.0).collect();
-        let apply = |w: &Weight, seed: u64| {
-            let f = Factors { x: &x, dy: &dy, t, m, n };
-            let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
-            let (mut s, mut norms) = (device.zeros(n), device.zeros(NORM_SLOTS));
-            let (mut a, mut b) = (device.zeros(rank * n), device.zeros(rank * n));
-            let write = Write { step: 1e-3, decay: 1e-4, stream: Stream::rounding(seed, 1, 0) };
-            device.apollo_prepare(
-                &mut norms,
-                &mut [ApolloPrepare { s: &mut s, at: 0, exp_avg: &a, exp_avg_sq: &b, factors: f, compressed: c }],
-            );
-            norms[NORM_FACTOR] = 1.0;
-            device.apollo_commit(
-                &mut norms,
-                &mut [ApolloCommit {
-                    w,
-                    s: &s,
-                    at: 0,
-                    exp_avg: &mut a,
-                    exp_avg_sq: &mut b,
-                    factors: f,
-                    compressed: c,
-                    write,
-                }],
-            );
-            wide(&w.values())
-        };
-        let exact = apply(&Weight::from_values(Dtype::F32, m, n, &start), 0);
-        let moved = exact.iter().zip(&start).map(|(a, &b)| (a - b as f64).abs()).sum::<f64>() / (m * n) as f64;
-        let mut mean = vec![0.0; m * n];
-        device.run(|| {
-            for seed in 0..runs {
-                let after = apply(&Weight::from_values(dtype, m, n, &start), seed);
-                mean.iter_mut().zip(after).for_each(|(m, w)| *m += w / runs as f64);
-            }
-        });
-        let ulp = match dtype {
-            Dtype::F32 => continue,
-            Dtype::F16 => 2f64.powi(-10),
-            Dtype::BF16 => 2f64.powi(-7),
-        };
-        assert!(moved < ulp, "the step must be smaller than the grid for this to show anything");
-        // One draw lies between two neighbours: standard deviation at most ulp/2, of the mean over
-        // the seeds ulp/2/sqrt(runs). Six of those for the worst of 960 elements, five for their sum.
-        let errors: Vec<f64> = mean.iter().zip(&exact).map(|(a, b)| a - b).collect();
-        let sigma = 0.5 * ulp / (runs as f64).sqrt();
-        let worst = errors.iter().fold(0.0f64, |a, b| a.max(b.abs()));
-        assert!(worst <= 6.0 * sigma, "{dtype}: an element is off by {:.1} sigma", worst / sigma);
-        let sum = errors.iter().sum::<f64>().abs() / (m * n) as f64;
-        let sigma = sigma / ((m * n) as f64).sqrt();
-        assert!(sum <= 5.0 * sigma, "{dtype}: the mean is off by {:.1} sigma", sum / sigma);
+    // Both the kernel for rows of whole groups of 128 and the one for any.
+    for (m, n) in [(24, 40), (8, 128)] {
+        let (t, rank, runs) = (3, 4, 100);
+        let [x, dy, p] = [t * n, t * m, rank * m].map(|len| device.upload(&r.normals(len)));
+        for dtype in DTYPES {
+            // Weights between 1 and 2, all with the same distance of neighbours.
+            let start: Vec<f32> = (0..m * n).map(|_| 1.25 + r.below(64) as f32 / 128.0).collect();
+            let apply = |dtype: Dtype, seed: u64| {
+                let w = device.weight(dtype, m, n, &start);
+                let f = Factors { x: &x, dy: &dy, t, m, n };
+                let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
+                let (mut s, mut norms) = (device.zeros(n), device.zeros(NORM_SLOTS));
+                let (mut a, mut b) = (device.zeros(rank * n), device.zeros(rank * n));
+                let write = Write { step: 1e-3, decay: 1e-4, stream: Stream::rounding(seed, 1, 0) };
+                device.apollo_prepare(
+                    &mut norms,
+                    &mut [ApolloPrepare { s: &mut s, at: 0, exp_avg: &a, exp_avg_sq: &b, factors: f, compressed: c }],
+                );
+                device.write(&mut norms, NORM_FACTOR, &[1.0]);
+                device.apollo_commit(
+                    &mut norms,
+                    &mut [ApolloCommit {
+                        w: &w,
+                        s: &s,
+                        at: 0,
+                        exp_avg: &mut a,
+                        exp_avg_sq: &mut b,
+                        factors: f,
+                        compressed: c,
+                        write,
+                    }],
+                );
+                wide(&device.weight_values(&w))
+            };
+            let exact = apply(Dtype::F32, 0);
+            let moved = exact.iter().zip(&start).map(|(a, &b)| (a - b as f64).abs()).sum::<f64>() / (m * n) as f64;
+            let mut mean = vec![0.0; m * n];
+            device.run(|| {
+                for seed in 0..runs {
+                    let after = apply(dtype, seed);
+                    mean.iter_mut().zip(after).for_each(|(m, w)| *m += w / runs as f64);
+                }
+            });
+            let ulp = match dtype {
+                Dtype::F32 => continue,
+                Dtype::F16 => 2f64.powi(-10),
+                Dtype::BF16 => 2f64.powi(-7),
+            };
+            assert!(moved < ulp, "the step must be smaller than the grid for this to show anything");
+            // One draw lies between two neighbours: standard deviation at most ulp/2, of the mean over
+            // the seeds ulp/2/sqrt(runs). Six of those for the worst of 960 elements, five for their sum.
+            let errors: Vec<f64> = mean.iter().zip(&exact).map(|(a, b)| a - b).collect();
+            let sigma = 0.5 * ulp / (runs as f64).sqrt();
+            let worst = errors.iter().fold(0.0f64, |a, b| a.max(b.abs()));
+            assert!(worst <= 6.0 * sigma, "{dtype}: an element is off by {:.1} sigma", worst / sigma);
+            let sum = errors.iter().sum::<f64>().abs() / (m * n) as f64;
+            let sigma = sigma / ((m * n) as f64).sqrt();
+            assert!(sum <= 5.0 * sigma, "{dtype}: the mean is off by {:.1} sigma", sum / sigma);
+        }
     }
 }
 
-#[test]
-fn an_overflow_shows_in_the_norm_of_the_update() {
-    let device = cpu();
+fn an_overflow_shows_in_the_norm_of_the_update<D: Machine>(device: &Arc<D>) {
     // Finite factors: 1e25² is infinite; 1e11·1e11 is not, but its square is. Both ways to the norm.
     for (size, m, n, t) in [(1e25f32, 40, 40, 2), (1e25, 40, 40, 90), (1e11, 40, 40, 2), (1e11, 40, 40, 90)] {
         for scale_type in [ScaleType::Channel, ScaleType::Tensor] {
             let (mut x, mut dy) = (vec![0.1f32; t * n], vec![0.1f32; t * m]);
             (x[3], dy[5]) = (size, size);
+            let (x, dy) = (device.upload(&x), device.upload(&dy));
             let f = Factors { x: &x, dy: &dy, t, m, n };
             let rank = 2;
             let mut p = device.zeros(rank * n);
@@ -406,7 +413,7 @@ fn an_overflow_shows_in_the_norm_of_the_update() {
                     compressed: c,
                 }],
             );
-            let norm = norms[NORM_UPDATE];
+            let norm = device.download(&norms)[NORM_UPDATE];
             assert!(!norm.is_finite(), "{size:e} t {t} {scale_type:?}: ‖U‖ = {norm} hides an overflow");
         }
     }
