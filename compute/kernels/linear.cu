@@ -8,7 +8,8 @@
 // a chunk is free as long as both operands have the same:
 //   y = x Wᵀ   A is W, 16 rows of m by 64 of k = n: a lane's 16-byte load is the k of two steps of one row
 //   dx = dy W  A is Wᵀ, 32 columns by 32 of k = m: a lane loads 8 bytes of 8 rows and pairs rows by byte permutes
-// B is x or dy as bf16 in shared memory. Warps of a block share the work on k, and so do blocks where the outputs are
+// B is x or dy in shared memory, each value as the sum of two bf16 (relative error 2^-17): a product takes two of the
+// tensor cores' multiplications, which the stream of W hides, and has the precision of f32. Warps of a block share the work on k, and so do blocks where the outputs are
 // few; sums are formed in a fixed order, by a tree in the block and by the last block to arrive.
 //
 // `product_*` is the plain product in f32 arithmetic, for f32 and f16 weights.
@@ -48,8 +49,8 @@ __device__ __forceinline__ Product product_at(const ProductGroup& group, uint32_
     return p;
 }
 
-// Four f32 of a row from element k on as bf16, zeros from `end` on.
-__device__ __forceinline__ uint2 four_bf16(const float* row, uint32_t k, uint32_t end, bool aligned) {
+// Four f32 of a row from element k on, zeros from `end` on.
+__device__ __forceinline__ float4 four_values(const float* row, uint32_t k, uint32_t end, bool aligned) {
     float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     if (aligned && k + 4 <= end) {
         v = *reinterpret_cast<const float4*>(row + k);
@@ -59,7 +60,7 @@ __device__ __forceinline__ uint2 four_bf16(const float* row, uint32_t k, uint32_
         if (k + 2 < end) v.z = row[k + 2];
         if (k + 3 < end) v.w = row[k + 3];
     }
-    return make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+    return v;
 }
 
 // 2·WORDS elements from `row` + k on, packed in words; zeros from `end` on.
@@ -101,7 +102,9 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     constexpr int TILES = COLS / 16;
     constexpr int DEPTH = 3;
     constexpr uint32_t ROW = Staged<NT>::ROW;
-    __align__(16) __shared__ uint16_t staged[8 * NT * ROW];
+    // The upper bf16 of every value, and then the lower.
+    DYNAMIC_SHARED(uint16_t, staged);
+    uint16_t* const lower = staged + 8 * NT * ROW;
     __shared__ uint32_t is_last;
 
     const uint32_t lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -153,7 +156,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
         }
     };
     auto multiply = [&](const uint32_t (&from)[16], uint32_t local) {
-        const uint16_t* const b_row = staged + g * ROW + local * CHUNK + 8 * q;
+        const uint32_t b_at = g * ROW + local * CHUNK + 8 * q;
 #pragma unroll
         for (int h = 0; h < (FORWARD ? 2 : 1); h++) {
             // Both steps of 16 of this half, for each tile of 16 outputs.
@@ -176,12 +179,16 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
             }
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-                const uint4 b = *reinterpret_cast<const uint4*>(b_row + 8 * j * ROW + 32 * h);
-                const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
 #pragma unroll
-                for (int p = 0; p < TILES; p++) {
-                    mma_bf16(acc[p][j], a[0][p], b0);
-                    mma_bf16(acc[p][j], a[1][p], b1);
+                for (int part = 0; part < 2; part++) {
+                    const uint16_t* const at = (part == 0 ? lower : staged) + b_at + 8 * j * ROW + 32 * h;
+                    const uint4 b = *reinterpret_cast<const uint4*>(at);
+                    const uint32_t b0[2] = {b.x, b.y}, b1[2] = {b.z, b.w};
+#pragma unroll
+                    for (int p = 0; p < TILES; p++) {
+                        mma_bf16(acc[p][j], a[0][p], b0);
+                        mma_bf16(acc[p][j], a[1][p], b1);
+                    }
                 }
             }
         }
@@ -192,17 +199,21 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
         __syncthreads();
         for (uint32_t i = threadIdx.x; i < 8 * NT * fours; i += blockDim.x) {
             const uint32_t token = i / fours, at = i % fours * 4;
-            uint2 four = make_uint2(0, 0);
+            float4 v = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             if (token < t) {
                 if (FORWARD) {
-                    four = four_bf16(as_global(own.in) + static_cast<size_t>(token) * n, c * CHUNK + at, n, n % 4 == 0);
+                    v = four_values(as_global(own.in) + static_cast<size_t>(token) * n, c * CHUNK + at, n, n % 4 == 0);
                 } else {
                     const Product p = product_at(group, c + at / CHUNK);
                     const uint32_t k = (c - p.first) * CHUNK + at;
-                    four = four_bf16(as_global(p.in) + static_cast<size_t>(token) * p.m, k, p.m, p.m % 4 == 0);
+                    v = four_values(as_global(p.in) + static_cast<size_t>(token) * p.m, k, p.m, p.m % 4 == 0);
                 }
             }
-            *reinterpret_cast<uint2*>(staged + token * ROW + at) = four;
+            const uint2 high = make_uint2(pack_bf16(v.x, v.y), pack_bf16(v.z, v.w));
+            const float2 xy = unpack_bf16(high.x), zw = unpack_bf16(high.y);
+            *reinterpret_cast<uint2*>(staged + token * ROW + at) = high;
+            *reinterpret_cast<uint2*>(lower + token * ROW + at) =
+                make_uint2(pack_bf16(v.x - xy.x, v.y - xy.y), pack_bf16(v.z - zw.x, v.w - zw.y));
         }
         __syncthreads();
     };
@@ -374,11 +385,14 @@ __device__ __forceinline__ void plain_product(
 PLAIN(f32, float)
 PLAIN(f16, f16)
 
-// Activations for a matrix library's product: bf16, rounded to nearest even.
-extern "C" __global__ void activations_bf16(uint16_t* out, const float* in, uint64_t len) {
+// Activations for a matrix library's products: each as the sum of two bf16, rounded to nearest even.
+extern "C" __global__ void activations_bf16(uint16_t* upper, uint16_t* lower, const float* in, uint64_t len) {
     const uint64_t stride = static_cast<uint64_t>(gridDim.x) * blockDim.x;
     for (uint64_t i = static_cast<uint64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < len; i += stride) {
-        out[i] = pack_bf16(in[i], 0.0f) & 0xffffu;
+        const float x = in[i];
+        const uint32_t high = pack_bf16(x, 0.0f);
+        upper[i] = high & 0xffffu;
+        lower[i] = pack_bf16(x - unpack_bf16(high).x, 0.0f) & 0xffffu;
     }
 }
 

@@ -5,7 +5,7 @@ mod common;
 use anyhow::Result;
 use common::{Machine, cases, examples, gradients, load, relative, values};
 use compute::{Cpu, Cuda, Dtype};
-use model::{Config, Extent};
+use model::{Config, Example, Extent};
 use safetensors::SafeTensors;
 
 /// Both sides compute in f32 with other orders of summation: observed differences are below 1e-5.
@@ -40,21 +40,25 @@ fn loss_and_gradients_agree_with_transformers<D: Machine>() -> Result<()> {
     Ok(())
 }
 
-/// Products of bf16 weights round their other operand to bf16 on a GPU, and sum in f32: 2^-9 for each of its elements,
-/// which partly cancels in a sum.
+/// Of bf16 weights: a GPU's products take activations as sums of two bf16, which is nearly f32. Beside the small examples
+/// one with so many rows that they go through cuBLASLt.
 #[test]
-fn gradients_of_bf16_weights_agree_between_cpu_and_gpu() -> Result<()> {
+fn gradients_of_bf16_weights_agree_between_cpu_and_cuda() -> Result<()> {
     let (cpu, cuda) = (<Cpu as Machine>::open(), <Cuda as Machine>::open());
     for dir in cases() {
         let (reference, model) = (load(&cpu, &dir, Dtype::BF16)?, load(&cuda, &dir, Dtype::BF16)?);
-        for (i, example) in examples(&dir)?.iter().enumerate() {
+        let long: Vec<u32> = (0..200).map(|i| (i * 31 + 7) % 90).collect();
+        let mut examples = examples(&dir)?;
+        examples.push(Example::new(long, vec![180..200])?);
+        for (i, example) in examples.iter().enumerate() {
             let (want_report, want) = gradients(&cpu, &reference, example, Extent::Frozen);
             let (report, got) = gradients(&cuda, &model, example, Extent::Frozen);
-            assert!((report.loss() - want_report.loss()).abs() < 1e-2 * want_report.loss(), "{report:?}");
+            let error = relative(&[report.loss()], &[want_report.loss()]);
+            assert!(error < TOLERANCE, "{report:?} instead of {want_report:?}");
             for ((tensor, got), want) in model.tensors().iter().zip(&got).zip(&want) {
                 let error = relative(got, want);
                 println!("{} example {i}, {}: {error:.1e}", dir.display(), tensor.name);
-                assert!(error < 1e-2, "{} example {i}, {} is off by {error:.1e}", dir.display(), tensor.name);
+                assert!(error < TOLERANCE, "{} example {i}, {} is off by {error:.1e}", dir.display(), tensor.name);
             }
         }
     }

@@ -39,14 +39,28 @@ pub fn load() {
     if real() {
         return;
     }
-    LOADED.call_once(|| {
-        let path = library_dir().join("libcuda.so");
-        let name = CString::new(path.to_str().expect("paths are UTF-8")).expect("paths have no NUL");
-        // SAFETY: `name` is a C string. The library has no constructors that need anything, and it stays loaded, so
-        // whoever asks for `libcuda.so`, its soname, from now on gets this one.
-        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        assert!(!library.is_null(), "{}: {}", path.display(), last_error());
-    });
+    LOADED.call_once(|| open("libcuda.so"));
+}
+
+/// Loads the library of products as well, which programs do without where it is not.
+///
+/// # Panics
+/// If it cannot be loaded.
+pub fn load_blas() {
+    static LOADED: Once = Once::new();
+    load();
+    if !real() {
+        LOADED.call_once(|| open("libcublasLt.so.13"));
+    }
+}
+
+fn open(library: &str) {
+    let path = library_dir().join(library);
+    let name = CString::new(path.to_str().expect("paths are UTF-8")).expect("paths have no NUL");
+    // SAFETY: `name` is a C string. The library has no constructors that need anything, and it stays loaded, so
+    // whoever asks for its soname from now on gets this one.
+    let handle = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
+    assert!(!handle.is_null(), "{}: {}", path.display(), last_error());
 }
 
 fn last_error() -> String {

@@ -1,7 +1,7 @@
 //! Products with foreign weights: y = x Wᵀ + b and dx = Σ dy W.
 //!
-//! x (t,n) · W (m,n) · y, dy (t,m) · dx (t,n). For bf16 weights the activations are rounded to bf16 and products summed
-//! in f32; for f32 and f16 weights the arithmetic is f32.
+//! x (t,n) · W (m,n) · y, dy (t,m) · dx (t,n). For bf16 weights the activations are sums of two bf16 (relative error
+//! 2^-17) and products are summed in f32; for f32 and f16 weights the arithmetic is f32.
 //!
 //! Up to [`SKINNY`] rows W is streamed once by a kernel of ours, several weights per launch. What of the work on a tile
 //! of outputs is done by other warps and other blocks follows from the shapes ([`plan`]). More rows go through cuBLASLt
@@ -21,6 +21,11 @@ const SHARED_TILES: usize = 4096;
 const SPLITS_MAX: usize = 32;
 /// Elements of k that a block stages for one token, times groups of 8 tokens.
 const STAGED: usize = 2048;
+
+/// Bytes of shared memory for them: rows of a token with 32 elements of padding, twice, for the two bf16 of a value.
+fn staged_bytes(groups: usize) -> usize {
+    2 * 2 * 8 * groups * (STAGED / groups + 32)
+}
 
 /// Counters of the blocks that have done their share of a tile: zero between launches.
 pub(super) struct Counters(Block);
@@ -287,7 +292,12 @@ fn skinny_product(cuda: &Cuda, direction: Direction, products: &[Product], t: us
         Direction::Forward => format!("linear_bf16_{suffix}"),
         Direction::Backward => format!("linear_dx_bf16_{suffix}"),
     };
-    Launch::new(&name).grid(plan.tiles, plan.splits, 1).block(plan.threads).bytes(group.bytes()).run(cuda);
+    Launch::new(&name)
+        .grid(plan.tiles, plan.splits, 1)
+        .block(plan.threads)
+        .shared(staged_bytes(groups))
+        .bytes(group.bytes())
+        .run(cuda);
 }
 
 /// out (t, outputs) = in (t, depth) B in f32 arithmetic, `shape` = \[t, depth, outputs\]; `strides` of W by k and output.
@@ -346,7 +356,7 @@ mod tests {
                         // Half of the warps of a tile leave their sums where the activations were.
                         let sums =
                             if plan.warps_k > 1 { plan.threads / 64 * direction.outputs() * 8 * groups } else { 0 };
-                        assert!(4 * sums <= 2 * 8 * groups * (STAGED / groups + 32), "{what}");
+                        assert!(4 * sums <= staged_bytes(groups), "{what}");
                         assert!(STAGED / groups / direction.chunk() >= plan.warps_k, "{what}");
                     }
                 }

@@ -55,10 +55,14 @@ impl Machine for Cuda {
         self.write_weight(&w, 0, &bytes);
         w
     }
-    /// The tensor cores take bf16.
+    /// The tensor cores take bf16, and two of them make a value.
     fn seen(dtype: Dtype, x: &[f32]) -> Vec<f64> {
+        let split = |v: f32| {
+            let high = half::bf16::from_f32(v);
+            high.to_f64() + half::bf16::from_f32(v - high.to_f32()).to_f64()
+        };
         match dtype {
-            Dtype::BF16 => x.iter().map(|&v| half::bf16::from_f32(v).to_f64()).collect(),
+            Dtype::BF16 => x.iter().map(|&v| split(v)).collect(),
             _ => wide(x),
         }
     }

@@ -30,7 +30,7 @@ impl Machine for Cpu {
 
 impl Machine for Cuda {
     fn open() -> Arc<Cuda> {
-        simulated_driver::load();
+        simulated_driver::load_blas();
         Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a device"))
     }
     fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
