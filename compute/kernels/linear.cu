@@ -101,6 +101,8 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
     constexpr uint32_t COLS = FORWARD ? 16 : 32;   // outputs of a warp
     constexpr int TILES = COLS / 16;
     constexpr int DEPTH = 3;
+    // Both at once do not fit in the registers of a thread there.
+    constexpr int PARTS = FORWARD || NT != 4 ? 2 : 1;
     constexpr uint32_t ROW = Staged<NT>::ROW;
     // The upper bf16 of every value, and then the lower.
     DYNAMIC_SHARED(uint16_t, staged);
@@ -179,7 +181,7 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
             }
 #pragma unroll
             for (int j = 0; j < NT; j++) {
-#pragma unroll
+#pragma unroll PARTS
                 for (int part = 0; part < 2; part++) {
                     const uint16_t* const at = (part == 0 ? lower : staged) + b_at + 8 * j * ROW + 32 * h;
                     const uint4 b = *reinterpret_cast<const uint4*>(at);
