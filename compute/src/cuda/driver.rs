@@ -33,7 +33,7 @@ impl fmt::Display for DeviceName {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
     /// No driver.
-    #[error("the CUDA driver (libcuda.so.1) cannot be loaded; install NVIDIA's driver, or set train.device = \"cpu\"")]
+    #[error("the CUDA driver (libcuda.so.1) cannot be loaded; install NVIDIA's driver, or compute on the CPU")]
     NoDriver,
     /// No such device.
     #[error("there is no CUDA device {wanted}; this process sees {seen} (CUDA_VISIBLE_DEVICES decides)")]

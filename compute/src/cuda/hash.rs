@@ -34,12 +34,20 @@ const GATHERED: usize = 16 << 10;
 /// Where a part begins in its slot: at a multiple of this, for 16-byte accesses.
 const ALIGNMENT: usize = 16;
 
-impl Cuda {
-    /// The hash of every block of every weight, weight by weight: [`crate::hash::block_hashes`] of its bytes. Waits.
-    ///
-    /// # Panics
-    /// If a block is not a multiple of 16 bytes, or longer than [`crate::hash::BLOCK_BYTES_MAX`].
-    pub fn block_hashes(&self, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> Vec<u128> {
+/// Weights being hashed.
+struct Scan<'a> {
+    cuda: &'a Cuda,
+    tasks: Block,
+    keys: Block,
+    out: Block,
+    weights: usize,
+    block_bytes: usize,
+    /// Of all weights.
+    blocks: u64,
+}
+
+impl Scan<'_> {
+    fn new<'a>(cuda: &'a Cuda, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> Scan<'a> {
         check_block_bytes(block_bytes);
         let mut blocks = 0u64;
         let mut tasks = Vec::with_capacity(3 * weights.len());
@@ -47,28 +55,54 @@ impl Cuda {
             tasks.extend([weight.ptr(), weight.bytes() as u64, blocks]);
             blocks += weight.bytes().div_ceil(block_bytes) as u64;
         }
-        let mut hashes = vec![0u128; blocks as usize];
-        let (tasks, keys) = (self.uploaded(&tasks), self.uploaded(keys.words()));
-        let out = self.block(16 * blocks.min(HASHES_MAX) as usize);
-        for begin in (0..blocks).step_by(HASHES_MAX as usize) {
-            let end = blocks.min(begin + HASHES_MAX);
-            let grid = ((end - begin).div_ceil(HASHES_OF_BLOCK) as usize)
-                .min(BLOCKS_OF_MULTIPROCESSOR * self.multiprocessors());
-            Launch::new("block_hashes")
-                .grid(grid, 1, 1)
-                .block(256)
-                .arg(out.ptr)
-                .arg(tasks.ptr)
-                .arg(keys.ptr)
-                .arg(weights.len() as u32)
-                .arg(begin)
-                .arg(end)
-                .arg(block_bytes as u32)
-                .run(self);
+        let (tasks, keys) = (cuda.uploaded(&tasks), cuda.uploaded(keys.words()));
+        let out = cuda.block(16 * blocks.min(HASHES_MAX) as usize);
+        Scan { cuda, tasks, keys, out, weights: weights.len(), block_bytes, blocks }
+    }
+
+    /// Queues blocks begin..end, whose hashes go to the start of `out`.
+    fn launch(&self, begin: u64, end: u64) {
+        let grid = ((end - begin).div_ceil(HASHES_OF_BLOCK) as usize)
+            .min(BLOCKS_OF_MULTIPROCESSOR * self.cuda.multiprocessors());
+        Launch::new("block_hashes")
+            .grid(grid, 1, 1)
+            .block(256)
+            .arg(self.out.ptr)
+            .arg(self.tasks.ptr)
+            .arg(self.keys.ptr)
+            .arg(self.weights as u32)
+            .arg(begin)
+            .arg(end)
+            .arg(self.block_bytes as u32)
+            .run(self.cuda);
+    }
+}
+
+impl Cuda {
+    /// The hash of every block of every weight, weight by weight: [`crate::hash::block_hashes`] of its bytes. Waits.
+    ///
+    /// # Panics
+    /// If a block is not a multiple of 16 bytes, or longer than [`crate::hash::BLOCK_BYTES_MAX`].
+    pub fn block_hashes(&self, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> Vec<u128> {
+        let scan = Scan::new(self, weights, block_bytes, keys);
+        let mut hashes = vec![0u128; scan.blocks as usize];
+        for begin in (0..scan.blocks).step_by(HASHES_MAX as usize) {
+            let end = scan.blocks.min(begin + HASHES_MAX);
+            scan.launch(begin, end);
             // SAFETY: `out` has 16 bytes for each of these blocks, of which the kernel wrote all.
-            unsafe { self.download(&mut hashes[begin as usize..end as usize], out.ptr) };
+            unsafe { self.download(&mut hashes[begin as usize..end as usize], scan.out.ptr) };
         }
         hashes
+    }
+
+    /// How long the device takes to hash these weights, in ms; the hashes stay there and are not kept.
+    pub fn scan_ms(&self, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> f64 {
+        let scan = Scan::new(self, weights, block_bytes, keys);
+        self.timed(|| {
+            for begin in (0..scan.blocks).step_by(HASHES_MAX as usize) {
+                scan.launch(begin, scan.blocks.min(begin + HASHES_MAX));
+            }
+        })
     }
 
     /// Begins to bring parts of weights, each a range of a weight's bytes, to the host. Nothing may write the weights

@@ -182,6 +182,29 @@ impl Cuda {
         recording.unwrap_or_else(|| self.general.clone()).block(bytes)
     }
 
+    /// How long the device takes for what `work` queues, in ms. Waits.
+    pub fn timed(&self, work: impl FnOnce()) -> f64 {
+        self.context.bind();
+        let event = || {
+            let event = result::event::create(sys::CUevent_flags_enum::CU_EVENT_DEFAULT);
+            check(event, "cuEventCreate")
+        };
+        let (start, end) = (event(), event());
+        // SAFETY: event and stream are alive.
+        let record = |event| check(unsafe { result::event::record(event, self.stream.0) }, "cuEventRecord");
+        record(start);
+        work();
+        record(end);
+        self.synchronize();
+        // SAFETY: both were recorded and have happened.
+        let ms = check(unsafe { result::event::elapsed(start, end) }, "cuEventElapsedTime");
+        for event in [start, end] {
+            // SAFETY: created above, and nobody waits for it.
+            check(unsafe { result::event::destroy(event) }, "cuEventDestroy");
+        }
+        f64::from(ms)
+    }
+
     /// Multiprocessors of the device.
     pub(crate) fn multiprocessors(&self) -> usize {
         self.context.multiprocessors

@@ -5,6 +5,7 @@
 //! values, activations and factors.
 
 mod machine;
+mod scan;
 
 use anyhow::{Result, bail, ensure};
 use apollo::{Gates, Optimizer, Outcome};
@@ -21,6 +22,7 @@ use crate::config::TrainConfig;
 use crate::trainer;
 
 pub use machine::{Rates, cpu_rates, gpu_rates};
+pub use scan::scan;
 
 /// What `apollod bench step` is told.
 pub struct Options {

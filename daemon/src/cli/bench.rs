@@ -15,6 +15,27 @@ use crate::config::{Rule, TensorRule, TrainConfig};
 pub enum BenchCommand {
     /// One training step by phase, beside the machine's floor.
     Step(StepArgs),
+    /// How fast a GPU hashes its weights, which is what an idle sync does.
+    Scan(ScanArgs),
+}
+
+/// `apollod bench scan`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Time is the GPU's, for one hash of every 4 KiB block: every byte is read once.
+
+Examples:
+  apollod bench scan --device cuda --bytes 16000000000")]
+pub struct ScanArgs {
+    /// cuda, cuda:1, or a GPU's UUID.
+    #[arg(long, default_value = "cuda")]
+    device: DeviceChoice,
+    /// Bytes of weights.
+    #[arg(long, default_value_t = 1_000_000_000)]
+    bytes: usize,
+    /// One line of JSON.
+    #[arg(long)]
+    json: bool,
 }
 
 /// `apollod bench step`
@@ -63,7 +84,13 @@ pub struct StepArgs {
 
 /// Measures.
 pub fn run(command: &BenchCommand) -> Result<ExitCode> {
-    let BenchCommand::Step(args) = command;
+    let args = match command {
+        BenchCommand::Step(args) => args,
+        BenchCommand::Scan(args) => {
+            bench::scan(&args.device, args.bytes, args.json)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+    };
     let dtype = match args.dtype.to_ascii_lowercase().as_str() {
         "bf16" => Dtype::BF16,
         "f16" | "fp16" => Dtype::F16,
