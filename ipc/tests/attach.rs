@@ -347,7 +347,7 @@ fn memory_of_a_gpu_is_described_as_the_plugin_does_and_checked() {
         let error = refused(serde_json::json!([allocation]));
         assert!(matches!(error, ManifestError::Field { field, .. } if field == wrong), "{error}");
     }
-    let error = refused(serde_json::json!([cuda(&handle, bytes - 64, UUID)]));
+    let error = refused(serde_json::json!([cuda(&handle, bytes - 256, UUID)]));
     assert!(matches!(error, ManifestError::Range { .. }), "{error}");
     let twice = refused(serde_json::json!([cuda(&handle, bytes, UUID), cuda(&handle.to_uppercase(), bytes, UUID)]));
     assert!(matches!(twice, ManifestError::Duplicate { .. }), "{twice}");
