@@ -8,6 +8,7 @@ one: both are trials of these scripts, and no figure of theirs says anything of 
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -78,6 +79,33 @@ def machine(build):
             versions[package] = None
     return dict(gpu=nvidia_smi("name", "driver_version", "memory.total", "uuid"), versions=versions, system=platform.platform(),
                 glibc=platform.libc_ver()[1], cores=os.cpu_count())
+
+
+def cuda_libraries():
+    """Folders with CUDA's libraries that pip has installed beside torch; apollod finds those of the system by itself."""
+    found = importlib.util.find_spec("nvidia")
+    folders = found.submodule_search_locations if found else []
+    return sorted({str(file.parent) for folder in folders for file in pathlib.Path(folder).glob("*/lib/libcublasLt.so.*")})
+
+
+def first_start(options):
+    """Seconds of two starts of apollod on the GPU: with the first the driver compiles the kernels and keeps the result. Done
+    before everything else, since no part should be measured while another one waits for that."""
+    command = [options.build / "bin" / "apollod", "bench", "scan", "--device", "cuda", "--bytes", str(1 << 26), "--json"]
+    seconds = []
+    for _ in range(2):
+        start = time.monotonic()
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            failed = done.returncode and (done.stderr or done.stdout)[-1500:]
+        except (OSError, subprocess.TimeoutExpired) as e:
+            failed = str(e)
+        seconds.append(round(time.monotonic() - start, 2))
+        if failed:
+            print(f"apollod does not start on the GPU: {failed}", flush=True)
+            return dict(seconds=seconds, failed=failed)
+    print(f"apollod starts on the GPU in {seconds[0]} s the first time, then in {seconds[1]} s", flush=True)
+    return dict(seconds=seconds)
 
 
 class Part:
@@ -169,6 +197,11 @@ def main():
         results["trial"] = "made without a GPU: it tries the scripts and says nothing of one"
     shown = {key: results[key] for key in ("date", "device", "gpu", "versions")}
     print(json.dumps(shown), f"commit {build['commit']}", flush=True)
+    if options.device == "cuda":
+        os.environ.setdefault("APOLLOD_CUDA_LIBRARIES", os.pathsep.join(cuda_libraries()))
+        results["cuda_libraries"] = os.environ["APOLLOD_CUDA_LIBRARIES"]
+        results["first_start"] = first_start(options)
+        memory = nvidia_smi("memory.used")
     # Results go back at most 16 MiB a file: models and weights stay in a folder that is removed.
     with tempfile.TemporaryDirectory(prefix="apollod-gpu-") as work:
         for stage in STAGES:

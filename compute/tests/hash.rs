@@ -67,7 +67,7 @@ fn the_tests_hold_when_work_is_late_and_in_another_order() {
         return;
     }
     let again = std::process::Command::new(std::env::current_exe().unwrap())
-        .envs([("SIMULATED_CUDA_LATE", "1"), ("SIMULATED_CUDA_ORDER", "reverse")])
+        .envs([("SIMULATED_CUDA_LATE", "1"), ("SIMULATED_CUDA_ORDER", "reverse"), ("SIMULATED_CUDA_PAGEABLE", "1")])
         .output()
         .unwrap();
     assert!(again.status.success(), "{}", String::from_utf8_lossy(&again.stdout));

@@ -23,7 +23,9 @@
 //! 6. `Alive` comes every second from a thread of its own, before `Ready` and during requests too; it answers
 //!    nothing. A trainer that has sent one and then says nothing for long is stopped or hangs, and is killed.
 //! 7. [`FromTrainer::Invalidated`] comes whenever the server was told that weights have moved; it answers nothing.
-//! 8. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
+//! 8. [`FromTrainer::Dying`] is the last word of a child that cannot go on, such as after an error of its GPU: it answers
+//!    nothing, and the child exits.
+//! 9. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
 //!
 //! Why sequence numbers: an example gets a durable `seq` (1, 2, 3, ...) before it is sent. A generation's cursor is
 //! the highest `seq` whose effect its files hold. After a restart the child reports that cursor and the supervisor
@@ -259,6 +261,11 @@ pub enum FromTrainer {
     Invalidated(Invalidated),
     /// A sign of life.
     Alive,
+    /// The end of a trainer that cannot go on.
+    Dying {
+        /// What went wrong.
+        reason: String,
+    },
     /// The inference server is not there, or no longer.
     ServerGone {
         /// What was seen.

@@ -7,7 +7,7 @@ For each way in which the exporter can end (it exits, it is killed, it frees the
 opened the memory by its handle keeps reading, writing and filling it, once a millisecond, from before that moment until
 two seconds after it. Written down are: every change of what a call returns, with its time from the exporter's end; whether
 what was written is read back; whether memory that a third process then takes and fills shows through; whether the handle
-can still be opened; how much memory is free meanwhile and after; what closing returns; whether the importer's context
+can still be opened; how long the driver says that opened memory is; how much memory is free meanwhile and after; what closing returns; whether the importer's context
 still works after all that.
 """
 import argparse
@@ -28,6 +28,8 @@ PATTERN = 0x5A5A1234
 FOREIGN = 0xABABABAB
 FOREIGN_ALLOCATIONS = 16       # of as many bytes each
 BEFORE_S, AFTER_S = 0.3, 2.0
+DEVICE_ORDINAL = 9             # CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+PAGEABLE_MEMORY_ACCESS = 88    # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS
 WAYS = ("exits", "is killed", "frees it")
 
 
@@ -40,6 +42,17 @@ def word_at(driver, pointer):
     value = ctypes.c_uint32()
     result = driver.result("cuMemcpyDtoH_v2", ctypes.byref(value), ctypes.c_uint64(pointer), ctypes.c_size_t(4))
     return result, value.value
+
+
+def extent(driver, pointer):
+    """What the driver says of the allocation that an opened pointer lies in."""
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    result = driver.result("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
+    ordinal = ctypes.c_int(-1)
+    of_device = driver.result("cuPointerGetAttribute", ctypes.byref(ordinal), ctypes.c_int(DEVICE_ORDINAL),
+                              ctypes.c_uint64(pointer))
+    return dict(range=result, begins_before=pointer - base.value if base.value else None, bytes=size.value,
+                device=of_device, ordinal=ordinal.value)
 
 
 def exporter(_):
@@ -60,6 +73,7 @@ def importer(handle):
     driver = Driver()
     pointer = driver.open(bytes.fromhex(handle))
     print("opened", flush=True)
+    opened = extent(driver, pointer)
     changes, last, rounds, lost = [], {}, 0, 0
 
     def note(call, result):
@@ -84,7 +98,7 @@ def importer(handle):
     fresh = ctypes.c_uint64()
     note("allocate after that", driver.result("cuMemAlloc_v2", ctypes.byref(fresh), ctypes.c_size_t(1 << 20)))
     note("synchronize after that", driver.result("cuCtxSynchronize"))
-    print(json.dumps(dict(rounds=rounds, writes_not_read_back=lost, changes=changes)), flush=True)
+    print(json.dumps(dict(rounds=rounds, writes_not_read_back=lost, changes=changes, opened=opened)), flush=True)
     sys.stdin.readline()
 
 
@@ -178,7 +192,7 @@ def one_way(way):
         giver.end()
     free_after = asked("free_memory")["free"]
     return dict(
-        exporter_ended_after_ms=round(1e3 * (dead - end), 1), rounds=seen["rounds"],
+        exporter_ended_after_ms=round(1e3 * (dead - end), 1), opened=seen["opened"], rounds=seen["rounds"],
         writes_not_read_back=seen["writes_not_read_back"], handle_opened_later=late, taken_by_a_stranger_bytes=taken,
         changes=[dict(ms=round(1e3 * (at - end), 1), call=call, result=result) for at, call, result in seen["changes"]],
         free_bytes=dict(before=free_before, exporter_gone_importer_open=free_held, importer_closed=free_closed,
@@ -196,7 +210,9 @@ def main():
     if options.role:
         return ROLES[options.role](options.handle)
     driver = Driver()
-    found = dict(device=driver.name(), uuid=driver.uuid(), size_bytes=SIZE, ways={})
+    pageable = ctypes.c_int()
+    driver.call("cuDeviceGetAttribute", ctypes.byref(pageable), ctypes.c_int(PAGEABLE_MEMORY_ACCESS), driver.device)
+    found = dict(device=driver.name(), uuid=driver.uuid(), reads_pageable_memory=bool(pageable.value), size_bytes=SIZE, ways={})
     for way in WAYS:
         found["ways"][way] = one_way(way)
         print(f"the exporter {way}:", json.dumps(found["ways"][way], indent=1), flush=True)

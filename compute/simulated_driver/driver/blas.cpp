@@ -11,12 +11,13 @@
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 // The driver's side (stream.cpp, memory.cpp).
+extern "C" int simulated_cuda_records();
 extern "C" int simulated_cuda_submit(void* stream, void (*run)(void*), void (*drop)(void*), void* data);
 extern "C" int simulated_cuda_holds(const void* at, size_t size);
 
 namespace {
 
-enum Status : int { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, NOT_SUPPORTED = 15 };
+enum Status : int { SUCCESS = 0, INVALID_VALUE = 7, EXECUTION_FAILED = 13, INTERNAL_ERROR = 14, NOT_SUPPORTED = 15 };
 enum Type : int { F32 = 0, F16 = 2, BF16 = 14 };
 enum { COMPUTE_32F = 68, COMPUTE_32F_PEDANTIC = 69, COMPUTE_32F_FAST_TF32 = 77 };
 
@@ -191,6 +192,10 @@ EXPORT Status cublasLtMatmulAlgoGetHeuristic(int*, const Description* descriptio
                                              Heuristic* results, int* count) {
     Product product{*description, *a, *b, *c, *d, nullptr, nullptr, nullptr, nullptr, 0, 0};
     *count = 0;
+    if (simulated_cuda_records()) {
+        fprintf(stderr, "simulated cuBLASLt: an algorithm is asked for while a stream records, which fails from CUDA 13.3 on\n");
+        return INTERNAL_ERROR;
+    }
     if (!product.fits() || wanted < 1) return INVALID_VALUE;
     if (!product.supported()) return NOT_SUPPORTED;
     // All of the workspace is asked for, so that a caller that gives less is found out.

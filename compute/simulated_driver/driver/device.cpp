@@ -100,6 +100,8 @@ size_t memory_total() {
     return text == nullptr ? size_t{16} << 30 : strtoull(text, nullptr, 10);
 }
 
+bool reads_pageable() { return getenv("SIMULATED_CUDA_PAGEABLE") != nullptr; }
+
 EXPORT CUresult cuInit(unsigned flags) {
     return call("cuInit", NOTHING, [&] {
         if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
@@ -148,6 +150,11 @@ EXPORT CUresult cuDeviceGetPCIBusId(char* text, int size, CUdevice device) {
 }
 EXPORT CUresult cuDeviceGetAttribute(int* value, int attribute, CUdevice device) {
     return of_device("cuDeviceGetAttribute", device, [&] {
+        constexpr int PAGEABLE_MEMORY_ACCESS = 88;
+        if (attribute == PAGEABLE_MEMORY_ACCESS) {
+            *value = reads_pageable();
+            return CUDA_SUCCESS;
+        }
         auto found = ATTRIBUTES.find(attribute);
         *value = found == ATTRIBUTES.end() ? 0 : found->second;
         return CUDA_SUCCESS;
@@ -231,6 +238,6 @@ EXPORT CUresult cuCtxSetLimit(int, size_t) {
     return call("cuCtxSetLimit", CONTEXT, [] { return CUDA_SUCCESS; });
 }
 EXPORT CUresult cuCtxSynchronize() {
-    CUresult error = call("cuCtxSynchronize", CONTEXT, [] { return refuse_while_recording("cuCtxSynchronize"); });
+    CUresult error = call("cuCtxSynchronize", CONTEXT, [] { return refuse_while_recording("cuCtxSynchronize", true); });
     return error != CUDA_SUCCESS ? error : drain_all();
 }

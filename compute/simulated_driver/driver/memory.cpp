@@ -99,8 +99,9 @@ CUresult release(char* at) {
 
 void* pointer(CUdeviceptr at) { return reinterpret_cast<void*>(at); }
 
-// A copy, once both ends are known: `waits` if the caller may use the host's end as soon as the call returns.
-CUresult copy(const char* name, void* to, const void* from, size_t size, CUstream stream, bool to_host, bool from_host) {
+// A copy, once both ends are known. `reads_now`: pageable memory is read before the call returns.
+CUresult copy(const char* name, void* to, const void* from, size_t size, CUstream stream, bool to_host, bool from_host,
+              bool reads_now = !reads_pageable()) {
     bool pageable_to = false, pageable_from = false;
     CUresult error = call(name, CONTEXT, [&] {
         if (size == 0) return CUDA_SUCCESS;
@@ -115,8 +116,7 @@ CUresult copy(const char* name, void* to, const void* from, size_t size, CUstrea
     });
     if (error != CUDA_SUCCESS || size == 0) return error;
     Operation operation{NODE_COPY, name, nullptr};
-    if (pageable_from) {
-        // Pageable memory is staged before the call returns.
+    if (pageable_from && reads_now) {
         auto staged = std::make_shared<std::vector<char>>(static_cast<const char*>(from), static_cast<const char*>(from) + size);
         operation.run = [=] {
             memcpy(to, staged->data(), size);
@@ -132,12 +132,17 @@ CUresult copy(const char* name, void* to, const void* from, size_t size, CUstrea
     return error == CUDA_SUCCESS && pageable_to ? drain(resolve(stream)) : error;
 }
 
-// A copy that is done when the call returns: after all work of the streams that wait for the default one.
+// A copy of the default stream, after all work of the streams that wait for it. It is done when the call returns, unless
+// it brings pageable memory to the device: that has been read then, and no more.
 CUresult copy_now(const char* name, void* to, const void* from, size_t size, bool to_host, bool from_host) {
-    CUresult error = call("", CONTEXT, [&] { return refuse_while_recording(name); });
-    if (error == CUDA_SUCCESS) error = drain_all();
-    if (error == CUDA_SUCCESS) error = copy(name, to, from, size, nullptr, to_host, from_host);
-    return error == CUDA_SUCCESS ? drain(resolve(nullptr)) : error;
+    bool pageable_from = false;
+    CUresult error = call("", CONTEXT, [&] {
+        pageable_from = from_host && find_allocation(from, size) == nullptr;
+        return refuse_while_recording(name);
+    });
+    if (error == CUDA_SUCCESS) error = drain_blocking();
+    if (error == CUDA_SUCCESS) error = copy(name, to, from, size, nullptr, to_host, from_host, true);
+    return error == CUDA_SUCCESS && !pageable_from ? drain(resolve(nullptr)) : error;
 }
 
 template <typename T>

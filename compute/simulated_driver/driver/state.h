@@ -153,6 +153,8 @@ struct State {
 State& state();
 // SIMULATED_CUDA_MEMORY, or 16 GiB.
 size_t memory_total();
+// SIMULATED_CUDA_PAGEABLE: whether the device reads the host's pageable memory itself, when a copy runs.
+bool reads_pageable();
 uint64_t this_thread();
 CUcontext current_context();
 void set_current_context(CUcontext context);
@@ -184,5 +186,8 @@ CUresult submit(CUstream stream, Operation operation, bool recordable = true);
 // Runs what is pending.
 CUresult drain(CUstream stream);
 CUresult drain_all();
+// Those that wait for the default stream, and that one.
+CUresult drain_blocking();
 // For calls that are unsafe while a stream records: the error, after which the recording is invalid.
-CUresult refuse_while_recording(const char* name);
+// `also_relaxed`: those that no mode allows, such as waiting for the whole context; other threads' recordings are spared.
+CUresult refuse_while_recording(const char* name, bool also_relaxed = false);

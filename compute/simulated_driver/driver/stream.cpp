@@ -4,7 +4,9 @@
 // may do, and the second shows who reads a result or changes a source without waiting.
 #include "state.h"
 
+#include <algorithm>
 #include <cstdlib>
+#include <iterator>
 
 namespace {
 
@@ -43,6 +45,19 @@ CUresult of_event(const char* name, CUevent event, F body) {
     return call(name, CONTEXT, [&] { return state().events.count(event) ? body() : CUDA_ERROR_INVALID_HANDLE; });
 }
 
+template <typename F>
+CUresult drain_those(F wanted) {
+    std::vector<CUstream> those{&state().default_stream};
+    {
+        std::lock_guard<std::recursive_mutex> guard(state().lock);
+        std::copy_if(state().streams.begin(), state().streams.end(), std::back_inserter(those), wanted);
+    }
+    for (CUstream stream : those) {
+        if (CUresult error = drain(stream)) return error;
+    }
+    return CUDA_SUCCESS;
+}
+
 CUresult create_stream(CUstream* out, unsigned flags, int priority) {
     if (flags > 1) return CUDA_ERROR_INVALID_VALUE;
     auto* stream = new CUstr;
@@ -60,10 +75,11 @@ CUstream resolve(CUstream stream) {
     return reinterpret_cast<uintptr_t>(stream) <= 2 ? &state().default_stream : stream;
 }
 
-CUresult refuse_while_recording(const char* name) {
+CUresult refuse_while_recording(const char* name, bool also_relaxed) {
     CUresult error = CUDA_SUCCESS;
     for (CUstream stream : state().streams) {
-        if (stream->capture == CAPTURE_NONE || stream->mode == CAPTURE_RELAXED) continue;
+        if (stream->capture == CAPTURE_NONE || (stream->mode == CAPTURE_RELAXED && !also_relaxed)) continue;
+        if (stream->mode == CAPTURE_RELAXED && stream->thread != this_thread()) continue;
         if (stream->mode == CAPTURE_THREAD_LOCAL && stream->thread != this_thread()) continue;
         error = invalidate(stream);
         refuse(error, "%s while a stream records", name);
@@ -96,6 +112,9 @@ CUresult submit(CUstream stream, Operation operation, bool recordable) {
 }
 
 CUresult drain(CUstream stream) {
+    if (stream != &state().default_stream && stream->flags == 0) {
+        if (CUresult error = drain(&state().default_stream)) return error;
+    }
     std::lock_guard<std::recursive_mutex> running(stream->running);
     for (;;) {
         std::shared_ptr<Operation> next;
@@ -110,16 +129,9 @@ CUresult drain(CUstream stream) {
     }
 }
 
-CUresult drain_all() {
-    std::vector<CUstream> all{&state().default_stream};
-    {
-        std::lock_guard<std::recursive_mutex> guard(state().lock);
-        all.insert(all.end(), state().streams.begin(), state().streams.end());
-    }
-    for (CUstream stream : all) {
-        if (CUresult error = drain(stream)) return error;
-    }
-    return CUDA_SUCCESS;
+CUresult drain_all() { return drain_those([](CUstream) { return true; }); }
+CUresult drain_blocking() {
+    return drain_those([](CUstream stream) { return stream->flags == 0; });
 }
 
 EXPORT CUresult cuStreamCreate(CUstream* stream, unsigned flags) {
@@ -314,6 +326,12 @@ EXPORT CUresult cuStreamWaitEvent(CUstream stream, CUevent event, unsigned) {
     return submit(stream, {NODE_HOST, "cuStreamWaitEvent", [other] { return drain(other); }});
 }
 
+// For the libraries that come with the driver: whether any stream records.
+EXPORT int simulated_cuda_records() {
+    std::lock_guard<std::recursive_mutex> guard(state().lock);
+    return std::any_of(state().streams.begin(), state().streams.end(),
+                       [](CUstream stream) { return stream->capture != CAPTURE_NONE; });
+}
 // For the libraries that come with the driver: work that runs as a kernel does, and owns its data.
 EXPORT CUresult simulated_cuda_submit(CUstream stream, void (*run)(void*), void (*drop)(void*), void* data) {
     std::shared_ptr<void> owned(data, drop);

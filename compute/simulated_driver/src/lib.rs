@@ -13,6 +13,8 @@
 //!   tenth allocation fail with these errors; those of a broken context stay.
 //! - `SIMULATED_CUDA_MEMORY`: bytes of device memory (16 GiB).
 //! - `SIMULATED_CUDA_LATE=1`: work runs only when somebody waits for it.
+//! - `SIMULATED_CUDA_PAGEABLE=1`: the device reads pageable memory of the host by itself, so that a copy to the device
+//!   reads its source when it runs.
 //! - `SIMULATED_CUDA_ORDER=reverse`: blocks, warps and lanes run in the opposite order.
 
 use std::ffi::CString;

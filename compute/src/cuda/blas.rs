@@ -13,10 +13,16 @@ use cudarc::cublaslt::{result, sys};
 use cudarc::driver::sys::CUstream;
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
 /// Names folders to look for CUDA's libraries in, separated by colons.
 const FOLDERS: &str = "APOLLOD_CUDA_LIBRARIES";
+/// Where NVIDIA's installer puts them.
+const USUAL: &str = "/usr/local/cuda/lib64";
+/// Of the library.
+const NAMES: [&str; 2] = ["libcublasLt.so.13", "libcublasLt.so.12"];
 /// What NVIDIA recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
 /// Alignment that tells algorithms nothing more.
@@ -64,25 +70,49 @@ impl Drop for Blas {
     }
 }
 
-/// Whether the library can be found: by its name, or in one of the folders.
+/// Opens the library, if this process has not yet: by its name, or from a folder that is named or usual. Whether it is
+/// there.
 fn is_present() -> bool {
-    // SAFETY: only tries to load the library.
-    if unsafe { sys::is_culib_present() } {
-        return true;
+    let named = std::env::var_os(FOLDERS).unwrap_or_default();
+    let folders = std::env::split_paths(&named).filter(|folder| folder.is_absolute()).chain([USUAL.into()]);
+    let files = folders.flat_map(|folder| NAMES.map(|name| folder.join(name))).filter(|path| path.is_file());
+    NAMES.map(PathBuf::from).into_iter().chain(files).any(|path| open(&path))
+    // SAFETY: only tries to load the library, under names that the open one has too.
+        && unsafe { sys::is_culib_present() }
+}
+
+/// Opens a library and leaves it open; whoever asks for its name from now on gets this one.
+fn open(path: &Path) -> bool {
+    let Ok(name) = CString::new(path.as_os_str().as_encoded_bytes()) else { return false };
+    // SAFETY: a C string, and a library whose constructors do what any program with it has them do.
+    !unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_LAZY | libc::RTLD_GLOBAL) }.is_null()
+}
+
+/// Opens the library that another process has open, if this one finds none: PyTorch brings its own, in a place that only it
+/// knows. Without effect after [`Cuda::open`], and where there is none that this user or root alone can write.
+pub fn use_library_of(process: u32) {
+    if !is_present() {
+        let maps = std::fs::read_to_string(format!("/proc/{process}/maps")).unwrap_or_default();
+        mapped(&maps).into_iter().any(|path| is_trusted(path) && open(path));
     }
-    let Some(folders) = std::env::var_os(FOLDERS) else { return false };
-    let candidates = std::env::split_paths(&folders)
-        .flat_map(|folder| ["libcublasLt.so.13", "libcublasLt.so.12", "libcublasLt.so"].map(|name| folder.join(name)));
-    for path in candidates.filter(|path| path.is_file()) {
-        let Ok(name) = CString::new(path.as_os_str().as_encoded_bytes()) else { continue };
-        // SAFETY: a C string. Once open, the library is found by its name.
-        let library = unsafe { libc::dlopen(name.as_ptr(), libc::RTLD_NOW | libc::RTLD_GLOBAL) };
-        // SAFETY: as above.
-        if !library.is_null() && unsafe { sys::is_culib_present() } {
-            return true;
-        }
-    }
-    false
+}
+
+/// The files among the mappings of a process that have the library's name.
+fn mapped(maps: &str) -> Vec<&Path> {
+    // A line ends with its file's path, which may hold spaces.
+    let mut paths: Vec<&Path> =
+        maps.lines().filter_map(|line| line.find('/').map(|at| Path::new(&line[at..]))).collect();
+    paths.retain(|path| path.file_name().is_some_and(|name| NAMES.iter().any(|known| name == *known)));
+    paths.dedup();
+    paths
+}
+
+/// Whether nobody but this user and root could have put it there.
+fn is_trusted(path: &Path) -> bool {
+    let Ok(file) = path.metadata() else { return false };
+    // SAFETY: asks for a number.
+    let user = unsafe { libc::geteuid() };
+    (file.uid() == 0 || file.uid() == user) && file.mode() & 0o022 == 0
 }
 
 impl Blas {
@@ -188,9 +218,14 @@ fn split(cuda: &Cuda, x: &Buffer, len: usize) -> [Block; 2] {
     [upper, lower]
 }
 
+/// The library, where it may be used: not while work is recorded, when it may be unable to choose an algorithm.
+fn usable(cuda: &Cuda) -> Option<&Blas> {
+    cuda.blas.as_ref().filter(|_| !cuda.is_recording())
+}
+
 /// y (t,m) = x (t,n) Wᵀ + bias for weights of one x; false if nothing was done.
 pub(super) fn forward(cuda: &Cuda, outputs: &[&LinearOutput<Cuda>], x: &Buffer, t: usize) -> bool {
-    let Some(blas) = &cuda.blas else { return false };
+    let Some(blas) = usable(cuda) else { return false };
     if outputs.iter().any(|o| blas.product(shape(o.w, t, true)).is_none()) {
         return false;
     }
@@ -213,7 +248,7 @@ pub(super) fn forward(cuda: &Cuda, outputs: &[&LinearOutput<Cuda>], x: &Buffer, 
 
 /// dx (t,n) = Σ dy (t,m) W, or dx += if `accumulate`; false if nothing was done.
 pub(super) fn backward(cuda: &Cuda, dx: &Buffer, inputs: &[(&Buffer, &Weight)], t: usize, accumulate: bool) -> bool {
-    let Some(blas) = &cuda.blas else { return false };
+    let Some(blas) = usable(cuda) else { return false };
     if inputs.iter().any(|(_, w)| blas.product(shape(w, t, false)).is_none()) {
         return false;
     }
@@ -224,4 +259,32 @@ pub(super) fn backward(cuda: &Cuda, dx: &Buffer, inputs: &[(&Buffer, &Weight)], 
         assert!(blas.multiply(shape(w, t, false), [w.ptr(), upper.ptr, dx.ptr()], true, cuda.stream.0));
     }
     true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_library_of_another_process_is_found_among_its_mappings() {
+        let maps = "7f00-7f01 r-xp 00000000 08:01 12   /a b/nvidia/cu13/lib/libcublasLt.so.13\n\
+                    7f01-7f02 r--p 00001000 08:01 12   /a b/nvidia/cu13/lib/libcublasLt.so.13\n\
+                    7f02-7f03 r--p 00000000 08:01 13   /a b/nvidia/cu13/lib/libcublas.so.13\n\
+                    7f03-7f04 rw-p 00000000 00:00 0    [heap]\n7f04-7f05 rw-p 00000000 00:00 0\n\
+                    7f05-7f06 r--p 00000000 08:01 14   /b/libcublasLt.so.13 (deleted)\n";
+        assert_eq!(mapped(maps), [Path::new("/a b/nvidia/cu13/lib/libcublasLt.so.13")]);
+    }
+
+    #[test]
+    fn a_library_that_others_can_write_is_not_opened() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = std::env::temp_dir().join(format!("apollod-library-{}", std::process::id()));
+        std::fs::write(&file, "").unwrap();
+        for (mode, trusted) in [(0o755, true), (0o644, true), (0o664, false), (0o646, false)] {
+            std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(is_trusted(&file), trusted, "{mode:o}");
+        }
+        std::fs::remove_file(&file).unwrap();
+        assert!(!is_trusted(&file));
+    }
 }

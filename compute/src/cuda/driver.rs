@@ -5,7 +5,8 @@
 //! part of the process has opened there is memory here.
 
 use cudarc::driver::{DriverError, result, sys};
-use std::ffi::{CStr, c_int};
+use std::collections::HashMap;
+use std::ffi::{CString, c_int};
 use std::fmt;
 
 /// Oldest compute capability that the kernels are compiled for: bf16 products of the tensor cores (Ampere).
@@ -95,6 +96,8 @@ pub(super) struct Context {
     pub name: String,
     pub uuid: String,
     pub multiprocessors: usize,
+    /// Whether the device can read the host's pageable memory by itself.
+    pub reads_pageable: bool,
 }
 
 // SAFETY: the handles are names that the driver accepts from any thread in which the context is current.
@@ -132,9 +135,10 @@ impl Context {
             return Err(OpenError::TooOld { name, major, minor });
         }
         let multiprocessors = attribute(A::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let reads_pageable = attribute(A::CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS)? != 0;
         // SAFETY: the driver gave this device; released in drop.
         let context = unsafe { result::primary_ctx::retain(*device) }.map_err(call("cuDevicePrimaryCtxRetain"))?;
-        let context = Context { device: *device, context, name, uuid: uuid.clone(), multiprocessors };
+        let context = Context { device: *device, context, name, uuid: uuid.clone(), multiprocessors, reads_pageable };
         context.bind();
         Ok(context)
     }
@@ -190,8 +194,11 @@ fn driver_version() -> String {
     known.map_or_else(|_| "(unknown)".into(), |()| format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
-/// The kernels, compiled for the open device.
-pub(super) struct Module(sys::CUmodule);
+/// The kernels, compiled for the open device, by their names.
+pub(super) struct Module {
+    module: sys::CUmodule,
+    functions: HashMap<String, sys::CUfunction>,
+}
 
 // SAFETY: as for `Context`.
 unsafe impl Send for Module {}
@@ -200,29 +207,48 @@ unsafe impl Sync for Module {}
 
 impl Module {
     /// Compiles PTX for the device of the current context, which takes seconds the first time; the driver keeps the
-    /// result on disk.
-    pub fn load(ptx: &CStr) -> Result<Module, OpenError> {
+    /// result on disk. All kernels are loaded now: the driver would otherwise compile and load at a first launch, where
+    /// an error is no reason not to open the device any more, and which may be one that is recorded.
+    pub fn load(ptx: &str) -> Result<Module, OpenError> {
+        let refused = |call: String| {
+            move |error| OpenError::Kernels {
+                version: driver_version(),
+                error: format!("{} in {call}", describe(error)),
+            }
+        };
+        let source = CString::new(ptx).expect("PTX has no zeros");
         // SAFETY: a string that ends with a zero, as PTX must.
-        let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
-        let module =
-            module.map_err(|error| OpenError::Kernels { version: driver_version(), error: describe(error) })?;
-        Ok(Module(module))
+        let module = unsafe { result::module::load_data(source.as_ptr().cast()) };
+        let mut loaded =
+            Module { module: module.map_err(refused("cuModuleLoadData".into()))?, functions: HashMap::new() };
+        for name in kernel_names(ptx) {
+            let c_name = CString::new(name).expect("no zeros in the name of a kernel");
+            // SAFETY: the module is loaded.
+            let function = unsafe { result::module::get_function(loaded.module, c_name) };
+            let function = function.map_err(refused(format!("cuModuleGetFunction({name})")))?;
+            // SAFETY: the driver gave this function.
+            unsafe { sys::cuFuncLoad(function) }.result().map_err(refused(format!("cuFuncLoad({name})")))?;
+            loaded.functions.insert(name.into(), function);
+        }
+        Ok(loaded)
     }
 
-    /// The kernel of this name, loaded: a kernel that is loaded at its first launch could not be recorded then.
-    pub fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
-        let c_name = std::ffi::CString::new(name).expect("no zeros in the name of a kernel");
-        // SAFETY: the module is loaded.
-        let function = unsafe { result::module::get_function(self.0, c_name) }?;
-        // SAFETY: the driver gave this function.
-        unsafe { sys::cuFuncLoad(function) }.result()?;
-        Ok(function)
+    /// The kernel of this name.
+    pub fn function(&self, name: &str) -> sys::CUfunction {
+        *self.functions.get(name).unwrap_or_else(|| panic!("no kernel is called {name}"))
     }
+}
+
+/// The kernels that PTX defines.
+fn kernel_names(ptx: &str) -> impl Iterator<Item = &str> {
+    ptx.lines()
+        .filter_map(|line| line.strip_prefix(".visible .entry "))
+        .map(|rest| rest.trim_end_matches(['(', ')', ' ']))
 }
 
 impl Drop for Module {
     fn drop(&mut self) {
         // SAFETY: nothing of ours launches its kernels any more. An error has nobody to tell.
-        let _ = unsafe { result::module::unload(self.0) };
+        let _ = unsafe { result::module::unload(self.module) };
     }
 }

@@ -12,7 +12,7 @@ use super::{Block, Buffer, Cuda, Weight};
 use crate::{Dtype, LinearOutput};
 
 /// Rows that the kernels for few rows take.
-const SKINNY: usize = 64;
+pub(super) const SKINNY: usize = 64;
 /// Weights in one launch.
 const GROUP: usize = 4;
 /// Tiles that may be shared by blocks: one counter each.

@@ -19,6 +19,7 @@ mod optimizer;
 mod pool;
 mod weight;
 
+pub use blas::use_library_of;
 pub use driver::{DeviceName, OpenError};
 pub use graph::Graph;
 pub use hash::ReadAhead;
@@ -31,21 +32,19 @@ use crate::{
 use cudarc::driver::{result, sys};
 use driver::{Context, Module, check};
 use pool::{Block, Pool};
-use std::collections::HashMap;
-use std::ffi::CString;
 use std::sync::{Arc, Mutex};
 
 /// The kernels, compiled by nvcc 13.0 for compute capability 8.0; `ci/kernels.py` makes it.
 const PTX: &str = include_str!("../../kernels/apollod.ptx");
-/// Rows of the longest window that is recorded.
-const BUCKET_MAX: usize = 128;
+/// Rows of the longest window that is recorded. Longer ones go through cuBLASLt, which from CUDA 13.3 on cannot choose an
+/// algorithm while a stream records.
+const BUCKET_MAX: usize = linear::SKINNY;
 /// Rows of the shortest.
 const BUCKET_MIN: usize = 8;
 
 /// A GPU as a [`Device`].
 pub struct Cuda {
     stream: Stream,
-    functions: Mutex<HashMap<String, Function>>,
     module: Module,
     /// Of what is being recorded, if anything is.
     pool: Mutex<Option<Arc<Pool>>>,
@@ -56,17 +55,11 @@ pub struct Cuda {
     context: Arc<Context>,
 }
 
-/// A kernel of the module.
-#[derive(Clone, Copy)]
-struct Function(sys::CUfunction);
-
-// SAFETY: a name that the driver accepts from any thread in which the context is current.
-unsafe impl Send for Function {}
-
 /// The stream that everything is queued on.
 struct Stream(sys::CUstream);
 
-// SAFETY: as for `Function`; the driver orders what several threads queue.
+// SAFETY: a name that the driver accepts from any thread in which the context is current; it orders what several threads
+// queue.
 unsafe impl Send for Stream {}
 // SAFETY: as above.
 unsafe impl Sync for Stream {}
@@ -75,6 +68,14 @@ impl Drop for Stream {
     fn drop(&mut self) {
         // SAFETY: created in `Cuda::open`; the driver finishes what is queued. An error has nobody to tell.
         let _ = unsafe { result::stream::destroy(self.0) };
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // What is dropped with it asks the driver for its end, perhaps in a thread that never computed. An error has
+        // nobody to tell.
+        let _ = self.context.bind_for_drop();
     }
 }
 
@@ -124,7 +125,7 @@ impl Cuda {
     /// There is no driver or no such device, or it cannot run the kernels.
     pub fn open(name: &DeviceName) -> Result<Cuda, OpenError> {
         let context = Arc::new(Context::open(name)?);
-        let module = Module::load(&CString::new(PTX).expect("PTX has no zeros"))?;
+        let module = Module::load(PTX)?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(|error| OpenError::Call { call: "cuStreamCreate", error: driver::describe(error) })?;
         let stream = Stream(stream);
@@ -136,7 +137,6 @@ impl Cuda {
         let blas = blas::Blas::open(|bytes| general.block(bytes));
         Ok(Cuda {
             stream,
-            functions: Mutex::default(),
             module,
             pool: Mutex::new(None),
             general,
@@ -166,13 +166,7 @@ impl Cuda {
 
     fn function(&self, name: &str) -> sys::CUfunction {
         self.context.bind();
-        let mut functions = self.functions.lock().expect("no holder panics");
-        if let Some(function) = functions.get(name) {
-            return function.0;
-        }
-        let function = check(self.module.function(name), &format!("cuModuleGetFunction({name})"));
-        functions.insert(name.into(), Function(function));
-        function
+        self.module.function(name)
     }
 
     /// `bytes` of device memory, content unspecified.
@@ -205,6 +199,11 @@ impl Cuda {
         f64::from(ms)
     }
 
+    /// Whether what is queued is recorded and not done.
+    fn is_recording(&self) -> bool {
+        self.pool.lock().expect("no holder panics").is_some()
+    }
+
     /// Multiprocessors of the device.
     pub(crate) fn multiprocessors(&self) -> usize {
         self.context.multiprocessors
@@ -215,11 +214,15 @@ impl Cuda {
     /// # Safety
     /// `dst` is device memory of as many bytes.
     unsafe fn upload<T: Copy>(&self, dst: u64, src: &[T]) {
-        assert!(self.pool.lock().expect("no holder panics").is_none(), "the host writes into a recording");
+        assert!(!self.is_recording(), "the host writes into a recording");
         self.context.bind();
         if !src.is_empty() {
-            // SAFETY: the caller's promise; pageable memory has been read when the driver returns.
+            // SAFETY: the caller's promise. A device that cannot read pageable memory leaves it to the driver, which has
+            // done it when it returns; for one that can, the copy is waited for.
             check(unsafe { result::memcpy_htod_async(dst, src, self.stream.0) }, "cuMemcpyHtoDAsync");
+            if self.context.reads_pageable {
+                self.synchronize();
+            }
         }
     }
 

@@ -27,7 +27,7 @@ struct Memory {
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.cuda.context.bind();
+        let _ = self.cuda.context.bind_for_drop();
         // SAFETY: allocated in `Weight::zeros`. An error has nobody to tell.
         let _ = unsafe { result::free_sync(self.ptr) };
     }

@@ -3,7 +3,7 @@
 use crate::random::{poison, wide};
 use compute::cuda::{self, Cuda, DeviceName};
 use compute::{Cpu, Device, Dtype, cpu};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A device, and what a test needs of it besides its operations.
 pub trait Machine: Device {
@@ -44,8 +44,12 @@ impl Machine for Cpu {
 /// The CUDA backend on the simulated driver, which runs the kernels' own sources on the CPU.
 impl Machine for Cuda {
     fn start() -> Arc<Cuda> {
+        // One stays open, so that a GPU's context is not made anew for each test.
+        static FIRST: OnceLock<Arc<Cuda>> = OnceLock::new();
+        let open = || Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a device"));
         simulated_driver::load();
-        Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a simulated device"))
+        FIRST.get_or_init(open);
+        open()
     }
     fn weight(self: &Arc<Self>, dtype: Dtype, rows: usize, cols: usize, values: &[f32]) -> cuda::Weight {
         let plain = cpu::Weight::from_values(dtype, rows, cols, values);

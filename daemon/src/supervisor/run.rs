@@ -33,6 +33,8 @@ pub(super) struct Attached {
     pub(super) ready: bool,
     /// When it last gave a sign of life, once it has given one.
     heard: Option<Instant>,
+    /// Why it says that it ends.
+    last_word: Option<String>,
 }
 
 /// A sync that was asked for and not yet sent.
@@ -236,7 +238,7 @@ impl Supervisor {
                 if self.waits_because().is_none() {
                     tracing::info!("trainer {} started", child.pid());
                 }
-                self.attached = Some(Attached { child, number, ready: false, heard: None });
+                self.attached = Some(Attached { child, number, ready: false, heard: None, last_word: None });
             }
             Err(error) => {
                 let reason = format!("{} cannot be started: {error}", self.options.command.program.display());
@@ -267,6 +269,7 @@ impl Supervisor {
                 if let Some(attached) = self.attached.as_mut().filter(|attached| attached.number == number) {
                     match output {
                         Output::Message(FromTrainer::Alive) => attached.heard = Some(Instant::now()),
+                        Output::Message(FromTrainer::Dying { reason }) => attached.last_word = Some(reason),
                         Output::Message(FromTrainer::Invalidated(invalidated)) => self.on_invalidated(invalidated),
                         output => self.hear(output)?,
                     }
@@ -325,7 +328,10 @@ impl Supervisor {
         let pid = attached.child.pid();
         let end = attached.child.end(patience);
         let reason = match (reason.is_empty(), was_told) {
-            (true, _) => format!("trainer {pid} ended: {end}"),
+            (true, _) => {
+                let why = attached.last_word.map_or_else(String::new, |word| format!(": {word}"));
+                format!("trainer {pid} ended: {end}{why}")
+            }
             (false, true) => format!("trainer {pid}: {reason}"),
             (false, false) => reason,
         };

@@ -151,6 +151,15 @@ fn a_trainer_killed_in_a_step_is_replaced_and_gets_the_same_batch_again() {
 }
 
 #[test]
+fn the_last_word_of_a_trainer_is_why_it_was_replaced() {
+    let stand = Stand::start(&[("say_at_step", "1")]);
+    let ids = stand.add(2);
+    stand.wait_for(&ids, ExampleState::Trained);
+    let why = stand.handle.status().last_restart.unwrap();
+    assert!(why.ends_with("ended: exit status 101: CUDA error X (7) in y"), "{why}");
+}
+
+#[test]
 fn a_trainer_that_hangs_is_killed_and_gets_a_successor() {
     let stand = Stand::start(&[("hang_at_step", "2")]);
     let ids = stand.add(6);

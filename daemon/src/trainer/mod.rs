@@ -33,6 +33,7 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Runs until told to stop, until stdin ends or until the server is gone. Versions of the weights go on after `told`.
 pub fn run(config: &Config, told: u64) -> Result<()> {
+    watch::end_on_panic();
     std::thread::spawn(|| {
         while say(&FromTrainer::Alive).is_ok() {
             std::thread::sleep(HEARTBEAT);
@@ -41,7 +42,12 @@ pub fn run(config: &Config, told: u64) -> Result<()> {
     match Start::new(config, told) {
         Ok(start) => match start.gpu().map(|uuid| DeviceName::Uuid(uuid.to_owned())) {
             None => serve(Cpu::new(config.train.threads).map_err(Into::into), start),
-            Some(gpu) => serve(Cuda::open(&gpu).map_err(Into::into), start),
+            Some(gpu) => {
+                if let Some(server) = start.server_pid() {
+                    compute::cuda::use_library_of(server);
+                }
+                serve(Cuda::open(&gpu).map_err(Into::into), start)
+            }
         },
         Err(error) => say_why(error),
     }

@@ -110,6 +110,11 @@ impl<'a> Start<'a> {
     pub fn gpu(&self) -> Option<&str> {
         self.attachment.device().map(|device| device.uuid.as_str())
     }
+
+    /// The server's process, as far as it is known.
+    pub fn server_pid(&self) -> Option<u32> {
+        self.attachment.pid()
+    }
 }
 
 impl<D: Backend> Session<D> {

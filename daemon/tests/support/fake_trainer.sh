@@ -5,6 +5,7 @@
 # request line), and finds its orders, each a file:
 #   die_at_step    holds a step: killed by SIGKILL on that step, once
 #   die_always     holds a step: killed by SIGKILL on that step, each time
+#   say_at_step    holds a step: says why and exits on that step, once
 #   hang_at_step   holds a step: gives a last sign of life and hangs on that step, once
 #   fail_step      holds a step: answers that it failed
 #   skip_step      holds a step: answers that a gate skipped it
@@ -40,6 +41,11 @@ while IFS= read -r line; do
         this=$(number step)
         sleep "$(read_or step_seconds 0)"
         if [ "$(read_or die_at_step 0)" = "$this" ]; then rm "$D/die_at_step"; kill -KILL $$; fi
+        if [ "$(read_or say_at_step 0)" = "$this" ]; then
+            rm "$D/say_at_step"
+            echo '{"answer":"dying","reason":"CUDA error X (7) in y"}'
+            exit 101
+        fi
         if [ "$(read_or hang_at_step 0)" = "$this" ]; then
             rm "$D/hang_at_step"
             echo '{"answer":"alive"}'

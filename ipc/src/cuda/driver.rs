@@ -202,13 +202,15 @@ impl Entered {
         check("cuMemFree", "", unsafe { result::free_sync(base) })
     }
 
-    /// Copies bytes to an address of the device, and waits for it.
+    /// Copies bytes to an address of the device, and waits until they are there: the driver's call returns as soon as it
+    /// has read them, and neither another stream nor another process waits for the rest of it.
     ///
     /// # Safety
     /// There is an allocation of at least as many bytes.
     pub(super) unsafe fn write(&self, address: u64, bytes: &[u8]) -> Result<(), Error> {
         // SAFETY: the caller's promise.
-        check("cuMemcpyHtoD", "", unsafe { result::memcpy_htod_sync(address, bytes) })
+        check("cuMemcpyHtoD", "", unsafe { result::memcpy_htod_sync(address, bytes) })?;
+        self.synchronize()
     }
 
     /// What another process opens an allocation by.
@@ -219,13 +221,18 @@ impl Entered {
         Ok(handle.reserved.map(|byte| byte as u8))
     }
 
-    /// First byte and size of the allocation that an address lies in.
-    pub(super) fn range_of(&self, address: u64, about: &str) -> Result<(u64, usize), Error> {
+    /// First byte and size of the allocation that an address lies in; none where the driver does not say that of memory
+    /// which another process has allocated.
+    pub(super) fn range_of(&self, address: u64, about: &str) -> Result<Option<(u64, usize)>, Error> {
         let (mut base, mut bytes) = (0, 0);
         // SAFETY: base and bytes are words that the call may fill; an address of nothing is an error of it.
         let range = unsafe { sys::cuMemGetAddressRange_v2(&raw mut base, &raw mut bytes, address) };
+        if matches!(range, Code::CUDA_ERROR_INVALID_VALUE | Code::CUDA_ERROR_NOT_FOUND | Code::CUDA_ERROR_NOT_SUPPORTED)
+        {
+            return Ok(None);
+        }
         check("cuMemGetAddressRange", about, range.result())?;
-        Ok((base, bytes))
+        Ok(Some((base, bytes)))
     }
 
     /// The device whose memory an address is of.

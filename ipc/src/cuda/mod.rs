@@ -10,8 +10,8 @@
 //!   for the device, then closes, then gives the context back. An attachment drops it before its lease ends.
 //! - A process that ends without that (the watch on the server ends it at once) leaves the same to the driver.
 //!
-//! What the driver answers is checked, not believed: an opened allocation begins where it was opened, is as
-//! long as the manifest says, lies on the device that the manifest names, and overlaps no other.
+//! What the driver answers is checked, not believed: an opened allocation is at least as long as the manifest says, as far
+//! as the driver tells, lies on the device that the manifest names, and overlaps no other.
 //!
 //! Addresses of a device are numbers here. Nothing on the host may follow them, and [`Memory::Cuda`] is
 //! another type than [`Memory::Host`] for that reason.
@@ -28,6 +28,9 @@ use driver::Context;
 use std::fmt;
 use std::sync::Arc;
 use weight_map::View;
+
+/// Bytes that the driver shares as a whole (CUDA programming guide, "Interprocess Communication").
+const SHARED_UNIT: u64 = 2 << 20;
 
 /// A GPU, or an instance of one (MIG), as this process sees it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -187,13 +190,12 @@ impl Opened {
         let refuse = |reason: String| Err(Error::DeviceMemory { index: self.index, reason });
         let about = about(self.index);
         let entered = self.context.enter()?;
-        let (base, bytes) = entered.range_of(self.base, &about)?;
-        if base != self.base {
-            return refuse(format!("its handle was opened {} bytes into an allocation", self.base.wrapping_sub(base)));
-        }
-        // It may be longer: what is mapped here comes in the driver's own units.
-        if (bytes as u64) < self.bytes {
-            return refuse(format!("{bytes} bytes long, but the server describes {}", self.bytes));
+        // What is mapped here comes in the driver's own units: it may begin before the allocation, and be longer.
+        if let Some((base, bytes)) = entered.range_of(self.base, &about)? {
+            let bytes = (bytes as u64).saturating_sub(self.base.wrapping_sub(base));
+            if bytes < self.bytes {
+                return refuse(format!("{bytes} bytes long, but the server describes {}", self.bytes));
+            }
         }
         let ordinal = entered.device_of(self.base, &about)?;
         if ordinal != device.ordinal {
@@ -231,12 +233,13 @@ pub(crate) struct OwnMemory {
 }
 
 impl OwnMemory {
-    /// Takes so many bytes on the device of this UUID.
+    /// Takes so many bytes on the device of this UUID, in whole units of what a handle shares: a smaller allocation lies in
+    /// such a unit together with others, which everybody who opens the handle could read.
     pub(crate) fn allocate(uuid: &str, bytes: u64) -> Result<OwnMemory, Error> {
         let device = CudaDevice::find(uuid)?;
         let context = Context::retain(device.ordinal)?;
         let entered = context.enter()?;
-        let base = entered.allocate(bytes as usize)?;
+        let base = entered.allocate(bytes.next_multiple_of(SHARED_UNIT) as usize)?;
         let handle = entered.handle(base).inspect_err(|_| drop(entered.free(base)))?;
         drop(entered);
         Ok(OwnMemory { base, bytes, handle, device, context })

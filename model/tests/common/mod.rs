@@ -9,7 +9,7 @@ use compute::{Collector, Cpu, Cuda, Device, Dtype, cpu, cuda, narrow};
 use model::{Config, Example, Extent, Model, Report, Timings};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// A backend under test.
 pub trait Machine: Device {
@@ -30,8 +30,12 @@ impl Machine for Cpu {
 
 impl Machine for Cuda {
     fn open() -> Arc<Cuda> {
+        // One stays open, so that a GPU's context is not made anew for each test.
+        static FIRST: OnceLock<Arc<Cuda>> = OnceLock::new();
+        let open = || Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a device"));
         simulated_driver::load_blas();
-        Arc::new(Cuda::open(&DeviceName::Ordinal(0)).expect("a device"))
+        FIRST.get_or_init(open);
+        open()
     }
     fn weight(device: &Arc<Cuda>, dtype: Dtype, rows: usize, cols: usize) -> cuda::Weight {
         cuda::Weight::zeros(device, dtype, rows, cols)

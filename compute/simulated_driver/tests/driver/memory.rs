@@ -118,6 +118,34 @@ fn memory_runs_out() {
 }
 
 #[test]
+fn a_synchronous_copy_to_the_device_has_only_read_its_source() {
+    let late = [("SIMULATED_CUDA_LATE", "1")];
+    passes_in_child("memory::a_synchronous_copy_to_the_device_has_only_read_its_source", &late, || {
+        let gpu = Gpu::open();
+        let (at, mut source) = (gpu.alloc(4).unwrap(), 7u32);
+        // SAFETY: as many bytes at either end.
+        ok(unsafe { sys::cuMemcpyHtoD_v2(at, (&raw const source).cast(), 4) });
+        source += 1;
+        assert_eq!(gpu.read::<u32>(at, 1), [u32::MAX], "a stream that does not block is not waited for by it");
+        // SAFETY: nothing to prove.
+        ok(unsafe { sys::cuCtxSynchronize() });
+        assert_eq!(gpu.read::<u32>(at, 1), [source - 1]);
+    });
+}
+
+#[test]
+fn a_device_that_reads_pageable_memory_reads_it_when_the_copy_runs() {
+    let late = [("SIMULATED_CUDA_LATE", "1"), ("SIMULATED_CUDA_PAGEABLE", "1")];
+    passes_in_child("memory::a_device_that_reads_pageable_memory_reads_it_when_the_copy_runs", &late, || {
+        let gpu = Gpu::open();
+        let (at, mut source) = (gpu.alloc(4).unwrap(), [7u32]);
+        gpu.write(at, &source);
+        std::hint::black_box(&mut source)[0] = 8;
+        assert_eq!(gpu.read::<u32>(at, 1), [8]);
+    });
+}
+
+#[test]
 fn late_work_is_done_when_somebody_waits() {
     passes_in_child("memory::late_work_is_done_when_somebody_waits", &[("SIMULATED_CUDA_LATE", "1")], || {
         let gpu = Gpu::open();

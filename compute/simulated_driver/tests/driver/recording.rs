@@ -76,6 +76,15 @@ fn what_cannot_be_recorded_spoils_the_recording() {
 }
 
 #[test]
+fn no_recording_allows_to_wait_for_the_context() {
+    let gpu = Gpu::open();
+    begin(&gpu, Mode::CU_STREAM_CAPTURE_MODE_RELAXED);
+    // SAFETY: nothing to prove.
+    assert_eq!(code(unsafe { sys::cuCtxSynchronize() }), Err(900));
+    assert_eq!(end(&gpu).err(), Some(901));
+}
+
+#[test]
 fn a_relaxed_recording_allows_allocations() {
     let gpu = Gpu::open();
     begin(&gpu, Mode::CU_STREAM_CAPTURE_MODE_RELAXED);
