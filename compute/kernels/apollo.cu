@@ -49,7 +49,7 @@ constexpr uint32_t PROJECT_ROWS = 32, PROJECT_RANKS = 64;
 extern "C" __global__ void __launch_bounds__(256) apollo_project(
     const ApolloTask* tasks, const uint32_t* first, uint32_t count) {
     constexpr uint32_t K = 32;
-    __shared__ float a[K][PROJECT_ROWS + 2];
+    __align__(16) __shared__ float a[K][PROJECT_ROWS + 2];
     __align__(16) __shared__ float b[K][PROJECT_RANKS + 4];
     const uint32_t which = find_task(first, count, blockIdx.x), tile = blockIdx.x - first[which];
     const ApolloTask& task = tasks[which];
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_gram(
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++) {
 #pragma unroll
-                for (uint32_t j = 0; j < 4; j++) sum[i][j] += u[8 * i] * v[8 * j];
+                for (uint32_t j = 0; j < 4; j++) sum[i][j] = fma(u[8 * i], v[8 * j], sum[i][j]);
             }
         }
     }
