@@ -190,6 +190,11 @@ fn driver_version() -> String {
     known.map_or_else(|_| "(unknown)".into(), |()| format!("{}.{}", version / 1000, version % 1000 / 10))
 }
 
+/// The kernel that begins in a line of PTX, if one does.
+fn kernel_of_line(line: &str) -> Option<&str> {
+    line.strip_prefix(".visible .entry ")?.split('(').next()
+}
+
 /// The kernels, compiled for the open device.
 pub(super) struct Module(sys::CUmodule);
 
@@ -206,10 +211,16 @@ impl Module {
         let module = unsafe { result::module::load_data(ptx.as_ptr().cast()) };
         let module =
             module.map_err(|error| OpenError::Kernels { version: driver_version(), error: describe(error) })?;
-        Ok(Module(module))
+        let module = Module(module);
+        for kernel in ptx.to_str().expect("PTX is ASCII").lines().filter_map(kernel_of_line) {
+            let call = |error| OpenError::Call { call: "cuFuncLoad", error: describe(error) };
+            module.function(kernel).map_err(call)?;
+        }
+        Ok(module)
     }
 
-    /// The kernel of this name, loaded: a kernel that is loaded at its first launch could not be recorded then.
+    /// The kernel of this name, loaded. All are when the module is: by default the driver brings a kernel to the device
+    /// when it is first launched, which may wait for the device, allocate, and so end a recording.
     pub fn function(&self, name: &str) -> Result<sys::CUfunction, DriverError> {
         let c_name = std::ffi::CString::new(name).expect("no zeros in the name of a kernel");
         // SAFETY: the module is loaded.
