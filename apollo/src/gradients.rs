@@ -78,12 +78,15 @@ impl<D: Device> Events<D> {
     }
 
     /// The sum of the dense events of a vector of n elements.
-    pub fn vector(&self, device: &D, n: usize) -> Option<D::Buffer> {
+    pub fn vector(&self, device: &D, n: usize) -> Option<Arc<D::Buffer>> {
         let (first, rest) = self.dense.split_first()?;
+        if rest.is_empty() {
+            return Some(first.clone());
+        }
         let mut g = device.uninit(n);
         device.copy(&mut g, 0, first, 0, n);
         rest.iter().for_each(|more| device.add(&mut g, more, n));
-        Some(g)
+        Some(Arc::new(g))
     }
 
     /// The touched rows of a lookup in ascending order, and their summed gradients (rows, n).

@@ -110,8 +110,8 @@ pub struct Prepared<D: Device> {
 enum Ready<D: Device> {
     Apollo { tensor: usize, pair: Pair<D>, s: D::Buffer },
     Dense { tensor: usize, pair: Pair<D> },
-    Vector { tensor: usize, g: D::Buffer },
-    Lookup { tensor: usize, rows: Vec<u32>, g: D::Buffer },
+    Vector { tensor: usize, g: Arc<D::Buffer> },
+    Lookup { tensor: usize, rows: Vec<u32>, g: Arc<D::Buffer> },
 }
 
 impl<D: Device> Optimizer<D> {
@@ -266,8 +266,8 @@ impl<D: Device> Optimizer<D> {
                     items.push((&pair.x, pair.t * self.tensors[*tensor].cols));
                     items.push((&pair.dy, pair.t * self.tensors[*tensor].rows));
                 }
-                Ready::Vector { tensor, g } => items.push((g, self.tensors[*tensor].cols)),
-                Ready::Lookup { tensor, rows, g } => items.push((g, rows.len() * self.tensors[*tensor].cols)),
+                Ready::Vector { tensor, g } => items.push((&**g, self.tensors[*tensor].cols)),
+                Ready::Lookup { tensor, rows, g } => items.push((&**g, rows.len() * self.tensors[*tensor].cols)),
             }
         }
         if items.is_empty() {
@@ -311,7 +311,7 @@ impl<D: Device> Optimizer<D> {
                     events.vector(&self.device, n).map(|g| Ready::Vector { tensor, g })
                 }
                 (Rule::AdamW, TensorKind::Lookup) => {
-                    events.touched(&self.device, n).map(|(rows, g)| Ready::Lookup { tensor, rows, g })
+                    events.touched(&self.device, n).map(|(rows, g)| Ready::Lookup { tensor, rows, g: Arc::new(g) })
                 }
             };
             ready.extend(item);
@@ -413,7 +413,7 @@ impl<D: Device> Optimizer<D> {
                     self.device.adamw_factors(w, exp_avg, exp_avg_sq, &factors, settings.moments(), write);
                 }
                 Ready::Vector { g, .. } | Ready::Lookup { g, .. } => {
-                    adamw.push(AdamwRows { w, rows, g, exp_avg, exp_avg_sq, write: write(tensor, corrected) });
+                    adamw.push(AdamwRows { w, rows, g: &**g, exp_avg, exp_avg_sq, write: write(tensor, corrected) });
                 }
             }
         }

@@ -49,7 +49,7 @@ constexpr uint32_t PROJECT_ROWS = 32, PROJECT_RANKS = 64;
 extern "C" __global__ void __launch_bounds__(256) apollo_project(
     const ApolloTask* tasks, const uint32_t* first, uint32_t count) {
     constexpr uint32_t K = 32;
-    __shared__ float a[K][PROJECT_ROWS + 2];
+    __align__(16) __shared__ float a[K][PROJECT_ROWS + 2];
     __align__(16) __shared__ float b[K][PROJECT_RANKS + 4];
     const uint32_t which = find_task(first, count, blockIdx.x), tile = blockIdx.x - first[which];
     const ApolloTask& task = tasks[which];
@@ -271,7 +271,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_gram(
 #pragma unroll
             for (uint32_t i = 0; i < 4; i++) {
 #pragma unroll
-                for (uint32_t j = 0; j < 4; j++) sum[i][j] += u[8 * i] * v[8 * j];
+                for (uint32_t j = 0; j < 4; j++) sum[i][j] = fma(u[8 * i], v[8 * j], sum[i][j]);
             }
         }
     }
@@ -295,14 +295,17 @@ extern "C" __global__ void __launch_bounds__(256) apollo_gram(
     }
 }
 
-// NORM_UPDATE, and s for tensor scaling: a block per tensor.
-extern "C" __global__ void __launch_bounds__(256) apollo_norm(const ApolloTask* tasks) {
+// NORM_UPDATE, and s for tensor scaling: a block per tensor, of as many threads as a tile has elements. A head has
+// some hundred thousand channels and nothing else to wait for.
+extern "C" __global__ void __launch_bounds__(1024) apollo_norm(const ApolloTask* tasks) {
     const ApolloTask& task = tasks[blockIdx.x];
     const uint32_t channels = task.channels(), pairs = gram_pairs(task.t);
     double n = 0.0, r = 0.0;
     uint32_t infinite = 0;
+    const float2* const squares = reinterpret_cast<const float2*>(as_global(task.squares));
+#pragma unroll 8
     for (uint32_t c = threadIdx.x; c < channels; c += blockDim.x) {
-        const float n_c = task.squares[2 * c], r_c = task.squares[2 * c + 1];
+        const float n_c = squares[c].x, r_c = squares[c].y;
         infinite += !(n_c < INFINITY && r_c < INFINITY);
         n += n_c, r += r_c;
     }
@@ -317,6 +320,7 @@ extern "C" __global__ void __launch_bounds__(256) apollo_norm(const ApolloTask* 
         for (uint32_t e = threadIdx.x; e < GRAM * GRAM; e += blockDim.x) {
             const double* at = as_global(task.grams) + static_cast<size_t>(pair) * GRAM * GRAM + e;
             double a = 0.0, b = 0.0;
+#pragma unroll 8
             for (uint32_t c = 0; c < chunks_big; c++, at += per_chunk) a += *at;
             for (uint32_t c = 0; c < chunks_small; c++, at += per_chunk) b += *at;
             inner += twice * (a * b);

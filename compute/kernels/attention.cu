@@ -475,6 +475,7 @@ __device__ void backward(float* dq, float* dk, float* dv, float* dq_of_splits, f
 // sum over parts 0..count of parts[part·size + at], in order.
 __device__ float sum_of_parts(const float* parts, size_t size, size_t at, int count) {
     float sum = 0.f;
+#pragma unroll 8
     for (int part = 0; part < count; part++) sum += parts[part * size + at];
     return sum;
 }
@@ -511,7 +512,7 @@ ATTENTION_BACKWARD(128, 128, true)
 ATTENTION_BACKWARD(any, 64, false)
 
 // out and lse from the parts of all splits; a warp takes one query row of one kv head.
-extern "C" __global__ void attention_combine(float* out, float* lse, const float* sums, const float* stats,
+extern "C" __global__ void __launch_bounds__(256) attention_combine(float* out, float* lse, const float* sums, const float* stats,
                                              const uint32_t* len, uint32_t t, uint32_t heads, uint32_t kv_heads, uint32_t d,
                                              uint32_t window, uint32_t splits) {
     using namespace attention_kernels;
@@ -523,25 +524,44 @@ extern "C" __global__ void attention_combine(float* out, float* lse, const float
     const int parts = keys_of(row / TILE, s).parts_in_use((int)splits);
     const size_t size = (size_t)kv_heads * rows;
     float top = -INFINITY, total = 0.f;
-    for (int part = 0; part < parts; part++) top = fmaxf(top, stats[2 * (part * size + index)]);
-    for (int part = 0; part < parts; part++) {
-        const float* one = stats + 2 * (part * size + index);
-        total = fmaf(one[1], expf(one[0] - top), total);
-    }
+    for (int part = lane; part < parts; part += 32) top = fmaxf(top, stats[2 * (part * size + index)]);
+    top = warp_max(top);
     const int head = kv_head * group + row % group, query = row / group;
-    for (int column = lane; column < s.d; column += 32) {
-        float sum = 0.f;
-        for (int part = 0; part < parts; part++) {
-            const size_t at = part * size + index;
-            sum = fmaf(sums[at * s.d + column], expf(stats[2 * at] - top), sum);
+    // A lane has every 32nd column, four of them at a time; weights of 32 parts are made by a lane each.
+    for (int column0 = 0; column0 < s.d; column0 += 128) {
+        float sum[4] = {};
+        total = 0.f;
+        for (int part0 = 0; part0 < parts; part0 += 32) {
+            const int count = min(32, parts - part0);
+            float weight = 0.f, of_part = 0.f;
+            if (lane < count) {
+                const float* one = stats + 2 * ((part0 + lane) * size + index);
+                weight = expf(one[0] - top);
+                of_part = one[1] * weight;
+            }
+            total += warp_sum(of_part);
+#pragma unroll 4
+            for (int part = 0; part < count; part++) {
+                const float* from = sums + ((part0 + part) * size + index) * s.d;
+                const float w = __shfl_sync(ALL_LANES, weight, part);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int column = column0 + 32 * i + lane;
+                    if (column < s.d) sum[i] = fmaf(from[column], w, sum[i]);
+                }
+            }
         }
-        out[((size_t)query * heads + head) * s.d + column] = sum / total;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int column = column0 + 32 * i + lane;
+            if (column < s.d) out[((size_t)query * heads + head) * s.d + column] = sum[i] / total;
+        }
     }
     if (lane == 0) lse[(size_t)head * s.t + query] = top + logf(total);
 }
 
 // dq, dk and dv from their parts; a thread takes one element of the three. What has one split was written already.
-extern "C" __global__ void attention_backward_combine(float* dq, float* dk, float* dv, const float* dq_parts,
+extern "C" __global__ void __launch_bounds__(256) attention_backward_combine(float* dq, float* dk, float* dv, const float* dq_parts,
                                                       const float* dk_parts, const float* dv_parts, const uint32_t* len,
                                                       uint32_t t, uint32_t heads, uint32_t kv_heads, uint32_t d,
                                                       uint32_t window, uint32_t key_splits, uint32_t query_splits) {

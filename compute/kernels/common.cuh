@@ -9,6 +9,7 @@
 //   - Foreign weights (an inference server's) change under us: no `__restrict__` on them and no `__ldg`, both of which
 //     let the compiler use the read-only cache. They are written by aligned stores of whole elements.
 //   - Floating-point atomics are not used: results do not depend on the order of blocks.
+//   - The compiler fuses no product with a sum (ci/kernels.py): write fmaf where one is wanted.
 #pragma once
 
 #ifdef __CUDACC__

@@ -259,15 +259,17 @@ __device__ __forceinline__ void skinny_product(const ProductGroup& group) {
 #pragma unroll
             for (uint32_t v = 0; v < VALUES; v++) slot[v * 32] = acc[v / (4 * NT)][v / 4 % NT][v % 4];
         }
-        __threadfence();
         __syncthreads();
         if (threadIdx.x == 0) {
+            // Between the barriers a fence of one thread is one of the block's: what was written above is seen before
+            // the count, and what is read below was written before the last count.
+            __threadfence();
             is_last = atomicAdd(group.counters + tile, 1u) + 1 == group.splits;
+            __threadfence();
             if (is_last) group.counters[tile] = 0;
         }
         __syncthreads();
         if (!is_last) return;
-        __threadfence();
         if (wk == 0) {
 #pragma unroll
             for (uint32_t v = 0; v < VALUES; v++) acc[v / (4 * NT)][v / 4 % NT][v % 4] = of_tile[v * 32];

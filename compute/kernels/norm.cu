@@ -71,7 +71,7 @@ __device__ void column_sums(float* sums, uint32_t rows, uint32_t n, Term term) {
     const uint32_t column = blockIdx.x * LANES + lane;
     float sum = 0.f;
     if (column < n) {
-#pragma unroll 4
+#pragma unroll 8
         for (uint32_t row = first; row < rows; row += LANES) sum += term(row, column);
     }
     partial[first][lane] = sum;

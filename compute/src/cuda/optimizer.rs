@@ -246,7 +246,7 @@ pub(super) fn prepare(cuda: &Cuda, norms: &mut Buffer, tensors: &mut [ApolloPrep
     launch("apollo_project", ApolloTask::project_tiles);
     launch("apollo_scaling", ApolloTask::channel_tiles);
     launch("apollo_gram", ApolloTask::gram_tiles);
-    Launch::new("apollo_norm").grid(tasks.len(), 1, 1).block(256).arg(on_device.ptr).run(cuda);
+    Launch::new("apollo_norm").grid(tasks.len(), 1, 1).block(GRAM * GRAM).arg(on_device.ptr).run(cuda);
 }
 
 /// See [`crate::Device::limit`].
