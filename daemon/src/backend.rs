@@ -5,7 +5,7 @@ use crate::weights::matrix_shape;
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::hash::Keys;
-use compute::{Cpu, Cuda, Device, Dtype, cpu, cuda};
+use compute::{Cpu, Cuda, Device, Dtype, RowOrder, cpu, cuda};
 use ipc::{Attachment, LiveTensor, Memory, SharedWeights};
 use std::ops::Range;
 use std::str::FromStr;
@@ -131,6 +131,7 @@ unsafe fn in_host_memory(live: &LiveTensor, owner: Arc<dyn Send + Sync>) -> cpu:
 unsafe fn in_device_memory(live: &LiveTensor, owner: Arc<dyn Send + Sync>) -> cuda::Weight {
     let (rows, cols) = matrix_shape(live.shape);
     let Memory::Cuda(address) = live.memory else { unreachable!("all weights of a server lie on one device") };
+    assert_eq!(live.row_order, RowOrder::AsFiles, "kernels take rows as they come");
     // SAFETY: the caller's promise.
     unsafe { cuda::Weight::new(address, live.dtype, rows, cols, owner) }
 }

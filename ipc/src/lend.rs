@@ -80,6 +80,18 @@ struct Lent {
     lease: Option<(u64, u32)>,
 }
 
+/// A connection; it ends with this value.
+struct Admitted {
+    lender: Arc<Lender>,
+    number: u64,
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        self.lender.end(self.number);
+    }
+}
+
 impl Lender {
     /// Lends `weights` as `manifest` describes them.
     pub(crate) fn new(weights: Arc<SharedWeights>, manifest: Manifest, engine: Arc<dyn Engine>) -> Lender {
@@ -138,9 +150,10 @@ impl Lender {
         };
         let lender = Arc::clone(self);
         let spawned = std::thread::Builder::new().name("weight-lease".into()).spawn(move || {
+            // Also if the engine panics in what it is asked for: the lease must not stay with a trainer that is gone.
+            let admitted = Admitted { lender, number };
             // An error ends this connection; the trainer sees its end and says so.
-            let _ = lender.converse(number, stream);
-            lender.end(number);
+            let _ = admitted.lender.converse(number, stream);
         });
         if spawned.is_err() {
             self.end(number);

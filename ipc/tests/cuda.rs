@@ -222,8 +222,8 @@ fn in_context<T>(work: impl FnOnce() -> T) -> T {
 fn write(attachment: &Attachment, name: &str, at: usize, bytes: &[u8]) {
     let (address, length) = device_address(attachment, name);
     assert!(at + bytes.len() <= length);
-    // SAFETY: inside the tensor, which the attachment keeps open.
     in_context(|| {
+        // SAFETY: inside the tensor, which the attachment keeps open.
         unsafe { result::memcpy_htod_sync(address + at as u64, bytes) }.and_then(|()| result::ctx::synchronize())
     })
     .unwrap();

@@ -142,7 +142,8 @@ impl<D: Device> Model<D> {
     ) -> &'r D::Buffer {
         let Recorded { rows, graph, inputs, losses, left, .. } = recorded;
         let padded = |values: &[u32], with| [values, &vec![with; *rows - values.len()]].concat();
-        self.device.write_ids(&mut inputs.ids, &padded(ids, 0));
+        // A token whose embedding is looked at anyway: padding must bring nothing into the window, not a NaN either.
+        self.device.write_ids(&mut inputs.ids, &padded(ids, ids[0]));
         self.device.write_ids(&mut inputs.targets, &padded(targets, NO_TARGET));
         self.device.write(&mut inputs.scale, 0, &[scale]);
         self.device.replay(graph);

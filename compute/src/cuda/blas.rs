@@ -116,10 +116,15 @@ fn is_trusted(path: &Path) -> bool {
 }
 
 impl Blas {
-    /// The library with `workspace` of [`Blas::workspace_bytes`]; none if there is no library or it refuses to work.
-    pub fn open(workspace: impl FnOnce(usize) -> Block) -> Option<Blas> {
+    /// The library with `workspace` of [`Blas::workspace_bytes`]; none if there is no library, no memory for it, or it refuses to work.
+    pub fn open(workspace: impl FnOnce(usize) -> Option<Block>) -> Option<Blas> {
         let handle = is_present().then(result::create_handle)?.ok()?;
-        Some(Blas { handle, products: Mutex::default(), workspace: workspace(WORKSPACE_BYTES) })
+        let Some(workspace) = workspace(WORKSPACE_BYTES) else {
+            // SAFETY: created above. An error has nobody to tell.
+            let _ = unsafe { result::destroy_handle(handle) };
+            return None;
+        };
+        Some(Blas { handle, products: Mutex::default(), workspace })
     }
 
     fn product(&self, shape: Shape) -> Option<Product> {

@@ -18,8 +18,10 @@ use cudarc::driver::{result, sys};
 use std::collections::VecDeque;
 use std::ops::Range;
 
-/// Blocks that one launch hashes: 16 MiB of hashes.
+/// Blocks that one launch hashes at most: 16 MiB of hashes.
 const HASHES_MAX: u64 = 1 << 20;
+/// Fewer than that are not worth a launch.
+const HASHES_MIN: u64 = 1 << 10;
 /// Blocks that a thread block takes at a time: 8 warps with a run of 8 each, as in `hash.cu`.
 const HASHES_OF_BLOCK: u64 = 64;
 /// Thread blocks for each multiprocessor; two are resident.
@@ -42,6 +44,8 @@ struct Scan<'a> {
     out: Block,
     weights: usize,
     block_bytes: usize,
+    /// Blocks that one launch hashes.
+    batch: u64,
     /// Of all weights.
     blocks: u64,
 }
@@ -56,8 +60,22 @@ impl Scan<'_> {
             blocks += weight.bytes().div_ceil(block_bytes) as u64;
         }
         let (tasks, keys) = (cuda.uploaded(&tasks), cuda.uploaded(keys.words()));
-        let out = cuda.block(16 * blocks.min(HASHES_MAX) as usize);
-        Scan { cuda, tasks, keys, out, weights: weights.len(), block_bytes, blocks }
+        // Fewer at a time on a device that is full.
+        let mut batch = blocks.min(HASHES_MAX);
+        let out = loop {
+            match cuda.try_block(16 * batch as usize) {
+                Some(block) => break block,
+                None if batch > HASHES_MIN => batch = batch.div_ceil(2),
+                None => break cuda.block(16 * batch as usize),
+            }
+        };
+        Scan { cuda, tasks, keys, out, batch, weights: weights.len(), block_bytes, blocks }
+    }
+
+    /// First block and the one after the last of each launch.
+    fn batches(&self) -> impl Iterator<Item = (u64, u64)> {
+        let (batch, blocks) = (self.batch.max(1), self.blocks);
+        (0..blocks).step_by(batch as usize).map(move |begin| (begin, blocks.min(begin + batch)))
     }
 
     /// Queues blocks begin..end, whose hashes go to the start of `out`.
@@ -86,8 +104,7 @@ impl Cuda {
     pub fn block_hashes(&self, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> Vec<u128> {
         let scan = Scan::new(self, weights, block_bytes, keys);
         let mut hashes = vec![0u128; scan.blocks as usize];
-        for begin in (0..scan.blocks).step_by(HASHES_MAX as usize) {
-            let end = scan.blocks.min(begin + HASHES_MAX);
+        for (begin, end) in scan.batches() {
             scan.launch(begin, end);
             // SAFETY: `out` has 16 bytes for each of these blocks, of which the kernel wrote all.
             unsafe { self.download(&mut hashes[begin as usize..end as usize], scan.out.ptr) };
@@ -99,8 +116,8 @@ impl Cuda {
     pub fn scan_ms(&self, weights: &[&Weight], block_bytes: usize, keys: &Keys) -> f64 {
         let scan = Scan::new(self, weights, block_bytes, keys);
         self.timed(|| {
-            for begin in (0..scan.blocks).step_by(HASHES_MAX as usize) {
-                scan.launch(begin, scan.blocks.min(begin + HASHES_MAX));
+            for (begin, end) in scan.batches() {
+                scan.launch(begin, end);
             }
         })
     }
@@ -110,6 +127,8 @@ impl Cuda {
     ///
     /// # Panics
     /// If a part leaves its weight, or is longer than 4 MiB.
+    ///
+    /// On a device without memory for it, each part is copied when it is asked for.
     pub fn read_ahead<'a>(&'a self, parts: impl IntoIterator<Item = (&'a Weight, Range<usize>)>) -> ReadAhead<'a> {
         let place = |(weight, range): (&Weight, Range<usize>)| {
             assert!(range.start <= range.end && range.end <= weight.bytes(), "{range:?} outside {}", weight.bytes());
@@ -121,8 +140,7 @@ impl Cuda {
         let parts: VecDeque<Part> = parts.into_iter().map(place).collect();
         let slots = SLOTS.min(parts.len());
         let mut ahead = ReadAhead { cuda: self, parts, filled: VecDeque::new() };
-        for _ in 0..slots {
-            let slot = Slot::new(self);
+        for slot in (0..slots).map_while(|_| Slot::new(self)) {
             ahead.fill(slot);
         }
         ahead
@@ -158,12 +176,13 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(cuda: &Cuda) -> Slot {
-        cuda.context.bind();
+    /// None where there is no memory for it.
+    fn new(cuda: &Cuda) -> Option<Slot> {
+        let staging = cuda.try_block(SLOT)?;
         // SAFETY: freed by `ReadAhead`. Not write-combined: the host reads it.
-        let pinned = check(unsafe { result::malloc_host(SLOT, 0) }, "cuMemHostAlloc").cast();
+        let pinned = unsafe { result::malloc_host(SLOT, 0) }.ok()?.cast();
         let copied = check(result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING), "cuEventCreate");
-        Slot { pinned, staging: cuda.block(SLOT), copied, parts: VecDeque::new() }
+        Some(Slot { pinned, staging, copied, parts: VecDeque::new() })
     }
 }
 
@@ -182,7 +201,13 @@ impl ReadAhead<'_> {
     /// # Panics
     /// If there is none, or it has another length.
     pub fn next(&mut self, out: &mut [u8]) {
-        let slot = self.filled.front_mut().expect("no part is left");
+        let Some(slot) = self.filled.front_mut() else {
+            // There was no memory for a single slot.
+            let Part { from, skip, len, .. } = self.parts.pop_front().expect("no part is left");
+            assert_eq!(out.len(), len, "the next part has {len} bytes");
+            // SAFETY: the part lies in its weight (`read_ahead`).
+            return unsafe { self.cuda.download(out, from + skip as u64) };
+        };
         let (at, len) = slot.parts.pop_front().expect("a slot is given back when it is empty");
         assert_eq!(out.len(), len, "the next part has {len} bytes");
         self.cuda.context.bind();

@@ -130,11 +130,13 @@ impl Cuda {
             .map_err(|error| OpenError::Call { call: "cuStreamCreate", error: driver::describe(error) })?;
         let stream = Stream(stream);
         let general = Arc::new(Pool::new(context.clone()));
-        let counters = general.block(linear::Counters::BYTES);
+        let counters = general
+            .try_block(linear::Counters::BYTES)
+            .map_err(|error| OpenError::Call { call: "cuMemAlloc", error: driver::describe(error) })?;
         // SAFETY: the block has as many bytes.
         unsafe { result::memset_d8_async(counters.ptr, 0, linear::Counters::BYTES, stream.0) }
             .map_err(|error| OpenError::Call { call: "cuMemsetD8Async", error: driver::describe(error) })?;
-        let blas = blas::Blas::open(|bytes| general.block(bytes));
+        let blas = blas::Blas::open(|bytes| general.try_block(bytes).ok());
         Ok(Cuda {
             stream,
             module,
@@ -171,9 +173,18 @@ impl Cuda {
 
     /// `bytes` of device memory, content unspecified.
     fn block(&self, bytes: usize) -> Block {
+        self.current_pool().block(bytes)
+    }
+
+    /// As [`Cuda::block`], for who can do without.
+    fn try_block(&self, bytes: usize) -> Option<Block> {
+        self.current_pool().try_block(bytes).ok()
+    }
+
+    fn current_pool(&self) -> Arc<Pool> {
         self.context.bind();
         let recording = self.pool.lock().expect("no holder panics").clone();
-        recording.unwrap_or_else(|| self.general.clone()).block(bytes)
+        recording.unwrap_or_else(|| self.general.clone())
     }
 
     /// How long the device takes for what `work` queues, in ms. Waits.

@@ -4,7 +4,7 @@
 //! before what is queued later. A recording has a pool of its own, since its blocks are used again at every replay;
 //! recordings that are never in use together lay their pools over the same blocks.
 
-use super::driver::{Context, check, describe};
+use super::driver::{Context, describe};
 use cudarc::driver::{DriverError, result, sys};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -73,12 +73,20 @@ impl Pool {
     /// # Panics
     /// If the device has no more memory.
     pub fn block(self: &Arc<Pool>, bytes: usize) -> Block {
+        self.try_block(bytes).unwrap_or_else(|error| panic!("{}", refusal(bytes, error)))
+    }
+
+    /// As [`Pool::block`], for who can do without.
+    pub fn try_block(self: &Arc<Pool>, bytes: usize) -> Result<Block, DriverError> {
         if bytes == 0 {
-            return Block { ptr: 0, bytes: 0, pool: self.clone() };
+            return Ok(Block { ptr: 0, bytes: 0, pool: self.clone() });
         }
         let bytes = bytes.next_multiple_of(GRANULE);
-        let (ptr, bytes) = self.reuse(bytes).unwrap_or_else(|| (self.grow(bytes), bytes));
-        Block { ptr, bytes, pool: self.clone() }
+        let (ptr, bytes) = match self.reuse(bytes) {
+            Some(found) => found,
+            None => (self.grow(bytes)?, bytes),
+        };
+        Ok(Block { ptr, bytes, pool: self.clone() })
     }
 
     fn reuse(&self, bytes: usize) -> Option<(sys::CUdeviceptr, usize)> {
@@ -92,25 +100,14 @@ impl Pool {
         Some((ptr, found))
     }
 
-    fn grow(&self, bytes: usize) -> sys::CUdeviceptr {
+    fn grow(&self, bytes: usize) -> Result<sys::CUdeviceptr, DriverError> {
         let slab = self.allocate(bytes).or_else(|_| {
             self.give_back();
             self.allocate(bytes)
-        });
-        let slab = slab.unwrap_or_else(|error| {
-            let (free, total) = check(result::mem_get_info(), "cuMemGetInfo");
-            panic!(
-                "CUDA error {} in cuMemAlloc: wanted {} MiB of device memory, {} of {} MiB are free; lower train.rank \
-                 or train.max_tokens, or leave the server less",
-                describe(error),
-                bytes.div_ceil(1 << 20),
-                free >> 20,
-                total >> 20
-            )
-        });
+        })?;
         let ptr = slab.ptr;
         self.slabs.lock().expect("no holder panics").push((bytes, slab));
-        ptr
+        Ok(ptr)
     }
 
     fn allocate(&self, bytes: usize) -> Result<Slab, DriverError> {
@@ -131,4 +128,19 @@ impl Pool {
     pub fn bytes(&self) -> usize {
         self.slabs.lock().expect("no holder panics").iter().map(|(bytes, _)| bytes).sum()
     }
+}
+
+/// Why there is no block.
+fn refusal(bytes: usize, error: DriverError) -> String {
+    let mut text = format!("CUDA error {} in cuMemAlloc: wanted {} MiB", describe(error), bytes.div_ceil(1 << 20));
+    if error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY
+        && let Ok((free, total)) = result::mem_get_info()
+    {
+        text += &format!(
+            " of device memory, {} of {} MiB are free; lower train.rank or train.max_tokens, or leave the server less",
+            free >> 20,
+            total >> 20
+        );
+    }
+    text
 }
