@@ -448,8 +448,9 @@ fn failing_calls() {
     }
     // A driver that does not know how long other processes' memory is.
     let fail = [("SIMULATED_CUDA_FAIL", "cuMemGetAddressRange:1=500,cuMemGetAddressRange:2=1")];
-    let (_importer, first) = Other::start_with(&[Path::new("import"), &path], &fail);
+    let (importer, first) = Other::start_with(&[Path::new("import"), &path], &fail);
     assert_eq!(first, "ready");
+    drop(importer);
     // A detach that cannot wait or close is told nobody, and does not end the process.
     let fail = [("SIMULATED_CUDA_FAIL", "cuCtxSynchronize:1=999,cuIpcCloseMemHandle:1=999")];
     let (mut importer, first) = Other::start_with(&[Path::new("import"), &path], &fail);
