@@ -31,7 +31,7 @@ const fn case(t: usize, past: usize, heads: usize, kv_heads: usize, head_dim: us
 }
 
 /// A window of 0 stands for none.
-const CASES: [Case; 31] = [
+const CASES: [Case; 32] = [
     case(1, 0, 1, 1, 1, 0),
     case(1, 5, 2, 1, 6, 0),
     case(7, 0, 6, 2, 5, 0),
@@ -55,6 +55,8 @@ const CASES: [Case; 31] = [
     case(150, 40, 2, 2, 4, 65),
     // A long past.
     case(3, 1500, 2, 1, 16, 0),
+    // One that is cut into more parts than a warp has lanes.
+    case(2, 2500, 2, 1, 12, 0),
     // The sizes of heads that models have, and sizes beyond.
     case(5, 70, 4, 2, 64, 0),
     case(9, 21, 2, 1, 96, 0),
