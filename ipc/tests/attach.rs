@@ -465,6 +465,30 @@ fn an_engine_is_asked_over_the_connection() {
     assert!(!engine.held.load(Relaxed), "a hold ends with the connection");
 }
 
+/// An engine whose score is a mistake of its own.
+struct Broken;
+
+impl Engine for Broken {
+    fn controls(&self) -> Vec<Control> {
+        vec![Control::Score]
+    }
+    fn score(&self, _: &[u32]) -> Result<Vec<f32>, String> {
+        panic!("the GPU is gone")
+    }
+}
+
+#[test]
+fn an_engine_that_panics_ends_the_connection_and_the_lease() {
+    let exporter = exporter();
+    let handle = exporter.weights.serve(&exporter.socket, Arc::new(Broken)).unwrap();
+    let attachment = Attachment::open(&exporter.source(), &exporter.expected).unwrap();
+    assert!(handle.leased_by().is_some());
+    assert!(matches!(attachment.score(&[1, 2]), Err(ControlError::Gone(_))));
+    until(|| handle.leased_by().is_none());
+    assert!(attachment.check().is_err(), "the trainer is told");
+    Attachment::open(&exporter.source(), &exporter.expected).expect("the next one gets the lease");
+}
+
 #[test]
 fn a_late_answer_is_not_taken_for_the_next_one() {
     let exporter = exporter();

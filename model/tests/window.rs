@@ -2,7 +2,7 @@
 
 mod common;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use common::{Machine, cases, examples, gradients, load, relative, weight};
 use compute::{Collector, Device, Dtype, Sink};
 use model::{Example, Extent, Model, Timings};
@@ -12,6 +12,7 @@ on_every_device!(
     a_full_window_has_the_gradient_of_the_whole_example,
     a_shared_context_gives_what_running_it_again_gives,
     windows_one_after_the_other_give_what_each_gives_alone,
+    an_embedding_that_is_no_number_hurts_only_who_uses_it,
 );
 
 /// Loss of the example on weights moved by `step` along the gradient.
@@ -128,5 +129,29 @@ fn windows_one_after_the_other_give_what_each_gives_alone<D: Machine>() -> Resul
             assert!(error < 1e-5, "example {seed}, {}: {error:.1e}", tensor.name);
         }
     }
+    Ok(())
+}
+
+/// Nor does padding use it: a window that a GPU pads holds no token that is not in the example.
+fn an_embedding_that_is_no_number_hurts_only_who_uses_it<D: Machine>() -> Result<()> {
+    let device = D::open();
+    let untied = |dir: &&std::path::PathBuf| dir.ends_with("qwen3_untied_yarn");
+    let cases = cases();
+    let dir = cases.iter().find(untied).context("an untied model")?;
+    let model = load(&device, dir, Dtype::F32)?;
+    let embedding = model.tensors().iter().position(|t| t.name == "model.embed_tokens.weight").context("tensor")?;
+    let row = vec![f32::NAN; device.shape(&model.weights()[embedding]).1];
+    device.write_weight(&model.weights()[embedding], 0, &compute::narrow(Dtype::F32, &row));
+    let ids: Vec<u32> = (1..30).collect();
+    let loss = |ids: Vec<u32>| -> Result<f32> {
+        let example = Example::new(ids, vec![20..29])?;
+        let (report, gradients) = gradients(&device, &model, &example, Extent::Frozen);
+        assert_eq!(report.loss().is_finite(), gradients.iter().flatten().all(|g| g.is_finite()));
+        Ok(report.loss())
+    };
+    assert!(loss(ids.clone())?.is_finite());
+    let mut with_it = ids;
+    with_it[21] = 0;
+    assert!(!loss(with_it)?.is_finite(), "the test must tell");
     Ok(())
 }
