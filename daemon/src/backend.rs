@@ -152,7 +152,9 @@ impl FromStr for DeviceChoice {
         Ok(match text {
             "cpu" => DeviceChoice::Cpu,
             "cuda" => DeviceChoice::Cuda(DeviceName::Ordinal(0)),
-            uuid if uuid.starts_with("GPU-") => DeviceChoice::Cuda(DeviceName::Uuid(uuid.into())),
+            uuid if uuid.starts_with("GPU-") || uuid.starts_with("MIG-") => {
+                DeviceChoice::Cuda(DeviceName::Uuid(uuid.into()))
+            }
             text => match text.strip_prefix("cuda:") {
                 Some(ordinal) => DeviceChoice::Cuda(DeviceName::Ordinal(
                     ordinal.parse().with_context(|| format!("`{ordinal}` is no number of a device"))?,
@@ -196,6 +198,8 @@ mod tests {
         assert_eq!((parse("cuda"), parse("cuda:3")), (cuda(0), cuda(3)));
         let uuid = "GPU-01234567-89ab-cdef-0123-456789abcdef";
         assert_eq!(parse(uuid), Ok(DeviceChoice::Cuda(DeviceName::Uuid(uuid.into()))));
+        let instance = uuid.replace("GPU", "MIG");
+        assert_eq!(parse(&instance), Ok(DeviceChoice::Cuda(DeviceName::Uuid(instance.clone()))));
         assert!(parse("gpu").unwrap_err().contains("cuda:1"), "{:?}", parse("gpu"));
         assert!(parse("cuda:one").unwrap_err().contains("`one`"), "{:?}", parse("cuda:one"));
     }

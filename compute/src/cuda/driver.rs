@@ -116,7 +116,7 @@ impl Context {
         let devices = devices()?;
         let found = devices.iter().find(|(ordinal, _, uuid)| match wanted {
             DeviceName::Ordinal(wanted) => ordinal == wanted,
-            DeviceName::Uuid(wanted) => uuid == wanted,
+            DeviceName::Uuid(wanted) => digits(uuid) == digits(wanted),
         });
         let Some((_, device, uuid)) = found else {
             let seen: Vec<String> = devices.iter().map(|(i, _, uuid)| format!("cuda:{i} = {uuid}")).collect();
@@ -178,6 +178,12 @@ fn devices() -> Result<Vec<(usize, sys::CUdevice, String)>, OpenError> {
         Ok((ordinal as usize, device, format_uuid(&uuid.bytes.map(|b| b as u8))))
     };
     (0..count).map(device).collect()
+}
+
+/// A UUID without the word for what it is of, which the driver does not say: nvidia-smi writes `MIG-` before the digits of an
+/// instance.
+fn digits(uuid: &str) -> &str {
+    uuid.split_once('-').map_or(uuid, |(_, digits)| digits)
 }
 
 /// As `nvidia-smi -L` writes it.
