@@ -10,8 +10,8 @@
 //!
 //! Activations, gradients, moments and norms are f32. Weights are *foreign*: they belong to an
 //! inference server, keep its dtype (f32, f16 or bf16), are read where they lie and are written in
-//! place by exactly three operations, [`Device::apollo_commit`], [`Device::adamw_factors`] and
-//! [`Device::adamw_rows`].
+//! place: in a step by exactly three operations, [`Device::apollo_commit`], [`Device::adamw_factors`] and
+//! [`Device::adamw_rows`], and between steps, to restore them, by [`Device::write_weight`].
 //!
 //! Shapes: matrices are row-major. `t` is the number of token rows; a weight W is (m,n) = (outputs,
 //! inputs) as Hugging Face stores `nn.Linear`; a vector is (1,n).
