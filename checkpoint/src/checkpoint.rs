@@ -1,15 +1,12 @@
 //! [`Checkpoint`]: the one writer of a model directory.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufReader, Read, Seek, Write};
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 
-use rustix::fs::{FlockOperation, flock};
-
-use crate::commit::{self, Draft, RollbackReport, SyncReport};
-use crate::disk::{Disk, Fault};
+use crate::commit::{self, Draft, Files, Place, RollbackReport, SyncReport};
+use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress};
 use crate::known::{Hashes, Known};
@@ -17,6 +14,8 @@ use crate::layout::Layout;
 use crate::recover::{self, Recovery};
 use crate::retain::prune;
 use crate::source::{LiveSource, Source, UndoSource};
+use crate::storage::{RealStorage, Storage};
+use crate::sums;
 use crate::verify::{self, VerifyReport};
 
 /// A tensor of the live weights under its Hugging Face name.
@@ -80,13 +79,18 @@ pub struct Options {
     /// Generations before the current one that can be restored; each costs a delta (10 to 35% of the
     /// trained weights' bytes) and a copy of the optimizer state on disk. Default 4.
     pub keep: u64,
-    /// A simulated failure, for tests. Default none.
-    pub fault: Option<Fault>,
+    /// Bytes of changed blocks that are journalled together before they go into the files. They are held in memory
+    /// until then. Default 32 MiB.
+    pub segment: u64,
+    /// Threads that compare and compress; with 1 a sync does one thing after the other. Default: as many as the
+    /// machine has cores.
+    pub threads: usize,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { keep: 4, fault: None }
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        Options { keep: 4, segment: 32 << 20, threads }
     }
 }
 
@@ -94,14 +98,14 @@ impl Default for Options {
 #[derive(Debug)]
 pub struct Checkpoint {
     paths: Paths,
-    keep: u64,
+    options: Options,
     disk: Disk,
     current: Generation,
     /// Hashes of the tensors that the last sync wrote.
     known: Option<Known>,
     /// Why this handle must not be used any more.
     unusable: Option<String>,
-    _lock: File,
+    _lock: DiskFile,
 }
 
 impl Checkpoint {
@@ -114,23 +118,25 @@ impl Checkpoint {
 
     /// [`Checkpoint::open`] with settings.
     pub fn open_with(model_dir: &Path, options: Options) -> Result<(Checkpoint, Recovery)> {
-        let paths = Paths::new(model_dir);
-        let layout = Layout::load(model_dir)?;
-        let mut disk = Disk::new(options.fault);
+        Checkpoint::open_on(Arc::new(RealStorage), model_dir, options)
+    }
+
+    /// [`Checkpoint::open_with`] on another storage than the operating system's.
+    pub fn open_on(storage: Arc<dyn Storage>, model_dir: &Path, options: Options) -> Result<(Checkpoint, Recovery)> {
+        let (disk, paths) = (Disk::new(storage), Paths::new(model_dir));
+        let layout = Layout::load(&disk, model_dir)?;
         disk.create_dir(&paths.root)?;
-        let lock = take_lock(&paths)?;
+        let lock = take_lock(&disk, &paths)?;
         for dir in paths.dirs() {
             disk.create_dir(&dir)?;
         }
-        let (current, recovery) = recover::recover(&mut disk, &paths, &layout, options.keep)?;
-        let checkpoint =
-            Checkpoint { paths, keep: options.keep, disk, current, known: None, unusable: None, _lock: lock };
+        let (current, recovery) = recover::recover(&disk, &paths, &layout, options.keep)?;
+        let checkpoint = Checkpoint { paths, options, disk, current, known: None, unusable: None, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
     /// Writes the live weights that differ into the files, with the optimizer state that `state` writes,
-    /// as a new generation. `report` is told done and total, in bytes of weights times two (the journal,
-    /// then the files).
+    /// as a new generation. `report` is told done and total, in bytes of weights; done is total when all of it is durable.
     ///
     /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
     /// not that of the last sync through this handle. On an error that is not [`Error::Interrupted`]
@@ -147,7 +153,7 @@ impl Checkpoint {
         let mut source = LiveSource::new(&layout, live)?;
         let hashes = Hashes::of(live);
         source.announce(&layout, Known::changed(self.known.as_ref(), self.current.generation, hashes.as_ref()));
-        let draft = Draft { layout: &layout, progress, rollback_of: None, expect: None };
+        let draft = self.draft(&layout, progress);
         let done = self.commit(draft, &mut source, Some(state), report)?;
         self.known = hashes.map(|hashes| Known { generation: done.generation, hashes });
         Ok(done)
@@ -168,13 +174,13 @@ impl Checkpoint {
         let target = self.restorable(to)?;
         let layout = self.layout()?;
         let mut state = match &target.state {
-            Some(_) => Some(open_state(&self.paths, &target)?),
+            Some(_) => Some(open_state(&self.disk, &self.paths, &target)?),
             None => None,
         };
         let mut write_state = |out: &mut dyn Write| io::copy(state.as_mut().expect("used if there"), out).map(|_| ());
-        let mut source = UndoSource::open(&self.paths, &layout, self.current.generation, to)?;
+        let mut source = UndoSource::open(&self.disk, &self.paths, &layout, self.current.generation, to)?;
         let draft =
-            Draft { layout: &layout, progress: target.progress.clone(), rollback_of: Some(to), expect: Some(&target) };
+            Draft { rollback_of: Some(to), expect: Some(&target), ..self.draft(&layout, target.progress.clone()) };
         let with_state = target.state.is_some();
         let write_state: Option<&mut commit::WriteState> = match with_state {
             true => Some(&mut write_state),
@@ -190,13 +196,10 @@ impl Checkpoint {
         self.usable()?;
         let layout = self.layout()?;
         let number = self.current.generation + 1;
-        let adopted = commit::record_files(&mut self.disk, &self.paths, &layout, number, progress);
-        self.current = adopted.inspect_err(|error| {
-            if error.leaves_disk_unknown() {
-                self.unusable = Some(error.to_string());
-            }
-        })?;
-        prune(&mut self.disk, &self.paths, number, self.keep)?;
+        let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
+        // Whether it has its name is for the next open to see.
+        self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
+        prune(&self.disk, &self.paths, number, self.options.keep)?;
         Ok(&self.current)
     }
 
@@ -207,7 +210,7 @@ impl Checkpoint {
 
     /// All generations, oldest first; `restorable` says which of them rollback can reach.
     pub fn generations(&self) -> Result<Vec<Generation>> {
-        self.paths.list()
+        self.paths.list(&self.disk)
     }
 
     /// The optimizer state of the current generation, its checksum verified before the first byte is
@@ -215,7 +218,7 @@ impl Checkpoint {
     pub fn state(&self) -> Result<Option<impl Read + use<>>> {
         self.usable()?;
         match self.current.state {
-            Some(_) => open_state(&self.paths, &self.current).map(Some),
+            Some(_) => open_state(&self.disk, &self.paths, &self.current).map(Some),
             None => Ok(None),
         }
     }
@@ -235,19 +238,13 @@ impl Checkpoint {
         }
         let shard = &self.current.shards[tensor.shard];
         let path = self.paths.model.join(&shard.file);
-        let file = File::open(&path).map_err(Error::io("open", &path))?;
-        file.read_exact_at(buf, tensor.offset + offset).map_err(Error::io("read", &path))
+        self.disk.open(&path)?.read_at(buf, tensor.offset + offset)
     }
 
     /// Compares every byte of the files, the optimizer state and the sums with the current generation.
     pub fn verify(&self) -> Result<VerifyReport> {
         self.usable()?;
-        verify::verify_files(&self.paths, &self.paths.model, &self.current, true)
-    }
-
-    /// Makes a later operation fail at a crash point: for tests of recovery. None takes it back.
-    pub fn crash_at(&mut self, fault: Option<Fault>) {
-        self.disk = Disk::new(fault);
+        verify::verify_files(&self.disk, &self.paths, &self.paths.model, &self.current, true)
     }
 
     fn usable(&self) -> Result<()> {
@@ -259,12 +256,17 @@ impl Checkpoint {
 
     /// The files' headers, read again: someone may have replaced a file since.
     fn layout(&self) -> Result<Layout> {
-        let layout = Layout::load(&self.paths.model)?;
+        let layout = Layout::load(&self.disk, &self.paths.model)?;
         recover::same_files(&self.paths, &layout, &self.current)?;
         Ok(layout)
     }
 
-    /// Both halves of the protocol, and what an error in either means for this handle.
+    fn draft<'a>(&self, layout: &'a Layout, progress: Progress) -> Draft<'a> {
+        let Options { segment, threads, .. } = self.options;
+        Draft { layout, progress, rollback_of: None, expect: None, segment, threads }
+    }
+
+    /// The whole protocol, and what an error means for this handle.
     fn commit(
         &mut self,
         draft: Draft,
@@ -273,51 +275,44 @@ impl Checkpoint {
         report: &mut dyn FnMut(u64, u64),
     ) -> Result<SyncReport> {
         let began = std::time::Instant::now();
-        let number = self.current.generation + 1;
-        let (disk, paths) = (&mut self.disk, &self.paths);
-        let half = source.bytes();
-        let journalled =
-            commit::journal(disk, paths, &self.current, draft, source, state, &mut |done| report(done, half * 2));
-        let journal_bytes = match journalled {
-            Ok(bytes) => bytes,
-            Err(error) => {
-                if error.leaves_disk_unknown() {
-                    self.unusable = Some(error.to_string());
-                }
-                if !matches!(error, Error::Stopped(_)) {
-                    commit::discard(disk, paths, number);
-                }
-                return Err(error);
-            }
+        let (disk, paths, total) = (&self.disk, &self.paths, source.bytes());
+        // All of it is said when it is durable.
+        let mut compared = |done: u64| report(done.min(total.saturating_sub(1)), total);
+        let place = Place { disk, paths, current: &self.current };
+        let generation = match commit::write(place, draft, source, state, &mut compared) {
+            Ok(generation) => generation,
+            Err((error, Files::AsBefore)) => return Err(error),
+            Err((error, Files::Unknown)) => return Err(self.interrupted(error)),
         };
-        let mut written = |at: u64, of: u64| {
-            let part = u128::from(half) * u128::from(at) / u128::from(of.max(1));
-            report(half + part as u64, half * 2);
-        };
-        let finished = commit::publish(disk, paths)
-            .and_then(|()| commit::finish(disk, paths, &self.current, self.keep, &mut written));
-        match finished {
-            Ok(generation) => self.current = generation,
-            Err(source) => {
-                self.unusable = Some(source.to_string());
-                return Err(Error::Interrupted { generation: number, source: Box::new(source) });
-            }
+        let number = generation.generation;
+        let finished = commit::publish(disk, paths, &generation)
+            .and_then(|()| commit::retire(disk, paths, number))
+            .and_then(|()| prune(disk, paths, number, self.options.keep));
+        if let Err(error) = finished {
+            return Err(self.interrupted(error));
         }
-        report(half * 2, half * 2);
+        self.current = generation;
+        report(total, total);
         Ok(SyncReport {
             generation: number,
             blocks_total: self.current.blocks_total,
             blocks_changed: self.current.blocks_changed,
-            bytes_journal: journal_bytes,
+            bytes_journal: self.current.journal_bytes,
             bytes_written: self.current.written_bytes,
             bytes_state: self.current.state.as_ref().map_or(0, |state| state.bytes),
+            bytes_sums: sums::bytes(&self.current),
             seconds: began.elapsed().as_secs_f64(),
         })
     }
 
+    fn interrupted(&mut self, source: Error) -> Error {
+        self.unusable = Some(source.to_string());
+        Error::Interrupted { generation: self.current.generation + 1, source: Box::new(source) }
+    }
+
     /// The document of a generation that can be restored.
     fn restorable(&self, to: u64) -> Result<Generation> {
-        let all = self.paths.list()?;
+        let all = self.paths.list(&self.disk)?;
         let possible: Vec<u64> =
             all.iter().filter(|generation| generation.restorable).map(|generation| generation.generation).collect();
         let known = all.into_iter().find(|known| known.generation == to);
@@ -342,39 +337,29 @@ impl fmt::Display for Checkpoint {
 
 /// All generations of a model directory, oldest first, without the lock; none if it was never opened.
 pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
-    Paths::new(model_dir).list()
+    Paths::new(model_dir).list(&Disk::real())
 }
 
 /// Locks the directory for this process until the file is dropped.
-fn take_lock(paths: &Paths) -> Result<File> {
+fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
     let path = paths.lock();
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32)
-        .open(&path)
-        .map_err(Error::io("open", &path))?;
-    match flock(&file, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => {}
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            let pid = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-            return Err(Error::Locked { dir: paths.model.clone(), pid: pid.trim().into() });
-        }
-        Err(errno) => return Err(Error::io("lock", &path)(errno.into())),
+    let mut file = disk.open_lock(&path)?;
+    if !file.try_lock(true)? {
+        let pid = String::from_utf8_lossy(&disk.read(&path)?).trim().into();
+        return Err(Error::Locked { dir: paths.model.clone(), pid });
     }
-    file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id())).map_err(Error::io("write", &path))?;
+    file.truncate()?;
+    writeln!(file, "{}", std::process::id()).map_err(Error::io("write", &path))?;
     Ok(file)
 }
 
 /// The optimizer state of a generation, read once to check it and rewound.
-pub(crate) fn open_state(paths: &Paths, generation: &Generation) -> Result<BufReader<File>> {
+pub(crate) fn open_state(disk: &Disk, paths: &Paths, generation: &Generation) -> Result<BufReader<DiskFile>> {
     let path = paths.state(generation.generation);
     let want = generation.state.as_ref().expect("the caller asked");
-    let mut file = File::open(&path).map_err(Error::io("open", &path))?;
+    let mut file = disk.open(&path)?;
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(&file).map_err(Error::io("read", &path))?;
+    hasher.update_reader(&mut file).map_err(Error::io("read", &path))?;
     let bytes = hasher.count();
     if bytes != want.bytes || hasher.finalize().to_hex().as_str() != want.blake3 {
         return Err(Error::State {
@@ -386,6 +371,6 @@ pub(crate) fn open_state(paths: &Paths, generation: &Generation) -> Result<BufRe
             ),
         });
     }
-    file.rewind().map_err(Error::io("read", &path))?;
+    file.rewind();
     Ok(BufReader::with_capacity(1 << 20, file))
 }

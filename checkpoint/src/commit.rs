@@ -1,20 +1,21 @@
-//! The two halves of a sync: [`journal`] leaves the files untouched, [`finish`] cannot be turned back.
-//!
-//! `finish` reads nothing but the journal and the files, so recovery is `finish` called again.
+//! One sync: [`write`] fills journal and files and can be undone, [`publish`] makes the generation certain, [`retire`]
+//! turns the journal into history.
 
 use std::fmt;
 use std::io::{self, BufWriter, Write};
-use std::path::Path;
 
-use crate::disk::{CrashPoint, Disk, DiskFile, free_bytes};
+use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
-use crate::generation::{Generation, Paths, Progress, ShardSum, StateSum, TensorSum, VERSION, now_unix, rfc3339};
-use crate::journal::{Head, HeadShard, Reader, Record, Writer};
+use crate::generation::{Generation, Paths, Progress, ShardSum, StateSum, TensorSum, VERSION, rfc3339};
+use crate::journal::{Head, HeadShard};
 use crate::layout::{Layout, Shard, Tensor};
-use crate::retain::prune;
+use crate::pass::{Compared, Pass, compare};
+use crate::pipeline::{self, Stages};
+use crate::record::Encoder;
+use crate::recover;
+use crate::segments::Segments;
 use crate::source::Source;
-use crate::stream::Stream;
-use crate::sums;
+use crate::sums::{self, Sum};
 
 /// What a sync did.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,12 +26,14 @@ pub struct SyncReport {
     pub blocks_total: u64,
     /// Blocks that differed.
     pub blocks_changed: u64,
-    /// Length of the journal.
+    /// Length of the journal, which is the delta in the history from now on.
     pub bytes_journal: u64,
     /// Bytes written into the shards.
     pub bytes_written: u64,
     /// Length of the optimizer state.
     pub bytes_state: u64,
+    /// Length of the block sums.
+    pub bytes_sums: u64,
     /// Time it took.
     pub seconds: f64,
 }
@@ -76,36 +79,96 @@ pub(crate) struct Draft<'a> {
     pub(crate) rollback_of: Option<u64>,
     /// The generation whose tensors the new content must have.
     pub(crate) expect: Option<&'a Generation>,
+    /// Bytes of changed blocks in a segment.
+    pub(crate) segment: u64,
+    pub(crate) threads: usize,
 }
 
-/// The first half: optimizer state, sums and `journal.tmp`, all synced. Gives the journal's length.
-pub(crate) fn journal(
-    disk: &mut Disk,
-    paths: &Paths,
-    current: &Generation,
+/// Where a sync happens.
+#[derive(Clone, Copy)]
+pub(crate) struct Place<'a> {
+    pub(crate) disk: &'a Disk,
+    pub(crate) paths: &'a Paths,
+    /// The generation before it.
+    pub(crate) current: &'a Generation,
+}
+
+/// What an error in [`write`] leaves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Files {
+    /// The current generation, with nothing left over.
+    AsBefore,
+    /// Something between two generations, or on a disk of which nothing is known: for recovery.
+    Unknown,
+}
+
+/// Journal, blocks, optimizer state and sums, all durable; gives the generation, which is not published yet.
+/// `done` is told the bytes that were compared. An error undoes what was written, where that is possible.
+pub(crate) fn write(
+    place: Place,
     draft: Draft,
     source: &mut dyn Source,
     state: Option<&mut WriteState>,
     done: &mut dyn FnMut(u64),
-) -> Result<u64> {
+) -> std::result::Result<Generation, (Error, Files)> {
+    let Place { disk, paths, current } = place;
+    let mut applied = 0;
+    fill(place, draft, source, state, done, &mut applied).map_err(|error| {
+        if matches!(error, Error::Sync { .. }) {
+            return (error, Files::Unknown);
+        }
+        let number = current.generation + 1;
+        let undone = recover::undo_here(disk, paths, current, applied)
+            .and_then(|()| disk.remove(&paths.state(number)))
+            .and_then(|_| disk.remove(&paths.sums(number)));
+        (error, if undone.is_ok() { Files::AsBefore } else { Files::Unknown })
+    })
+}
+
+/// [`write`] without the undoing; `applied` counts the records whose blocks were begun to be written.
+fn fill(
+    place: Place,
+    draft: Draft,
+    source: &mut dyn Source,
+    state: Option<&mut WriteState>,
+    done: &mut dyn FnMut(u64),
+    applied: &mut u64,
+) -> Result<Generation> {
+    let Place { disk, paths, current } = place;
     let number = current.generation + 1;
-    check_space(&paths.root, space_needed(current, source.bytes()))?;
-    let state = match state {
-        Some(write) => Some(write_state(disk, paths, number, write)?),
-        None => None,
-    };
+    check_space(disk, paths, space_needed(current, source.bytes()))?;
+    let before = sums::load_or_rebuild(disk, paths, current)?;
+    let state = state.map(|state| write_state(disk, paths, number, state)).transpose()?;
     let head = Head {
         generation: number,
         previous: current.generation,
         shards: draft.layout.shards.iter().map(head_shard).collect(),
     };
-    let mut writer = Writer::create(disk, &paths.journal_tmp(), &head)?;
-    let mut stream = Stream::new(disk, paths, current, &mut writer);
-    let (tensors, block_sums) = stream.tensors(&draft, source, done)?;
-    let encoder = stream.encoder;
-    let sums = sums::to_bytes(&block_sums);
-    disk.replace(&paths.sums(number), &sums, None)?;
-    let created_unix = now_unix();
+    let mut segments = Segments::begin(disk, paths, &head, before.clone(), draft.segment, applied)?;
+    let mut pass = Pass::new(disk, draft.layout, source);
+    let stages = Stages {
+        next: |used| {
+            let job = pass.next(used)?;
+            done(pass.done);
+            Ok(job)
+        },
+        worker: || {
+            let mut encoder = Encoder::new();
+            let (layout, before) = (draft.layout, &before);
+            move |job: &mut _| compare(job, &mut encoder, layout, current, before)
+        },
+        take: |compared: Compared| segments.take(compared),
+    };
+    pipeline::run(draft.threads, stages)?;
+    segments.flush()?;
+    let tensors = new_tensors(&draft, current, &segments)?;
+    let state = state.map(|(file, sum)| file.sync().map(|()| sum)).transpose()?;
+    if state.is_some() {
+        disk.sync_dir(&paths.root.join("state"))?;
+    }
+    let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
+    let created_unix = disk.now_unix();
+    let Segments { writer, blocks_total, blocks_changed, bytes_changed, .. } = segments;
     let generation = Generation {
         version: VERSION,
         generation: number,
@@ -114,143 +177,57 @@ pub(crate) fn journal(
         created_unix,
         created: rfc3339(created_unix),
         progress: draft.progress,
-        blocks_total: encoder.blocks_total,
-        blocks_changed: encoder.blocks_changed,
+        blocks_total: blocks_total + pass.blocks_passed,
+        blocks_changed,
         journal_bytes: writer.bytes(),
-        written_bytes: encoder.bytes_changed,
-        ratio: match encoder.bytes_changed {
+        written_bytes: bytes_changed,
+        ratio: match bytes_changed {
             0 => 0.0,
             written => writer.bytes() as f64 / written as f64,
         },
         state,
-        sums_blake3: blake3::hash(&sums).to_hex().to_string(),
+        sums_blake3,
         shards: draft.layout.shards.iter().map(shard_sum).collect(),
         tensors,
         seal: String::new(),
         restorable: true,
     };
-    let (file, bytes) = writer.finish(&generation)?;
-    disk.reached(CrashPoint::JournalWritten, &paths.journal_tmp())?;
-    file.sync()?;
-    disk.reached(CrashPoint::JournalSynced, &paths.journal_tmp())?;
-    Ok(bytes)
-}
-
-/// Removes what [`journal`] left after an error. What cannot be removed now, the next open removes.
-pub(crate) fn discard(disk: &Disk, paths: &Paths, number: u64) {
-    for path in [paths.journal_tmp(), paths.state(number), paths.sums(number)] {
-        // The error that led here is the one to report.
-        let _ = disk.remove(&path);
-    }
-}
-
-/// The turning point: the journal gets its name.
-pub(crate) fn publish(disk: &mut Disk, paths: &Paths) -> Result<()> {
-    disk.rename(&paths.journal_tmp(), &paths.journal())?;
-    disk.sync_dir(&paths.root)?;
-    disk.reached(CrashPoint::JournalPublished, &paths.journal())
-}
-
-/// The second half: blocks, generation, history. Any part of it may have happened before.
-/// `done` is told how far into the bytes of all files it is.
-pub(crate) fn finish(
-    disk: &mut Disk,
-    paths: &Paths,
-    current: &Generation,
-    keep: u64,
-    done: &mut dyn FnMut(u64, u64),
-) -> Result<Generation> {
-    let mut reader = Reader::open(&paths.journal())?;
-    let mut shards: Vec<Option<DiskFile>> = reader.head.shards.iter().map(|_| None).collect();
-    while let Some(record) = reader.record()? {
-        let shard = usize::from(record.piece.shard);
-        let path = paths.model.join(&reader.head.shards[shard].file);
-        let file = match &mut shards[shard] {
-            Some(file) => file,
-            closed => closed.insert(disk.open_in_place(&path)?),
-        };
-        write_record(file, &record, false)?
-            .map_err(|offset| foreign(&path, &record, offset, current, reader.head.generation))?;
-        disk.reached(CrashPoint::BlocksPartial, &path)?;
-        let files: u64 = current.shards.iter().map(|shard| shard.bytes).sum();
-        done(record_end(current, &record), files);
-    }
-    disk.reached(CrashPoint::BlocksWritten, &paths.model)?;
-    for shard in shards.iter().flatten() {
-        shard.sync()?;
-    }
-    disk.reached(CrashPoint::ShardsSynced, &paths.model)?;
-    let mut generation = reader.generation.take().expect("all records are read");
-    generation.restorable = true;
-    let number = generation.generation;
-    let published = Some(CrashPoint::GenerationWritten);
-    disk.replace(&paths.generation(number), &generation.to_json(), published)?;
-    disk.reached(CrashPoint::GenerationPublished, &paths.generation(number))?;
-    disk.rename(&paths.journal(), &paths.delta(number))?;
-    disk.sync_dir(&paths.root.join("history"))?;
-    disk.sync_dir(&paths.root)?;
-    disk.reached(CrashPoint::JournalRetired, &paths.delta(number))?;
-    prune(disk, paths, number, keep)?;
+    writer.finish(&generation)?;
     Ok(generation)
 }
 
-/// Applies a record to a shard and writes every changed block, also where it was new already.
-/// The inner error is the offset of a foreign sector.
-pub(crate) fn write_record(
-    file: &DiskFile,
-    record: &Record,
-    skip_foreign: bool,
-) -> Result<std::result::Result<(), u64>> {
-    let base = record.piece.offset;
-    let mut content = vec![0; record.piece.bytes as usize];
-    file.read_at(&mut content, base)?;
-    if let Err(offset) = record.redo(&mut content, skip_foreign) {
-        return Ok(Err(offset));
-    }
-    let mut run = 0..0;
-    for block in record.changed() {
-        if block.start != run.end {
-            write_run(file, &content, base, run)?;
-            run = block.start..block.start;
+/// The tensors with their new checksums, which must be the expected ones where something is expected.
+fn new_tensors(draft: &Draft, current: &Generation, segments: &Segments) -> Result<Vec<TensorSum>> {
+    let mut tensors = current.tensors.clone();
+    for ((tensor, sums), changed) in tensors.iter_mut().zip(&segments.sums).zip(&segments.changed) {
+        if *changed {
+            tensor.blake3 = sums::root(sums);
         }
-        run.end = block.end;
     }
-    write_run(file, &content, base, run)?;
-    Ok(Ok(()))
+    if let Some(expect) = draft.expect {
+        let differs = tensors.iter().zip(&expect.tensors).find(|(is, want)| is.blake3 != want.blake3);
+        if let Some((tensor, _)) = differs {
+            return Err(Error::History { generation: expect.generation, tensor: tensor.name.clone() });
+        }
+    }
+    Ok(tensors)
 }
 
-fn write_run(file: &DiskFile, content: &[u8], base: u64, run: std::ops::Range<u64>) -> Result<()> {
-    if run.is_empty() {
-        return Ok(());
-    }
-    let at = (run.start - base) as usize..(run.end - base) as usize;
-    file.write_at(&content[at], run.start)
+/// The turning point: the generation gets its name.
+pub(crate) fn publish(disk: &Disk, paths: &Paths, generation: &Generation) -> Result<()> {
+    disk.replace(&paths.generation(generation.generation), &generation.to_json())
 }
 
-/// Bytes of all files up to the end of a record.
-fn record_end(current: &Generation, record: &Record) -> u64 {
-    let shard = usize::from(record.piece.shard);
-    let before: u64 = current.shards[..shard].iter().map(|s| s.bytes).sum();
-    before + record.piece.offset + u64::from(record.piece.bytes)
-}
-
-fn foreign(path: &Path, record: &Record, offset: u64, current: &Generation, generation: u64) -> Error {
-    let shard = usize::from(record.piece.shard);
-    let inside =
-        |tensor: &&TensorSum| tensor.shard == shard && (tensor.offset..tensor.offset + tensor.bytes).contains(&offset);
-    let tensor = current.tensors.iter().find(inside);
-    Error::Foreign {
-        path: path.to_path_buf(),
-        tensor: tensor.map_or_else(|| "?".into(), |tensor| tensor.name.clone()),
-        offset,
-        previous: generation - 1,
-        generation,
-    }
+/// The journal of a published generation becomes its delta.
+pub(crate) fn retire(disk: &Disk, paths: &Paths, generation: u64) -> Result<()> {
+    disk.rename(&paths.journal(), &paths.delta(generation))?;
+    disk.sync_dir(&paths.root.join("history"))?;
+    disk.sync_dir(&paths.root)
 }
 
 /// Publishes the files as they are as generation `number`, with nothing before it.
 pub(crate) fn record_files(
-    disk: &mut Disk,
+    disk: &Disk,
     paths: &Paths,
     layout: &Layout,
     number: u64,
@@ -259,14 +236,13 @@ pub(crate) fn record_files(
     let mut tensors = Vec::new();
     let mut block_sums = Vec::new();
     for tensor in &layout.tensors {
-        let path = &layout.shards[tensor.shard].path;
-        let (hash, sums) = crate::verify::digest(path, tensor.offset, tensor.bytes)?;
-        tensors.push(tensor_sum(tensor, hash));
+        let file = disk.open(&layout.shards[tensor.shard].path)?;
+        let sums = sums::of_file(&file, tensor.offset..tensor.offset + tensor.bytes)?;
+        tensors.push(tensor_sum(tensor, sums::root(&sums)));
         block_sums.push(sums);
     }
-    let sums = sums::to_bytes(&block_sums);
-    disk.replace(&paths.sums(number), &sums, None)?;
-    let created_unix = now_unix();
+    let sums_blake3 = write_sums(disk, paths, number, &block_sums)?;
+    let created_unix = disk.now_unix();
     let generation = Generation {
         version: VERSION,
         generation: number,
@@ -281,14 +257,24 @@ pub(crate) fn record_files(
         written_bytes: 0,
         ratio: 0.0,
         state: None,
-        sums_blake3: blake3::hash(&sums).to_hex().to_string(),
+        sums_blake3,
         shards: layout.shards.iter().map(shard_sum).collect(),
         tensors,
         seal: String::new(),
         restorable: true,
     };
-    disk.replace(&paths.generation(number), &generation.to_json(), None)?;
+    publish(disk, paths, &generation)?;
     Ok(generation)
+}
+
+/// Writes `sums/G` and gives its checksum. Until the generation is published the file means nothing.
+fn write_sums(disk: &Disk, paths: &Paths, number: u64, sums: &[Vec<Sum>]) -> Result<String> {
+    let (path, bytes) = (paths.sums(number), sums::to_bytes(sums));
+    let mut file = disk.create(&path)?;
+    file.write_all(&bytes).map_err(Error::io("write", &path))?;
+    file.sync()?;
+    disk.sync_dir(&paths.root.join("sums"))?;
+    Ok(blake3::hash(&bytes).to_hex().to_string())
 }
 
 fn head_shard(shard: &Shard) -> HeadShard {
@@ -304,7 +290,7 @@ fn shard_sum(shard: &Shard) -> ShardSum {
     }
 }
 
-pub(crate) fn tensor_sum(tensor: &Tensor, blake3: String) -> TensorSum {
+fn tensor_sum(tensor: &Tensor, blake3: String) -> TensorSum {
     TensorSum {
         name: tensor.name.clone(),
         shard: tensor.shard,
@@ -324,13 +310,13 @@ fn space_needed(current: &Generation, covered: u64) -> u64 {
         last => last + last / 4,
     };
     let state = current.state.as_ref().map_or(0, |state| state.bytes);
-    journal + state + covered / 8192
+    journal + state + sums::bytes(current)
 }
 
-fn check_space(dir: &Path, need: u64) -> Result<()> {
-    let free = free_bytes(dir).map_err(Error::io("ask for the free space of", dir))?;
+fn check_space(disk: &Disk, paths: &Paths, need: u64) -> Result<()> {
+    let free = disk.free_bytes(&paths.root)?;
     if free < need {
-        let dir = dir.to_path_buf();
+        let dir = paths.root.clone();
         return Err(Error::TooLittleSpace { dir, need, free });
     }
     Ok(())
@@ -350,21 +336,20 @@ impl Write for HashingWriter {
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        self.file.flush()
+        Ok(())
     }
 }
 
-fn write_state(disk: &mut Disk, paths: &Paths, number: u64, write: &mut WriteState) -> Result<StateSum> {
+/// Writes `state/G`, which is not durable yet.
+fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) -> Result<(DiskFile, StateSum)> {
     let path = paths.state(number);
     let inner = HashingWriter { file: disk.create(&path)?, hasher: blake3::Hasher::new() };
     let mut out = BufWriter::with_capacity(1 << 20, inner);
     write(&mut out).map_err(Error::io("write", &path))?;
-    let inner = out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;
-    disk.reached(CrashPoint::StateWritten, &path)?;
-    inner.file.sync()?;
-    disk.sync_dir(&paths.root.join("state"))?;
-    disk.reached(CrashPoint::StateSynced, &path)?;
-    Ok(StateSum { bytes: inner.hasher.count(), blake3: inner.hasher.finalize().to_hex().to_string() })
+    let HashingWriter { file, hasher } =
+        out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;
+    let blake3 = hasher.finalize().to_hex().to_string();
+    Ok((file, StateSum { bytes: hasher.count(), blake3 }))
 }
 
 #[cfg(test)]
@@ -374,10 +359,11 @@ mod tests {
     #[test]
     fn too_little_space_says_how_much_is_missing() {
         let dir = tempfile::tempdir().unwrap();
-        check_space(dir.path(), 1).unwrap();
-        let error = check_space(dir.path(), u64::MAX).unwrap_err().to_string();
-        let free = free_bytes(dir.path()).unwrap();
+        let (disk, paths) = (Disk::real(), Paths::new(dir.path()));
+        disk.create_dir(&paths.root).unwrap();
+        check_space(&disk, &paths, 1).unwrap();
+        let error = check_space(&disk, &paths, u64::MAX).unwrap_err().to_string();
         assert!(error.contains("bytes are missing"), "{error}");
-        assert!(free > 0);
+        assert!(disk.free_bytes(&paths.root).unwrap() > 0);
     }
 }

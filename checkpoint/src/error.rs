@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::disk::CrashPoint;
+use crate::storage::{RealStorage, Storage};
 
 /// The result of this crate's operations.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -99,7 +99,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor in the files is not what the current generation recorded.
-    #[error("tensor `{tensor}` in {} is not that of generation {generation}: someone else changed the file; nothing was written; run verify, then put the file back or adopt the files as they are", path.display())]
+    #[error("tensor `{tensor}` in {} is not that of generation {generation}: someone else changed the file; it is as it was; run verify, then put the file back or adopt the files as they are", path.display())]
     Changed {
         /// The tensor.
         tensor: String,
@@ -174,7 +174,7 @@ pub enum Error {
     },
     /// The deltas did not lead back to what the generation recorded.
     #[error(
-        "undoing to generation {generation} does not give back tensor `{tensor}`: a delta in history is damaged; nothing was written"
+        "undoing to generation {generation} does not give back tensor `{tensor}`: a delta in history is damaged; the files are as before"
     )]
     History {
         /// The one asked for.
@@ -182,10 +182,10 @@ pub enum Error {
         /// The tensor that differs.
         tensor: String,
     },
-    /// An error after the journal was published.
-    #[error("{source}; generation {generation} is journalled: open the checkpoint again to finish it")]
+    /// An error in the middle of a sync, after which the files could not be brought back at once.
+    #[error("{source}; generation {generation} was under way: open the checkpoint again to undo or finish it")]
     Interrupted {
-        /// The journalled generation.
+        /// The generation that was being written.
         generation: u64,
         /// The error.
         source: Box<Error>,
@@ -197,7 +197,7 @@ pub enum Error {
         reason: String,
     },
     /// A journal waits, so the files may lie between two generations.
-    #[error("{} holds a journal that is being applied or waits for recovery: try again, or open the checkpoint to finish it", dir.display())]
+    #[error("{} holds the journal of a sync that is under way or waits for recovery: try again, or open the checkpoint to undo or finish it", dir.display())]
     Busy {
         /// The model directory.
         dir: PathBuf,
@@ -226,9 +226,6 @@ pub enum Error {
         /// Copies that were made and thrown away.
         attempts: u32,
     },
-    /// The test hook stopped the protocol here.
-    #[error("stopped at crash point {0}")]
-    Stopped(CrashPoint),
 }
 
 impl Error {
@@ -237,15 +234,10 @@ impl Error {
         move |source| {
             let path = path.to_path_buf();
             if matches!(source.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-                let free = crate::disk::free_bytes(path.parent().unwrap_or(&path)).unwrap_or(0);
+                let free = RealStorage.free_bytes(path.parent().unwrap_or(&path)).unwrap_or(0);
                 return Error::Full { path, free, source };
             }
             Error::Io { what, path, source }
         }
-    }
-
-    /// True if what is on the disk is unknown after this error, so that the handle cannot go on.
-    pub(crate) fn leaves_disk_unknown(&self) -> bool {
-        matches!(self, Error::Sync { .. } | Error::Stopped(_))
     }
 }

@@ -2,21 +2,24 @@
 //!
 //! A copy made during a sync holds old and new sectors side by side, which is what a crash leaves too, and
 //! is repaired in the same way: the deltas of the generations that came while it was made are applied to
-//! the copy. Then every tensor of the copy is compared with its generation. Only if that fails (a sector
-//! torn by the copying itself, a delta already pruned) is the copy made again.
+//! the copy, and the journal of one that is not finished is undone in it. Then every tensor of the copy is compared
+//! with its generation. Only if that fails (a sector torn by the copying itself, a delta already pruned) is the copy
+//! made again.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use crate::commit::write_record;
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths};
 use crate::journal::Reader;
 use crate::layout::is_plain_name;
-use crate::verify::{Damage, verify_files};
+use crate::record::Side;
+use crate::recover::rewrite;
+use crate::verify::verify_files;
 
 const ATTEMPTS: u32 = 8;
 const WAIT: Duration = Duration::from_millis(100);
@@ -51,11 +54,11 @@ impl fmt::Display for ExportReport {
 /// The copy appears under its name only when it is whole, checked and synced.
 pub fn export(model_dir: &Path, to: &Path) -> Result<ExportReport> {
     let began = Instant::now();
-    let paths = Paths::new(model_dir);
+    let (disk, paths) = (Disk::real(), Paths::new(model_dir));
     let partial = partial_of(model_dir, to)?;
     for attempts in 1..=ATTEMPTS {
-        let from = paths.newest()?;
-        let copied = attempt(&paths, &partial, from.as_ref());
+        let from = paths.newest(&disk)?;
+        let copied = attempt(&disk, &paths, &partial, from.as_ref());
         let settled = match copied {
             Ok(settled) => settled,
             Err(error) => {
@@ -65,7 +68,6 @@ pub fn export(model_dir: &Path, to: &Path) -> Result<ExportReport> {
             }
         };
         if let Settled::As { generation, count } = settled {
-            let disk = Disk::default();
             disk.rename(&partial, to)?;
             disk.sync_dir(partial.parent().unwrap_or(Path::new(".")))?;
             return Ok(ExportReport {
@@ -120,71 +122,69 @@ fn partial_of(model_dir: &Path, to: &Path) -> Result<PathBuf> {
     Ok(partial)
 }
 
-fn attempt(paths: &Paths, partial: &Path, from: Option<&Generation>) -> Result<Settled> {
+fn attempt(disk: &Disk, paths: &Paths, partial: &Path, from: Option<&Generation>) -> Result<Settled> {
     let mut count = Count::default();
     copy_tree(&paths.model, partial, true, &mut count)?;
     let Some(from) = from else {
         // Nobody wrote in place, unless the first open came while this was copied.
-        return Ok(match paths.newest()? {
+        return Ok(match paths.newest(disk)? {
             None => Settled::As { generation: None, count },
             Some(_) => Settled::Overtaken,
         });
     };
-    let (target, moved) = catch_up(paths, partial, from)?;
-    let report = verify_files(paths, partial, &target, false)?;
-    let Some(damage) = report.damage.first() else {
-        sync_tree(partial)?;
+    let target = catch_up(disk, paths, partial, from)?;
+    if verify_files(disk, paths, partial, &target, false)?.is_ok() {
+        sync_tree(disk, partial)?;
         let generation = Some(target.generation);
         return Ok(Settled::As { generation, count });
-    };
-    if moved || changed_since(paths, from)? {
-        return Ok(Settled::Overtaken);
     }
-    Err(source_error(from, damage))
+    let moved = disk.exists(&paths.journal())? || paths.newest(disk)?.as_ref() != Some(from);
+    let source = verify_files(disk, paths, &paths.model, from, false)?;
+    match source.damage.first() {
+        Some(damage) if !moved => Err(Error::Source { generation: from.generation, damage: damage.to_string() }),
+        _ => Ok(Settled::Overtaken),
+    }
 }
 
-fn source_error(from: &Generation, damage: &Damage) -> Error {
-    Error::Source { generation: from.generation, damage: damage.to_string() }
-}
-
-fn changed_since(paths: &Paths, from: &Generation) -> Result<bool> {
-    let newest = paths.newest()?.map(|newest| newest.generation);
-    Ok(newest != Some(from.generation) || paths.journal().exists())
-}
-
-/// Applies to the copy the deltas of all generations after `from`: gives the last of them, and whether
-/// there was one.
-fn catch_up(paths: &Paths, copy: &Path, from: &Generation) -> Result<(Generation, bool)> {
+/// Brings the copy to one generation after `from`, as far as the deltas go: gives it.
+fn catch_up(disk: &Disk, paths: &Paths, copy: &Path, from: &Generation) -> Result<Generation> {
     let mut target = from.clone();
-    while let Some(mut delta) = open_delta(paths, target.generation + 1)? {
-        match apply(&mut delta, copy) {
-            Ok(()) => {}
-            // A torn journal, which its owner will discard: the check that follows decides.
-            Err(Error::Torn { .. }) => return Ok((target, true)),
-            Err(error) => return Err(error),
-        }
-        target = delta.generation.take().expect("all records are read");
-    }
-    let moved = target.generation != from.generation;
-    Ok((target, moved))
-}
-
-/// The delta of a generation, from the history or from the journal that is being applied now.
-fn open_delta(paths: &Paths, number: u64) -> Result<Option<Reader>> {
-    // Between the two looks the journal may move into the history: then the third finds it there.
-    for path in [paths.delta(number), paths.journal(), paths.delta(number)] {
-        match Reader::open(&path) {
-            Ok(reader) if reader.head.generation == number => return Ok(Some(reader)),
-            Ok(_) | Err(Error::Torn { .. }) => {}
-            Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
+    loop {
+        let next = target.generation + 1;
+        let journal = open_delta(disk, &paths.journal(), next)?;
+        // The journal may have become history since.
+        if let Some(mut delta) = open_delta(disk, &paths.delta(next), next)? {
+            match settle(disk, &mut delta, copy, Side::New) {
+                Ok(()) => target = delta.generation.take().expect("all records are read"),
+                // The check that follows decides.
+                Err(Error::Torn { .. }) => return Ok(target),
+                Err(error) => return Err(error),
+            }
+        } else {
+            if let Some(mut journal) = journal {
+                match settle(disk, &mut journal, copy, Side::Old) {
+                    // It ends where its writer is.
+                    Ok(()) | Err(Error::Torn { .. }) => {}
+                    Err(error) => return Err(error),
+                }
+            }
+            return Ok(target);
         }
     }
-    Ok(None)
 }
 
-fn apply(delta: &mut Reader, copy: &Path) -> Result<()> {
-    let disk = Disk::default();
+/// A delta or journal, if it is there and of this generation.
+fn open_delta(disk: &Disk, path: &Path, number: u64) -> Result<Option<Reader>> {
+    match Reader::open(disk, path) {
+        Ok(reader) if reader.head.generation == number => Ok(Some(reader)),
+        Ok(_) | Err(Error::Torn { .. }) => Ok(None),
+        Err(Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Gives the blocks of a delta one side's content in the copy.
+fn settle(disk: &Disk, delta: &mut Reader, copy: &Path, side: Side) -> Result<()> {
     let mut files: Vec<Option<DiskFile>> = delta.head.shards.iter().map(|_| None).collect();
     while let Some(record) = delta.record()? {
         let shard = usize::from(record.piece.shard);
@@ -192,13 +192,19 @@ fn apply(delta: &mut Reader, copy: &Path) -> Result<()> {
             Some(file) => file,
             closed => {
                 let name = &delta.head.shards[shard].file;
-                assert!(is_plain_name(name), "the head's shards are the layout's");
+                if !is_plain_name(name) {
+                    let reason = format!("it names `{name}`, which is no file of this directory");
+                    return Err(Error::Document { path: copy.to_path_buf(), reason });
+                }
                 closed.insert(disk.open_in_place(&copy.join(name))?)
             }
         };
         // A sector of a still later generation is foreign to this delta and settled by that one.
-        let settled = write_record(file, &record, true)?;
-        assert!(settled.is_ok(), "foreign sectors are skipped");
+        let settled = rewrite(file, &record, |content| {
+            record.settle_known(content, side);
+            Ok::<(), Infallible>(())
+        });
+        let Ok(()) = settled?;
     }
     Ok(())
 }
@@ -223,17 +229,17 @@ fn copy_tree(from: &Path, to: &Path, top: bool, count: &mut Count) -> Result<()>
     Ok(())
 }
 
-fn sync_tree(dir: &Path) -> Result<()> {
+fn sync_tree(disk: &Disk, dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let entry = entry.map_err(Error::io("list", dir))?;
         let path = entry.path();
         if path.is_dir() {
-            sync_tree(&path)?;
+            sync_tree(disk, &path)?;
         } else {
             let file = File::open(&path).map_err(Error::io("open", &path))?;
             let synced = file.sync_all();
             synced.map_err(|source| Error::Sync { path, source })?;
         }
     }
-    Disk::default().sync_dir(dir)
+    disk.sync_dir(dir)
 }

@@ -5,15 +5,15 @@
 //! Documents of generations that can no longer be restored are kept without their tensors.
 
 use std::fmt;
-use std::fs;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::disk::Disk;
 use crate::error::{Error, Result};
 
 /// The version of the document that this crate writes and reads.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// Hexadecimal digits of a seal, and what follows them in a document.
 const SEAL_LEN: usize = 64;
@@ -73,8 +73,15 @@ pub struct TensorSum {
     pub offset: u64,
     /// Its length in bytes.
     pub bytes: u64,
-    /// BLAKE3 of its bytes, hexadecimal.
+    /// BLAKE3 of the BLAKE3 of its blocks of 16 KiB (`sums/G`), hexadecimal.
     pub blake3: String,
+}
+
+impl TensorSum {
+    /// Where it lies in its file.
+    pub(crate) fn range(&self) -> std::ops::Range<u64> {
+        self.offset..self.offset + self.bytes
+    }
 }
 
 /// The optimizer state of a generation.
@@ -89,7 +96,7 @@ pub struct StateSum {
 /// A published generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
-    /// Version of this document, 1.
+    /// Version of this document, 2.
     pub version: u32,
     /// Its number; 0 is the base.
     pub generation: u64,
@@ -108,7 +115,7 @@ pub struct Generation {
     pub blocks_total: u64,
     /// Those that differed.
     pub blocks_changed: u64,
-    /// Bytes of the journal's records.
+    /// Length of the journal.
     pub journal_bytes: u64,
     /// Bytes written into the shards.
     pub written_bytes: u64,
@@ -143,7 +150,10 @@ impl Generation {
         let generation: Generation =
             serde_json::from_slice(bytes).map_err(|error| format!("no generation: {error}"))?;
         if generation.version != VERSION {
-            return Err(format!("it has version {} and this program reads version {VERSION}", generation.version));
+            return Err(format!(
+                "it has version {} and this program reads version {VERSION}; removing .apollod begins anew with the files as they are",
+                generation.version
+            ));
         }
         if seal_of(bytes).as_ref() != Some(&generation.seal) {
             return Err("it does not match its seal: a bit flipped, or someone edited it".into());
@@ -214,10 +224,6 @@ impl Paths {
         self.root.join("journal")
     }
 
-    pub(crate) fn journal_tmp(&self) -> PathBuf {
-        self.root.join("journal.tmp")
-    }
-
     pub(crate) fn state(&self, generation: u64) -> PathBuf {
         self.root.join(format!("state/{generation}"))
     }
@@ -234,28 +240,10 @@ impl Paths {
         self.root.join(format!("history/{generation}.delta"))
     }
 
-    /// The numbers of the files in a folder of `.apollod` that are named `N` + suffix, ascending.
-    pub(crate) fn numbers(&self, folder: &str, suffix: &str) -> Result<Vec<u64>> {
-        let path = self.root.join(folder);
-        let entries = match fs::read_dir(&path) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io("list", &path)(error)),
-        };
-        let mut numbers = Vec::new();
-        for entry in entries {
-            let name = entry.map_err(Error::io("list", &path))?.file_name();
-            let stem = name.to_str().and_then(|name| name.strip_suffix(suffix));
-            numbers.extend(stem.and_then(|stem| stem.parse::<u64>().ok()));
-        }
-        numbers.sort_unstable();
-        Ok(numbers)
-    }
-
     /// Reads one generation's document.
-    pub(crate) fn load(&self, generation: u64) -> Result<Generation> {
+    pub(crate) fn load(&self, disk: &Disk, generation: u64) -> Result<Generation> {
         let path = self.generation(generation);
-        let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+        let bytes = disk.read(&path)?;
         let parsed = Generation::from_json(&bytes).and_then(|parsed| {
             if parsed.generation == generation {
                 return Ok(parsed);
@@ -265,32 +253,30 @@ impl Paths {
         parsed.map_err(|reason| Error::Document { path, reason })
     }
 
+    fn numbers(&self, disk: &Disk) -> Result<Vec<u64>> {
+        disk.numbers(&self.root.join("generations"), ".json")
+    }
+
     /// The current generation: the one with the highest number.
-    pub(crate) fn newest(&self) -> Result<Option<Generation>> {
-        match self.numbers("generations", ".json")?.last() {
-            Some(newest) => self.load(*newest).map(Some),
+    pub(crate) fn newest(&self, disk: &Disk) -> Result<Option<Generation>> {
+        match self.numbers(disk)?.last() {
+            Some(newest) => self.load(disk, *newest).map(Some),
             None => Ok(None),
         }
     }
 
     /// All generations, oldest first, each with whether it can be restored.
-    pub(crate) fn list(&self) -> Result<Vec<Generation>> {
-        let numbers = self.numbers("generations", ".json")?;
-        let mut all = numbers.into_iter().map(|number| self.load(number)).collect::<Result<Vec<_>>>()?;
+    pub(crate) fn list(&self, disk: &Disk) -> Result<Vec<Generation>> {
+        let numbers = self.numbers(disk)?;
+        let mut all = numbers.into_iter().map(|number| self.load(disk, number)).collect::<Result<Vec<_>>>()?;
         let mut reachable = true;
         for generation in all.iter_mut().rev() {
-            let state = generation.state.is_none() || self.state(generation.generation).exists();
+            let state = generation.state.is_none() || disk.exists(&self.state(generation.generation))?;
             generation.restorable = reachable && state && !generation.tensors.is_empty();
-            reachable &= generation.previous.is_some() && self.delta(generation.generation).exists();
+            reachable &= generation.previous.is_some() && disk.exists(&self.delta(generation.generation))?;
         }
         Ok(all)
     }
-}
-
-/// Seconds since 1970 UTC, now.
-pub(crate) fn now_unix() -> u64 {
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    now.map_or(0, |since| since.as_secs())
 }
 
 /// RFC 3339 in UTC. The days are turned into a date as in Hinnant's `civil_from_days`: years begin in

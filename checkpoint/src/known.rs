@@ -3,8 +3,7 @@
 //! Weights in a GPU's memory are dear to read, cheap to hash where they are. A sync keeps the hashes of the live
 //! weights that it wrote; the next one hashes again and reads only the blocks whose hash is another one.
 //! Blocks count from the start of a tensor here, so that a kernel's loads are aligned; the journal's count from the
-//! start of the file. Each is compared as it always was: what is not read is taken from the file, and the file's
-//! content is checked against its checksum in the same pass.
+//! start of the file. Each is compared as it always was: what is not read is taken from the file.
 //!
 //! Hashes say what a tensor in the files of *one generation* is, so they are kept with its number and with the list of
 //! tensors. After a rollback, an adoption, or for another list of trained tensors they are of something else, and
@@ -13,7 +12,7 @@
 use std::ops::Range;
 
 use crate::checkpoint::{LiveTensor, LiveWeights};
-use crate::journal::BLOCK;
+use crate::piece::BLOCK;
 
 /// Hashes of live weights.
 #[derive(Debug)]

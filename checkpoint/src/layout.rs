@@ -4,9 +4,6 @@
 //! here. A shard with a second name (symbolic or hard link) is refused: a write in place would reach it.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fs::{self, File};
-use std::io::Read;
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use safetensors::tensor::Metadata;
@@ -14,6 +11,7 @@ use serde::Deserialize;
 
 use crate::disk::Disk;
 use crate::error::{Error, Result};
+use crate::storage::Kind;
 
 /// A longer header is refused, as safetensors does.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
@@ -56,11 +54,11 @@ struct Index {
 
 impl Layout {
     /// Reads the headers of all shards in `dir`.
-    pub(crate) fn load(dir: &Path) -> Result<Layout> {
-        let (files, index) = shard_files(dir)?;
+    pub(crate) fn load(disk: &Disk, dir: &Path) -> Result<Layout> {
+        let (files, index) = shard_files(disk, dir)?;
         let mut layout = Layout { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
         for file in files {
-            layout.add_shard(dir, file)?;
+            layout.add_shard(disk, dir, file)?;
         }
         for (name, file) in index {
             let found = layout.tensor(&name).map(|i| layout.tensors[i].shard);
@@ -76,13 +74,12 @@ impl Layout {
         self.by_name.get(name).copied()
     }
 
-    fn add_shard(&mut self, dir: &Path, file: String) -> Result<()> {
+    fn add_shard(&mut self, disk: &Disk, dir: &Path, file: String) -> Result<()> {
         let path = dir.join(&file);
-        refuse_shared(&path)?;
-        let bytes = fs::metadata(&path).map_err(Error::io("read", &path))?.len();
-        // A file that cannot be written is found now, not when its journal is already published.
-        Disk::default().open_in_place(&path)?;
-        let header = read_header(&path, bytes)?;
+        let bytes = refuse_shared(disk, &path)?;
+        // A file that cannot be written is found now, not in the middle of a sync.
+        disk.open_in_place(&path)?;
+        let header = read_header(disk, &path, bytes)?;
         let metadata: Metadata = serde_json::from_slice(&header[8..])
             .map_err(|error| model(&path, format!("its header is no safetensors header: {error}")))?;
         if header.len() as u64 + metadata.data_len() as u64 != bytes {
@@ -124,18 +121,18 @@ fn model(path: &Path, reason: String) -> Error {
 }
 
 /// The shards' names in order, and what the index says about the tensors (nothing for a single file).
-fn shard_files(dir: &Path) -> Result<(Vec<String>, HashMap<String, String>)> {
+fn shard_files(disk: &Disk, dir: &Path) -> Result<(Vec<String>, HashMap<String, String>)> {
     let single = "model.safetensors";
     // The order of transformers: a single file wins over an index.
-    if fs::symlink_metadata(dir.join(single)).is_ok() {
+    if disk.exists(&dir.join(single))? {
         return Ok((vec![single.into()], HashMap::new()));
     }
     let path = dir.join("model.safetensors.index.json");
-    if !path.exists() {
+    if !disk.exists(&path)? {
         let reason = "it holds neither model.safetensors nor model.safetensors.index.json";
         return Err(model(dir, reason.into()));
     }
-    let text = fs::read(&path).map_err(Error::io("read", &path))?;
+    let text = disk.read(&path)?;
     let index: Index =
         serde_json::from_slice(&text).map_err(|error| model(&path, format!("it is no safetensors index: {error}")))?;
     let files: BTreeSet<String> = index.weight_map.values().cloned().collect();
@@ -154,35 +151,33 @@ pub(crate) fn is_plain_name(file: &str) -> bool {
     !file.is_empty() && file != "." && file != ".." && !file.contains(['/', '\0'])
 }
 
-fn refuse_shared(path: &Path) -> Result<()> {
-    let stat = fs::symlink_metadata(path).map_err(Error::io("read", path))?;
+/// The length of a file that is nobody else's.
+fn refuse_shared(disk: &Disk, path: &Path) -> Result<u64> {
+    let Some(stat) = disk.stat(path)? else {
+        return Err(model(path, "it is not there".into()));
+    };
     let path = path.to_path_buf();
-    if stat.is_symlink() {
-        return Err(Error::Symlink { path });
+    match stat.kind {
+        Kind::Symlink => Err(Error::Symlink { path }),
+        Kind::File if stat.links == 1 => Ok(stat.bytes),
+        Kind::File => Err(Error::HardLink { path, links: stat.links }),
+        Kind::Dir | Kind::Other => Err(model(&path, "it is not a regular file".into())),
     }
-    if !stat.is_file() {
-        return Err(model(&path, "it is not a regular file".into()));
-    }
-    let links = stat.nlink();
-    if links != 1 {
-        return Err(Error::HardLink { path, links });
-    }
-    Ok(())
 }
 
 /// The length and the JSON, as they lie in the file.
-fn read_header(path: &Path, bytes: u64) -> Result<Vec<u8>> {
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
+fn read_header(disk: &Disk, path: &Path, bytes: u64) -> Result<Vec<u8>> {
+    let file = disk.open(path)?;
     let mut header = vec![0; 8];
     if bytes < 8 {
         return Err(model(path, "it is shorter than a safetensors header".into()));
     }
-    file.read_exact(&mut header).map_err(Error::io("read", path))?;
+    file.read_at(&mut header, 0)?;
     let n = u64::from_le_bytes(header[..8].try_into().expect("8 bytes"));
     if n > HEADER_BYTES_MAX || n > bytes - 8 {
         return Err(model(path, format!("it says that its header has {n} bytes, which cannot be")));
     }
     header.resize(8 + n as usize, 0);
-    file.read_exact(&mut header[8..]).map_err(Error::io("read", path))?;
+    file.read_at(&mut header[8..], 8)?;
     Ok(header)
 }

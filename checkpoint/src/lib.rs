@@ -3,16 +3,15 @@
 //! N, G: generation numbers (the base is 0) · block: 4096 bytes of a file, at multiples of 4096 ·
 //! sector: 512 bytes, at multiples of 512 · chunk: 1 MiB, at multiples of 1 MiB, the unit of one record.
 //!
-//! A sync compares the live weights with the files, writes what differs into a journal, then into the
-//! files with `pwrite` (never through a mapping), and publishes generation G. Whatever happens in
-//! between, the next [`Checkpoint::open`] finds or makes exactly generation G-1 or exactly generation G.
+//! A sync compares the live weights with the files and writes what differs: first how it differs into a journal, then
+//! the blocks into the files with `pwrite` (never through a mapping), and then it publishes generation G. Whatever
+//! happens in between, the next [`Checkpoint::open`] finds or makes exactly generation G-1 or exactly generation G.
 //!
 //! ```text
 //! MODEL/.apollod/lock                 flock of the one writer; holds its process id
-//! MODEL/.apollod/journal.tmp          a journal being written: means nothing, removed by open
-//! MODEL/.apollod/journal              a journal that counts: its generation will be finished
+//! MODEL/.apollod/journal              how the files lead back to G-1 while a sync writes G
 //! MODEL/.apollod/state/G              optimizer state of generation G
-//! MODEL/.apollod/sums/G               8 bytes of BLAKE3 for every 64 KiB of every tensor
+//! MODEL/.apollod/sums/G               BLAKE3 of every 16 KiB of every tensor
 //! MODEL/.apollod/generations/G.json   the published generation, sealed by a checksum of itself
 //! MODEL/.apollod/history/G.delta      the retired journal of G; undoes G to get G-1
 //! ```
@@ -20,13 +19,13 @@
 //! # The journal, byte by byte (all numbers little-endian)
 //!
 //! ```text
-//! 0      8  "APOLJNL1"
+//! 0      8  "APOLJNL2"
 //! frames, each:
 //!   0    4  tag "HEAD" | "RECD" | "GENR"
 //!   4    4  n, length of the body
 //!   8    n  body
 //!   8+n  8  first 8 bytes of BLAKE3(tag, length, body)
-//! end   32  BLAKE3 of every byte before; the file ends here
+//! end   32  BLAKE3 of those 8 bytes of every frame, in order; the file ends here
 //!
 //! HEAD body: JSON {"generation": G, "previous": G-1, "shards": [{"file", "bytes"}, …]}   one, first
 //! RECD body: one chunk of one tensor in which at least one block changed                any number
@@ -36,7 +35,7 @@
 //!   4    4  length of the piece in bytes (at most 1 MiB; it never crosses a chunk)
 //!   8    8  offset of the piece in the file
 //!  16   32  bitmap, bit k of byte k/8 (lowest first): block k of the chunk changed
-//!  48   8s  first 8 bytes of BLAKE3 of the NEW content of each of the s sectors of the changed blocks
+//!  48   8s  XXH3-64 of the NEW content of each of the s sectors of the changed blocks
 //!       …   zstd frame of the planes: z = zigzag(new - old) per element, wrapping in its width, first
 //!           the lowest byte of every element, then the next byte of every element, …
 //! GENR body: the sealed JSON that generations/G.json will hold                          one, last
@@ -48,40 +47,55 @@
 //! # Why deltas, and what a sector can be
 //!
 //! After training nearly every block of a trained matrix differs and each bf16 by a few ulps, so the
-//! difference compresses to a tenth or a third where the new bytes would hardly compress at all. The
-//! same file read backwards is the undo that rollback needs.
+//! difference compresses to a tenth or a third where the new bytes, or the old, would hardly compress at all. The same
+//! file is the undo of a crash and the undo that rollback needs.
 //!
-//! A crash leaves each sector old or new: disks write a sector whole, and nothing else is assumed (not
-//! pages, not order). One checksum, of the new content, is enough to know which: if
-//! (content + difference) has it, the sector was old and the sum is the new content; if the content
-//! itself has it, the sector is new; adding a constant is a bijection, so a checksum of the old
-//! content would say nothing more, and leaving it out saves 1.6% of the raw bytes. A sector that is
-//! neither was changed by someone else or by a failing disk: the sync or the recovery stops with the
-//! file, the tensor and the offset, and keeps the journal. Enough to rebuild such a sector would have to
-//! be a full image of the new bytes, several times the size of the deltas, and is not kept.
+//! A crash leaves of each sector the old or the new content, or, of one that was under the head at that moment, the
+//! beginning of one and the end of the other (`storage.rs` says what is assumed of a medium). One checksum, of the new
+//! content, tells which: if the content has it, it is new; if (content + difference) has it, it is old; adding a constant
+//! is a bijection, so a checksum of the old content would say nothing more. A torn sector is found by trying every byte
+//! at which it can be torn. A sector that is nothing of that was changed by someone else or by a failing disk: the
+//! recovery stops with the file, the tensor and the offset, and keeps the journal.
 //!
-//! Redo writes every changed block again even if it reads as new: after an fsync that failed, a page
-//! may read as new, be marked clean, and not be on the disk. For the same reason a failed fsync is
+//! Undo writes every changed block again even if it reads as old: after an fsync that failed, a page
+//! may read as it was written, be marked clean, and not be on the disk. For the same reason a failed fsync is
 //! never retried: the [`Checkpoint`] refuses further work and has to be opened again.
 //!
-//! # One sync, and what a crash leaves
+//! # One sync
+//!
+//! 1. Write `state/G`.
+//! 2. Begin the journal. For each segment, some tens of MiB of changed blocks: append its records, fdatasync the journal
+//!    (and fsync its folder, the first time), write its blocks into the shards, fdatasync those. Meanwhile other threads
+//!    compare and compress what comes next. The disk writes while the processor compresses.
+//! 3. fdatasync `state/G`; write and sync `sums/G`; fsync both folders.
+//! 4. Append the generation and the total checksum to the journal, fdatasync.
+//! 5. Write `generations/G.json.tmp`, fdatasync, rename to `generations/G.json`, fsync the folder: **G is certain**.
+//! 6. Rename the journal to `history/G.delta`, fsync both folders. Remove what is too old.
+//!
+//! Recovery looks at the newest published generation N. A journal of N: steps 5 and 6 are done again. A journal of N+1:
+//! every record that is whole is undone, the shards are synced, every byte of the files is compared with N's
+//! checksums, the journal is removed. A journal with a damaged head: no block can have been written, which is
+//! not believed but compared, before it is removed. What belongs to no generation is removed.
 //!
 //! | crash | happens | found at the next open | becomes |
 //! |---|---|---|---|
-//! | 1 | while `state/G`, `sums/G` are written or before they are synced | files without a generation | removed; G-1 |
-//! | 2 | while `journal.tmp` is written, before or after its fdatasync | `journal.tmp` | removed; G-1 |
-//! | 3 | during the rename to `journal` and the fsync of the folder | either name | G-1, or G by case 4 |
-//! | 4 | after it, before or among the writes to the shards | complete `journal`, each sector old or new | redo; G |
-//! | 5 | after the writes, before or between the fdatasyncs of the shards | as 4 | redo; G |
-//! | 6 | while `generations/G.json` is written as `.tmp`, or before its rename is durable | as 4, all new | redo; G |
-//! | 7 | after the generation is published, before the journal is retired | as 6, and `G.json` | redo; G |
-//! | 8 | during the rename to `history/G.delta` | either name | G |
-//! | 9 | while old deltas, states and sums are pruned | some of them are left | pruned; G |
-//! | 10 | inside recovery, anywhere | cases 4 to 9 again: recovery is the second half of a sync | G |
-//! | 11 | `journal` itself damaged (a disk that lied, a flipped bit) | checksum does not match | files checked in full: all of G-1 (or a published G): discarded; anything else: refused, nothing touched |
+//! | 1 | in step 1, or while `sums/G` is written | files without a generation | removed; G-1 |
+//! | 2 | before the first segment is durable | a journal, whole up to anywhere, or none | undone, though nothing was written; G-1 |
+//! | 3 | while the blocks of a segment are written | journal whole up to that segment at least; each sector old, new or torn | undone; G-1 |
+//! | 4 | while the next segment is appended | as 3, and torn records whose blocks were not written | undone up to there; G-1 |
+//! | 5 | in step 3 or 4 | all blocks new, the journal whole or not | undone; G-1 |
+//! | 6 | in step 5, before the name is durable | either name | undone, G-1; or G by case 7 |
+//! | 7 | after it, before the journal is in the history | `G.json` and a journal of G | steps 5 and 6; G |
+//! | 8 | during the rename to `history/G.delta` | either name, or both | G |
+//! | 9 | while old deltas, states and sums are removed | some of them are left | removed; G |
+//! | 10 | inside recovery, anywhere | cases 3 to 9 again | as there |
+//! | 11 | the journal is damaged before its end (a flipped bit, a disk that lied) | files that are not G-1 after the undo | refused with the tensor named; the journal is kept |
 //!
-//! Before case 3 an error (no space, I/O) leaves the files untouched and G-1 current; after it the
-//! generation is certain and a new open finishes it.
+//! An error in steps 1 to 4 that is not of an fsync is undone at once, and the handle goes on at G-1.
+//!
+//! A redo log would keep the files untouched until all is journalled, and finish a sync that a crash cut short.
+//! But then nothing can be written while there is still something to compress, and a sync of everything takes as long as
+//! both together. What undo gives up is one sync's work, which the queue trains again.
 //!
 //! # Weights that are dear to read
 //!
@@ -91,9 +105,12 @@
 //!
 //! # Why these checksums
 //!
-//! A generation holds BLAKE3 of every tensor and of every shard's header, so every byte of every shard
-//! is covered. The sums per 64 KiB only say where in a tensor the damage is: 150 KB for 1.2 GB of
-//! weights. Per 4 KiB they would be 16 times that and name no better place to an operator.
+//! A generation holds a checksum of every tensor and of every shard's header, so every byte of every shard is covered.
+//! A tensor's is made of those of its blocks of 16 KiB, so a sync hashes only blocks that differ: their old
+//! content against the sum (somebody else's change is noticed before it is written over) and their new. A block
+//! that does not differ keeps its sum, so that damage never becomes the truth. The sums take 0.2% of the weights.
+//! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors in the journal,
+//! where BLAKE3 of so short an input would cost more than the compression and nobody has to be kept from forging.
 
 #![forbid(unsafe_code)]
 
@@ -107,18 +124,23 @@ mod generation;
 mod journal;
 mod known;
 mod layout;
+mod pass;
+mod piece;
+mod pipeline;
+mod record;
 mod recover;
 mod retain;
+mod segments;
 mod source;
-mod stream;
+mod storage;
 mod sums;
 mod verify;
 
 pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, list};
 pub use commit::{RollbackReport, SyncReport};
-pub use disk::{CrashAction, CrashPoint, Fault};
 pub use error::{Error, Result};
 pub use export::{ExportReport, export};
 pub use generation::{Generation, Progress, ShardSum, StateSum, TensorSum};
 pub use recover::Recovery;
+pub use storage::{Kind, Open, RealStorage, Stat, Storage, StorageFile};
 pub use verify::{Damage, VerifyReport, verify};

@@ -1,13 +1,16 @@
 //! What an opener finds, and what becomes of it.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::commit;
-use crate::disk::Disk;
+use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
-use crate::generation::{Generation, Paths, Progress};
-use crate::journal::Reader;
+use crate::generation::{Generation, Paths, Progress, ShardSum};
+use crate::journal::{HeadShard, Reader};
 use crate::layout::Layout;
+use crate::piece::within;
+use crate::record::{Record, Side};
 use crate::retain::prune;
 use crate::verify;
 
@@ -21,16 +24,16 @@ pub enum Recovery {
         /// The current generation.
         generation: u64,
     },
-    /// A complete journal was applied again to the end.
+    /// A sync had published its generation and not yet put its journal away.
     Finished {
-        /// Its generation, now the current one.
+        /// Its generation, the current one.
         generation: u64,
     },
-    /// A journal that never counted, or a torn one, was thrown away.
-    Discarded {
+    /// A sync was cut short: what it had written was taken back.
+    Undone {
         /// The generation at which the weights remain.
         generation: u64,
-        /// What was wrong with the journal.
+        /// Where its journal ends.
         reason: String,
     },
 }
@@ -40,21 +43,19 @@ impl fmt::Display for Recovery {
         match self {
             Recovery::Created => write!(f, "first use: the files are generation 0"),
             Recovery::Clean { generation } => write!(f, "clean at generation {generation}"),
-            Recovery::Finished { generation } => {
-                write!(f, "journal complete: generation {generation} finished")
-            }
-            Recovery::Discarded { generation, reason } => {
-                write!(f, "journal discarded ({reason}); weights remain at generation {generation}")
+            Recovery::Finished { generation } => write!(f, "the last sync is whole: generation {generation}"),
+            Recovery::Undone { generation, reason } => {
+                write!(f, "a sync that was cut short is undone ({reason}); weights remain at generation {generation}")
             }
         }
     }
 }
 
 /// Brings the directory to a generation and gives it.
-pub(crate) fn recover(disk: &mut Disk, paths: &Paths, layout: &Layout, keep: u64) -> Result<(Generation, Recovery)> {
-    let left = remove_temporary(disk, paths)?;
-    let Some(current) = paths.newest()? else {
-        if paths.journal().exists() {
+pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: u64) -> Result<(Generation, Recovery)> {
+    remove_temporary(disk, paths)?;
+    let Some(current) = paths.newest(disk)? else {
+        if disk.exists(&paths.journal())? {
             return Err(Error::Document {
                 path: paths.journal(),
                 reason: "there is a journal and no generation before it; remove it if the files are known to be good"
@@ -66,72 +67,152 @@ pub(crate) fn recover(disk: &mut Disk, paths: &Paths, layout: &Layout, keep: u64
         return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
-    if paths.journal().exists() {
-        return journal(disk, paths, current, keep);
-    }
-    prune(disk, paths, current.generation, keep)?;
     let generation = current.generation;
-    let recovery = match left {
-        true => Recovery::Discarded { generation, reason: "it was never published".into() },
+    let recovery = match disk.exists(&paths.journal())? {
+        true => resolve(disk, paths, &current)?,
         false => Recovery::Clean { generation },
     };
+    prune(disk, paths, generation, keep)?;
     Ok((current, recovery))
 }
 
-/// Deals with a journal under its published name.
-fn journal(disk: &mut Disk, paths: &Paths, current: Generation, keep: u64) -> Result<(Generation, Recovery)> {
+/// Deals with a journal: the generation that it belongs to is published, or it is undone.
+fn resolve(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery> {
     let number = current.generation;
-    match Reader::open(&paths.journal()).and_then(Reader::scan) {
-        Ok((head, _)) if head.generation == number || head.generation == number + 1 => {
-            // Its name may not be durable yet, and the first block must not be before it.
-            disk.sync_dir(&paths.root)?;
-            let generation = commit::finish(disk, paths, &current, keep, &mut |_, _| {})?;
-            let recovery = Recovery::Finished { generation: generation.generation };
-            Ok((generation, recovery))
-        }
-        Ok((head, _)) => Err(Error::Document {
-            path: paths.journal(),
-            reason: format!("it is of generation {} and the files are of generation {number}", head.generation),
-        }),
-        Err(torn @ Error::Torn { .. }) => discard_torn(disk, paths, current, keep, torn),
-        Err(error) => Err(error),
+    let journal = match Reader::open(disk, &paths.journal()) {
+        Ok(journal) => journal,
+        Err(torn @ Error::Torn { .. }) => return discard(disk, paths, current, torn.to_string()),
+        Err(error) => return Err(error),
+    };
+    if journal.head.generation == number {
+        return match journal.scan() {
+            Ok(()) => finish(disk, paths, current),
+            Err(torn @ Error::Torn { .. }) => discard(disk, paths, current, torn.to_string()),
+            Err(error) => Err(error),
+        };
     }
+    undo(disk, paths, current)
 }
 
-/// A damaged journal may be thrown away only if no block of it was written, or all of them and the
-/// generation too: if the files are exactly the current generation.
-fn discard_torn(
-    disk: &mut Disk,
-    paths: &Paths,
-    current: Generation,
-    keep: u64,
-    torn: Error,
-) -> Result<(Generation, Recovery)> {
-    let report = verify::verify_files(paths, &paths.model, &current, false)?;
+/// The generation has its name, and only its journal was not put away.
+fn finish(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery> {
+    // Its name may not be durable, also where a folder's fsync failed and the next one does not say so: once more.
+    commit::publish(disk, paths, current)?;
+    commit::retire(disk, paths, current.generation)?;
+    Ok(Recovery::Finished { generation: current.generation })
+}
+
+fn undo(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery> {
+    let (_, reason) = take_back(disk, paths, current)?;
+    discard(disk, paths, current, reason)
+}
+
+/// Undoes a sync that failed in this process, which had begun to write the blocks of `applied` records.
+pub(crate) fn undo_here(disk: &Disk, paths: &Paths, current: &Generation, applied: u64) -> Result<()> {
+    if applied > 0 {
+        let (records, reason) = take_back(disk, paths, current)?;
+        if records < applied {
+            let (generation, damage) = (current.generation, format!("{applied} records of it were in use"));
+            return Err(Error::Stranded { reason, generation, damage });
+        }
+    }
+    disk.remove(&paths.journal())?;
+    disk.sync_dir(&paths.root)
+}
+
+/// Gives back to the files what the journal of the next generation says that they were: tells of how many records, and
+/// where the journal ends.
+///
+/// Blocks are written also where they read as old: after an fsync that failed a page may read as it was written, be
+/// marked clean, and not be on the disk.
+fn take_back(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(u64, String)> {
+    let mut journal = Reader::open(disk, &paths.journal())?;
+    require_fitting(paths, &journal, current)?;
+    let mut shards: Vec<Option<DiskFile>> = current.shards.iter().map(|_| None).collect();
+    let mut records = 0;
+    let reason = loop {
+        let record = match journal.record() {
+            Ok(Some(record)) => record,
+            Ok(None) => break "it was whole, and its generation not published".into(),
+            // Its end, as a crash leaves it. Blocks of records that are not whole were never written.
+            Err(torn @ Error::Torn { .. }) => break torn.to_string(),
+            Err(error) => return Err(error),
+        };
+        records += 1;
+        let shard = usize::from(record.piece.shard);
+        let path = paths.model.join(&current.shards[shard].file);
+        let file = match &mut shards[shard] {
+            Some(file) => file,
+            closed => closed.insert(disk.open_in_place(&path)?),
+        };
+        if let Err(offset) = rewrite(file, &record, |content| record.settle(content, Side::Old))? {
+            return Err(foreign(path, &record, offset, current));
+        }
+    };
+    for shard in shards.iter().flatten() {
+        shard.sync()?;
+    }
+    Ok((records, reason))
+}
+
+/// Puts a record's blocks, as `settle` makes them, into the file, every changed block of it. The inner error is `settle`'s.
+pub(crate) fn rewrite<E>(
+    file: &DiskFile,
+    record: &Record,
+    settle: impl FnOnce(&mut [u8]) -> std::result::Result<(), E>,
+) -> Result<std::result::Result<(), E>> {
+    let mut content = vec![0; record.piece.bytes as usize];
+    file.read_at(&mut content, record.piece.offset)?;
+    if let Err(error) = settle(&mut content) {
+        return Ok(Err(error));
+    }
+    for block in record.changed() {
+        file.write_at(&content[within(&block, record.piece.offset)], block.start)?;
+    }
+    Ok(Ok(()))
+}
+
+/// Removes a journal that has nothing more to say: only if every byte of the files is the current generation's.
+fn discard(disk: &Disk, paths: &Paths, current: &Generation, reason: String) -> Result<Recovery> {
+    let generation = current.generation;
+    let report = verify::verify_files(disk, paths, &paths.model, current, false)?;
     if let Some(damage) = report.damage.first() {
-        return Err(Error::Stranded {
-            reason: torn.to_string(),
-            generation: current.generation,
-            damage: damage.to_string(),
-        });
+        return Err(Error::Stranded { reason, generation, damage: damage.to_string() });
     }
     disk.remove(&paths.journal())?;
     disk.sync_dir(&paths.root)?;
-    prune(disk, paths, current.generation, keep)?;
-    let recovery = Recovery::Discarded { generation: current.generation, reason: torn.to_string() };
-    Ok((current, recovery))
+    Ok(Recovery::Undone { generation, reason })
 }
 
-/// Removes files that were being written under a temporary name: true if one was a journal.
-fn remove_temporary(disk: &Disk, paths: &Paths) -> Result<bool> {
-    let journal = disk.remove(&paths.journal_tmp())?;
-    for (folder, suffix) in [("generations", ".json.tmp"), ("sums", ".tmp")] {
-        for number in paths.numbers(folder, suffix)? {
-            let path = paths.root.join(folder).join(format!("{number}{suffix}"));
-            disk.remove(&path)?;
-        }
+/// Refuses a journal that is not of the sync after the current generation, or not of these files.
+fn require_fitting(paths: &Paths, journal: &Reader, current: &Generation) -> Result<()> {
+    let refuse = |reason: String| Err(Error::Document { path: paths.journal(), reason });
+    let (number, head) = (current.generation, &journal.head);
+    if head.generation != number + 1 || head.previous != number {
+        return refuse(format!("it is of generation {} and the files are of generation {number}", head.generation));
     }
-    Ok(journal)
+    let same = |(journal, shard): (&HeadShard, &ShardSum)| journal.file == shard.file && journal.bytes == shard.bytes;
+    if head.shards.len() != current.shards.len() || !head.shards.iter().zip(&current.shards).all(same) {
+        return refuse(format!("it is of other files than those of generation {number}"));
+    }
+    Ok(())
+}
+
+fn foreign(path: PathBuf, record: &Record, offset: u64, current: &Generation) -> Error {
+    let shard = usize::from(record.piece.shard);
+    let tensor = current.tensors.iter().find(|tensor| tensor.shard == shard && tensor.range().contains(&offset));
+    let tensor = tensor.map_or_else(|| "?".into(), |tensor| tensor.name.clone());
+    let (previous, generation) = (current.generation, current.generation + 1);
+    Error::Foreign { path, tensor, offset, previous, generation }
+}
+
+/// Removes documents that were being written under a temporary name.
+fn remove_temporary(disk: &Disk, paths: &Paths) -> Result<()> {
+    let folder = paths.root.join("generations");
+    for number in disk.numbers(&folder, ".json.tmp")? {
+        disk.remove(&folder.join(format!("{number}.json.tmp")))?;
+    }
+    Ok(())
 }
 
 /// Refuses files that are not those of the generation by name, size or header; contents are not read.

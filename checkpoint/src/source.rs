@@ -4,11 +4,14 @@ use std::ops::Range;
 use std::path::PathBuf;
 
 use crate::checkpoint::{LiveWeights, Part};
+use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::Paths;
-use crate::journal::{self, Piece, Reader, Record};
+use crate::journal::Reader;
 use crate::known::Changed;
 use crate::layout::Layout;
+use crate::piece::{CHUNK, Piece, cut};
+use crate::record::Record;
 
 /// New content, piece by piece.
 pub(crate) trait Source {
@@ -16,8 +19,10 @@ pub(crate) trait Source {
     fn bytes(&self) -> u64;
     /// False if the tensor stays as it is.
     fn covers(&self, tensor: usize) -> bool;
-    /// Fills `new` for a piece, which starts at byte `at` of the tensor; `old` is what the file holds.
-    /// Called for all pieces of all tensors that it covers, in the order of the files.
+    /// False if these bytes of the tensor are known to be what the file holds.
+    fn may_differ(&self, tensor: usize, range: Range<u64>) -> bool;
+    /// Fills `new` for a piece, which starts at byte `at` of the tensor; `old` is what the file holds. Called in the
+    /// order of the files for all pieces of the tensors that it covers and that may differ.
     fn fill(&mut self, tensor: usize, at: u64, piece: Piece, old: &[u8], new: &mut [u8]) -> Result<()>;
 }
 
@@ -64,7 +69,7 @@ impl<'a> LiveSource<'a> {
         let mut parts = Vec::new();
         for (tensor, live) in layout.tensors.iter().zip(&self.index) {
             let Some(live) = *live else { continue };
-            for piece in journal::cut(tensor.offset..tensor.offset + tensor.bytes, journal::CHUNK) {
+            for piece in cut(tensor.offset..tensor.offset + tensor.bytes, CHUNK) {
                 let range = piece.start - tensor.offset..piece.end - tensor.offset;
                 self.each_part(live, range, |part| parts.push(part));
             }
@@ -89,6 +94,11 @@ impl Source for LiveSource<'_> {
 
     fn covers(&self, tensor: usize) -> bool {
         self.index[tensor].is_some()
+    }
+
+    fn may_differ(&self, tensor: usize, range: Range<u64>) -> bool {
+        let live = self.index[tensor].expect("asked for what it covers only");
+        self.changed.as_ref().is_none_or(|changed| changed.within(live, range).next().is_some())
     }
 
     fn fill(&mut self, tensor: usize, at: u64, _: Piece, old: &[u8], new: &mut [u8]) -> Result<()> {
@@ -116,11 +126,12 @@ pub(crate) struct UndoSource {
 }
 
 impl UndoSource {
-    /// Opens the deltas of current, current-1, …, to+1.
-    pub(crate) fn open(paths: &Paths, layout: &Layout, current: u64, to: u64) -> Result<UndoSource> {
+    /// Opens the deltas of current, current-1, …, to+1. A damaged one is found before anything is written.
+    pub(crate) fn open(disk: &Disk, paths: &Paths, layout: &Layout, current: u64, to: u64) -> Result<UndoSource> {
         let mut deltas = Vec::new();
         for number in (to + 1..=current).rev() {
-            let mut reader = Reader::open(&paths.delta(number))?;
+            Reader::open(disk, &paths.delta(number))?.scan()?;
+            let mut reader = Reader::open(disk, &paths.delta(number))?;
             let first = reader.record()?;
             deltas.push((reader, first));
         }
@@ -142,6 +153,10 @@ impl Source for UndoSource {
     }
 
     fn covers(&self, _: usize) -> bool {
+        true
+    }
+
+    fn may_differ(&self, _: usize, _: Range<u64>) -> bool {
         true
     }
 

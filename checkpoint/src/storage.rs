@@ -120,9 +120,7 @@ impl Storage for RealStorage {
             Open::Read => options.read(true),
             Open::Create => options.write(true).create(true).truncate(true),
             Open::InPlace => options.read(true).write(true).custom_flags(OFlags::NOFOLLOW.bits() as i32),
-            Open::Lock => {
-                options.read(true).write(true).create(true).custom_flags(OFlags::NOFOLLOW.bits() as i32)
-            }
+            Open::Lock => options.read(true).write(true).create(true).custom_flags(OFlags::NOFOLLOW.bits() as i32),
         };
         Ok(Box::new(options.open(path)?))
     }

@@ -5,18 +5,16 @@
 //! the headers, which may be what is damaged.
 
 use std::fmt;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::ops::Range;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::checkpoint::open_state;
+use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, TensorSum};
-use crate::sums::{self, SUM_BLOCK, TensorDigest};
+use crate::sums::{self, Sum};
 
-/// Bytes read at once.
-const READ: u64 = 1 << 20;
 /// How often and how long a check without the lock waits for a sync to end.
 const ATTEMPTS: u32 = 20;
 const WAIT: Duration = Duration::from_millis(250);
@@ -42,9 +40,8 @@ pub enum Damage {
         file: String,
         /// The tensor's name.
         tensor: String,
-        /// The damaged 64 KiB blocks, counted from the start of the tensor; empty if `sums/G` is damaged
-        /// too.
-        blocks: Vec<u64>,
+        /// The damaged blocks of 16 KiB, as bytes of the tensor; empty if `sums/G` is damaged too.
+        blocks: Vec<Range<u64>>,
     },
     /// The optimizer state, or the block sums.
     Other {
@@ -61,12 +58,9 @@ impl fmt::Display for Damage {
             Damage::Tensor { file, tensor, blocks } => {
                 write!(f, "{file}: tensor `{tensor}` is damaged")?;
                 match blocks.first() {
-                    Some(first) => write!(
-                        f,
-                        " in {} of its 64 KiB blocks, the first at its byte {}",
-                        blocks.len(),
-                        first * SUM_BLOCK as u64
-                    ),
+                    Some(first) => {
+                        write!(f, " in {} of its 16 KiB blocks, the first at its bytes {first:?}", blocks.len())
+                    }
                     None => Ok(()),
                 }
             }
@@ -120,16 +114,16 @@ impl fmt::Display for VerifyReport {
 /// Errors: no generation, a damaged document, or a journal that stays ([`Error::Busy`]) so that the files
 /// may lie between two generations. Damage is not an error: it is in the report.
 pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
-    let paths = Paths::new(model_dir);
+    let (disk, paths) = (Disk::real(), Paths::new(model_dir));
     for _ in 0..ATTEMPTS {
-        let generation = paths.newest()?.ok_or_else(|| Error::Model {
+        let generation = paths.newest(&disk)?.ok_or_else(|| Error::Model {
             path: model_dir.to_path_buf(),
             reason: "it has no generation to compare with; open it once".into(),
         })?;
-        let report = verify_files(&paths, model_dir, &generation, true)?;
+        let report = verify_files(&disk, &paths, model_dir, &generation, true)?;
         let moved = || -> Result<bool> {
-            let newest = paths.newest()?.map(|newest| newest.generation);
-            Ok(paths.journal().exists() || newest != Some(generation.generation))
+            let newest = paths.newest(&disk)?.map(|newest| newest.generation);
+            Ok(disk.exists(&paths.journal())? || newest != Some(generation.generation))
         };
         if report.is_ok() || !moved()? {
             return Ok(report);
@@ -141,6 +135,7 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
 
 /// Compares the shards in `dir` with a generation, and if `with_state` what `.apollod` holds of it.
 pub(crate) fn verify_files(
+    disk: &Disk,
     paths: &Paths,
     dir: &Path,
     generation: &Generation,
@@ -148,37 +143,36 @@ pub(crate) fn verify_files(
 ) -> Result<VerifyReport> {
     let began = Instant::now();
     let mut damage = Vec::new();
-    let sums_path = paths.sums(generation.generation);
-    let sums = sums::load(&sums_path, &generation.tensors, &generation.sums_blake3);
+    let sums = sums::load(disk, paths, generation);
     for (i, shard) in generation.shards.iter().enumerate() {
         let path = dir.join(&shard.file);
-        let length = std::fs::metadata(&path).map(|stat| stat.len());
-        let reason = match length {
-            Ok(length) if length == shard.bytes => None,
-            Ok(length) => Some(format!("it has {length} bytes, not {}", shard.bytes)),
-            Err(error) => Some(error.to_string()),
+        let reason = match disk.stat(&path)? {
+            Some(stat) if stat.bytes == shard.bytes => None,
+            Some(stat) => Some(format!("it has {} bytes, not {}", stat.bytes, shard.bytes)),
+            None => Some("it is not there".into()),
         };
         if let Some(reason) = reason {
             let file = shard.file.clone();
             damage.push(Damage::File { file, reason });
             continue;
         }
-        let (header, _) = digest(&path, 0, shard.header_bytes)?;
-        if header != shard.header_blake3 {
+        let file = disk.open(&path)?;
+        let mut header = vec![0; shard.header_bytes as usize];
+        file.read_at(&mut header, 0)?;
+        if blake3::hash(&header).to_hex().as_str() != shard.header_blake3 {
             let file = shard.file.clone();
             damage.push(Damage::Header { file });
         }
-        for (t, tensor) in generation.tensors.iter().enumerate() {
-            if tensor.shard == i {
-                let sums = sums.as_ref().ok().map(|sums| sums[t].as_slice());
-                damage.extend(verify_tensor(&path, &shard.file, tensor, sums)?);
-            }
+        for (t, tensor) in generation.tensors.iter().enumerate().filter(|(_, tensor)| tensor.shard == i) {
+            let is = sums::of_file(&file, tensor.range())?;
+            let want = sums.as_ref().ok().map(|sums| sums[t].as_slice());
+            damage.extend(compare(&shard.file, tensor, &is, want));
         }
     }
     if with_state {
         damage.extend(sums.err().map(|error| Damage::Other { reason: error.to_string() }));
         if generation.state.is_some() {
-            let state = open_state(paths, generation);
+            let state = open_state(disk, paths, generation);
             damage.extend(state.err().map(|error| Damage::Other { reason: error.to_string() }));
         }
     }
@@ -191,31 +185,15 @@ pub(crate) fn verify_files(
     })
 }
 
-fn verify_tensor(path: &Path, file: &str, tensor: &TensorSum, want: Option<&[u64]>) -> Result<Option<Damage>> {
-    let (hash, sums) = digest(path, tensor.offset, tensor.bytes)?;
-    if hash == tensor.blake3 {
-        return Ok(None);
+fn compare(file: &str, tensor: &TensorSum, is: &[Sum], want: Option<&[Sum]>) -> Option<Damage> {
+    if sums::root(is) == tensor.blake3 {
+        return None;
     }
-    let pairs = sums.iter().zip(want.unwrap_or_default());
-    let differ = pairs.enumerate().filter(|(_, (is, want))| is != want);
-    Ok(Some(Damage::Tensor {
+    let pairs = is.iter().zip(want.unwrap_or_default()).zip(sums::blocks(tensor.range()));
+    let differ = pairs.filter(|((is, want), _)| is != want);
+    Some(Damage::Tensor {
         file: file.into(),
         tensor: tensor.name.clone(),
-        blocks: differ.map(|(block, _)| block as u64).collect(),
-    }))
-}
-
-/// BLAKE3 in hexadecimal and block sums of a part of a file.
-pub(crate) fn digest(path: &Path, offset: u64, bytes: u64) -> Result<(String, Vec<u64>)> {
-    let file = File::open(path).map_err(Error::io("open", path))?;
-    let mut digest = TensorDigest::new();
-    let mut buf = vec![0; bytes.min(READ) as usize];
-    let mut at = 0;
-    while at < bytes {
-        let n = (bytes - at).min(READ) as usize;
-        file.read_exact_at(&mut buf[..n], offset + at).map_err(Error::io("read", path))?;
-        digest.update(&buf[..n]);
-        at += n as u64;
-    }
-    Ok(digest.finish())
+        blocks: differ.map(|(_, block)| block.start - tensor.offset..block.end - tensor.offset).collect(),
+    })
 }

@@ -108,10 +108,11 @@ fn a_flipped_bit_anywhere_in_the_files_is_found_and_named() {
         let want = match hit {
             None => format!("{}: its header is damaged", shard.file),
             Some(t) => format!(
-                "{}: tensor `{}` is damaged in 1 of its 64 KiB blocks, the first at its byte {}",
+                "{}: tensor `{}` is damaged in 1 of its 16 KiB blocks, the first at its bytes {}..{}",
                 shard.file,
                 t.name,
-                (at - t.offset) / 65536 * 65536
+                (at / 16384 * 16384).max(t.offset) - t.offset,
+                ((at / 16384 + 1) * 16384).min(t.offset + t.bytes) - t.offset,
             ),
         };
         let damage: Vec<String> = report.damage.iter().map(|d| d.to_string()).collect();

@@ -26,7 +26,12 @@ fn live_weights_state_and_progress_come_back_after_a_sync() {
         assert_files_are(&checkpoint, &live);
         assert_eq!(checkpoint.current().progress, progress(3));
         assert_eq!(read_state(&checkpoint).unwrap(), state_of(3));
-        let sum = blake3::hash(&live.bytes[0]).to_hex().to_string();
+        // As it is documented: BLAKE3 of the BLAKE3 of the tensor's bytes in every 16 KiB of the file.
+        let first = checkpoint.current().tensors.iter().find(|t| t.name == live.tensors[0].name).unwrap();
+        let (head, tail) = live.bytes[0].split_at((16384 - first.offset as usize % 16384) % 16384);
+        let blocks = [head].into_iter().chain(tail.chunks(16384)).filter(|block| !block.is_empty());
+        let sums: Vec<u8> = blocks.flat_map(|block| *blake3::hash(block).as_bytes()).collect();
+        let sum = blake3::hash(&sums).to_hex().to_string();
         let name = &live.tensors[0].name;
         let tensors = &checkpoint.current().tensors;
         assert_eq!(tensors.iter().find(|t| &t.name == name).unwrap().blake3, sum);
@@ -85,9 +90,9 @@ fn progress_is_reported_from_nothing_to_all() {
             seen.push((done, total));
         })
         .unwrap();
-    let total = 2 * live.bytes.iter().map(|b| b.len() as u64).sum::<u64>();
+    let total = live.bytes.iter().map(|b| b.len() as u64).sum::<u64>();
     assert!(seen.is_sorted(), "{seen:?}");
-    assert!(seen.len() > 4 && seen.iter().all(|(_, of)| *of == total));
+    assert!(seen.len() > 2 && seen.iter().all(|(_, of)| *of == total));
     assert_eq!(seen.last(), Some(&(total, total)));
 }
 
@@ -108,7 +113,7 @@ fn a_trained_matrix_takes_a_fraction_of_its_bytes_in_the_journal() {
 fn generations_further_back_than_kept_are_listed_and_not_restorable() {
     let dir = tempfile::tempdir().unwrap();
     let mut live = make_model(dir.path(), false, 0, 10);
-    let keep = Options { keep: 2, fault: None };
+    let keep = Options { keep: 2, ..Options::default() };
     let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), keep).unwrap();
     let mut rng = Rng(11);
     for cursor in 1..=5 {

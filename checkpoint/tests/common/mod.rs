@@ -2,6 +2,11 @@
 //! have odd lengths, 16-bit and 32-bit and other elements, one shard or two, aligned or not.
 #![allow(dead_code)] // each test file uses a part of this
 
+mod stopping;
+
+#[allow(unused_imports)] // each test file uses a part of this
+pub use stopping::Stopping;
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read, Write};

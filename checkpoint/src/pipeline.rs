@@ -1,0 +1,184 @@
+//! Work in order on several threads: one makes jobs, some do them, one takes the results in the order of the jobs.
+
+use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use crate::error::Result;
+
+/// Jobs that are under way at once, for each thread that does them.
+const IN_FLIGHT: usize = 16;
+
+/// The three kinds of work.
+pub(crate) struct Stages<Next, Do, Take> {
+    /// Makes the next job, out of one that was done before where there is one; called on the caller's thread.
+    pub(crate) next: Next,
+    /// Makes a function that does jobs, one for each thread.
+    pub(crate) worker: Do,
+    /// Takes the results in order.
+    pub(crate) take: Take,
+}
+
+/// Runs until there are no more jobs or one of the stages fails; `threads` do jobs. With one thread everything happens
+/// on the caller's, one thing after the other. The first error in the order of the jobs is given.
+pub(crate) fn run<Job, Done, Worker>(
+    threads: usize,
+    mut stages: Stages<
+        impl FnMut(Option<Job>) -> Result<Option<Job>>,
+        impl Fn() -> Worker + Sync,
+        impl FnMut(Done) -> Result<()> + Send,
+    >,
+) -> Result<()>
+where
+    Job: Send,
+    Done: Send,
+    Worker: FnMut(&mut Job) -> Result<Done> + Send,
+{
+    if threads <= 1 {
+        let (mut work, mut used) = ((stages.worker)(), None);
+        while let Some(mut job) = (stages.next)(used.take())? {
+            (stages.take)(work(&mut job)?)?;
+            used = Some(job);
+        }
+        return Ok(());
+    }
+    let (jobs, todo) = sync_channel::<(usize, Job)>(threads);
+    let (results, done) = channel::<Answer<Job, Done>>();
+    let (free, used) = channel::<Option<Job>>();
+    // Shared by the workers alone, so that it is closed when the last of them ends.
+    let todo = Arc::new(Mutex::new(todo));
+    for _ in 0..threads * IN_FLIGHT {
+        free.send(None).expect("the receiver is here");
+    }
+    thread::scope(|scope| {
+        let taker = scope.spawn(move || take_in_order(&done, &free, &mut stages.take));
+        for _ in 0..threads {
+            let (todo, results, mut work) = (todo.clone(), results.clone(), (stages.worker)());
+            scope.spawn(move || do_jobs(&todo, &results, &mut work));
+        }
+        drop((todo, results));
+        let made = make_jobs(&jobs, &used, &mut stages.next);
+        // Workers end when there is nothing more to come, and the taker after them.
+        drop(jobs);
+        let taken = taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        taken.and(made)
+    })
+}
+
+/// A job's number, itself, and what came of it.
+type Answer<Job, Done> = (usize, Job, Result<Done>);
+
+fn make_jobs<Job>(
+    jobs: &SyncSender<(usize, Job)>,
+    used: &Receiver<Option<Job>>,
+    next: &mut impl FnMut(Option<Job>) -> Result<Option<Job>>,
+) -> Result<()> {
+    for number in 0.. {
+        // Nobody is left to answer if a stage failed: its error is the one to report.
+        let Ok(used) = used.recv() else { break };
+        let Some(job) = next(used)? else { break };
+        if jobs.send((number, job)).is_err() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn do_jobs<Job, Done>(
+    todo: &Mutex<Receiver<(usize, Job)>>,
+    results: &Sender<Answer<Job, Done>>,
+    work: &mut impl FnMut(&mut Job) -> Result<Done>,
+) {
+    loop {
+        let job = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let Ok((number, mut job)) = job else { break };
+        let done = work(&mut job);
+        if results.send((number, job, done)).is_err() {
+            break;
+        }
+    }
+}
+
+fn take_in_order<Job, Done>(
+    done: &Receiver<Answer<Job, Done>>,
+    free: &Sender<Option<Job>>,
+    take: &mut impl FnMut(Done) -> Result<()>,
+) -> Result<()> {
+    let (mut waiting, mut next) = (BTreeMap::new(), 0);
+    for (number, job, result) in done {
+        waiting.insert(number, (job, result));
+        while let Some((job, result)) = waiting.remove(&next) {
+            take(result?)?;
+            // The maker may have ended already.
+            let _ = free.send(Some(job));
+            next += 1;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::error::Error;
+
+    fn error(number: usize) -> Error {
+        Error::Unusable { reason: number.to_string() }
+    }
+
+    /// Squares 0..n on `threads`; the stage `fails` fails at number `at`.
+    fn squares(threads: usize, n: usize, fails: &str, at: usize) -> (Result<()>, Vec<usize>) {
+        let (mut made, mut taken) = (0, Vec::new());
+        let stages = Stages {
+            next: |_: Option<usize>| {
+                made += 1;
+                match made - 1 {
+                    number if fails == "next" && number == at => Err(error(number)),
+                    number => Ok((number < n).then_some(number)),
+                }
+            },
+            worker: || {
+                |job: &mut usize| match *job {
+                    number if fails == "work" && number == at => Err(error(number)),
+                    number => {
+                        // Out of order as often as not.
+                        thread::sleep(std::time::Duration::from_micros(number as u64 * 7919 % 100));
+                        Ok(number * number)
+                    }
+                }
+            },
+            take: |square| {
+                if fails == "take" && square == at * at {
+                    return Err(error(at));
+                }
+                taken.push(square);
+                Ok(())
+            },
+        };
+        let result = run(threads, stages);
+        (result, taken)
+    }
+
+    #[test]
+    fn results_come_in_the_order_of_the_jobs() {
+        for threads in [1, 2, 5] {
+            let (result, taken) = squares(threads, 500, "", 0);
+            result.unwrap();
+            assert!(taken.iter().copied().eq((0..500).map(|n| n * n)), "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn an_error_of_any_stage_ends_all_of_them_and_nothing_after_it_is_taken() {
+        for threads in [1, 2, 5] {
+            for fails in ["next", "work", "take"] {
+                for at in [0, 1, 100] {
+                    let (result, taken) = squares(threads, 500, fails, at);
+                    assert_eq!(result.unwrap_err().to_string(), error(at).to_string(), "{fails} {at}");
+                    assert!(taken.len() <= at, "{fails} {at}: {}", taken.len());
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,275 @@
+//! Records of the journal: the changed blocks of one piece, from which its old content leads to its new and back.
+//!
+//! The byte layout is in the crate's documentation.
+
+use std::ops::Range;
+
+use crate::delta;
+use crate::piece::{BLOCK, CHUNK, Piece, SECTOR, cut, within};
+
+const BITMAP: usize = (CHUNK / BLOCK) as usize / 8;
+const HEAD: usize = 16 + BITMAP;
+/// zstd's level for the planes.
+const LEVEL: i32 = 1;
+
+/// The checksum of a sector's content: against torn writes, decay and strangers, not against forgery.
+fn sector_sum(sector: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(sector)
+}
+
+/// What changed in a piece.
+#[derive(Debug)]
+pub(crate) struct Change {
+    pub(crate) piece: Piece,
+    /// The record's body.
+    pub(crate) body: Vec<u8>,
+    /// Changed bytes of the file, neighbouring blocks joined.
+    pub(crate) runs: Vec<Range<u64>>,
+    /// Their new content, one after the other.
+    pub(crate) new: Vec<u8>,
+    /// Number of changed blocks.
+    pub(crate) blocks: u64,
+}
+
+/// Makes records.
+pub(crate) struct Encoder {
+    zstd: zstd::bulk::Compressor<'static>,
+    old: Vec<u8>,
+    planes: Vec<u8>,
+}
+
+impl Encoder {
+    pub(crate) fn new() -> Encoder {
+        let zstd = zstd::bulk::Compressor::new(LEVEL).expect("zstd has this level");
+        Encoder { zstd, old: Vec::new(), planes: Vec::new() }
+    }
+
+    /// The change from `old` to `new`, both of the piece's length; none if they are equal.
+    pub(crate) fn encode(&mut self, piece: Piece, old: &[u8], new: &[u8]) -> Option<Change> {
+        assert!(old.len() == piece.bytes as usize && new.len() == old.len());
+        if old == new {
+            return None;
+        }
+        let mut bitmap = [0u8; BITMAP];
+        let mut change = Change { piece, body: vec![0; HEAD], runs: Vec::new(), new: Vec::new(), blocks: 0 };
+        self.old.clear();
+        for (bit, block) in piece.blocks() {
+            let at = within(&block, piece.offset);
+            if old[at.clone()] == new[at.clone()] {
+                continue;
+            }
+            bitmap[bit / 8] |= 1 << (bit % 8);
+            change.blocks += 1;
+            self.old.extend_from_slice(&old[at.clone()]);
+            change.new.extend_from_slice(&new[at]);
+            for sector in cut(block.clone(), SECTOR) {
+                let sum = sector_sum(&new[within(&sector, piece.offset)]);
+                change.body.extend_from_slice(&sum.to_le_bytes());
+            }
+            match change.runs.last_mut() {
+                Some(run) if run.end == block.start => run.end = block.end,
+                _ => change.runs.push(block),
+            }
+        }
+        change.body[..2].copy_from_slice(&piece.shard.to_le_bytes());
+        change.body[2] = piece.width;
+        change.body[4..8].copy_from_slice(&piece.bytes.to_le_bytes());
+        change.body[8..16].copy_from_slice(&piece.offset.to_le_bytes());
+        change.body[16..HEAD].copy_from_slice(&bitmap);
+        self.compress(&mut change);
+        Some(change)
+    }
+
+    /// Appends the compressed difference to the body.
+    fn compress(&mut self, change: &mut Change) {
+        self.planes.resize(change.new.len(), 0);
+        delta::to_planes(change.piece.width, &self.old, &change.new, &mut self.planes);
+        let at = change.body.len();
+        change.body.resize(at + zstd::zstd_safe::compress_bound(self.planes.len()), 0);
+        let packed = self.zstd.compress_to_buffer(&self.planes, &mut change.body[at..]);
+        let packed = packed.expect("the buffer holds compress_bound bytes");
+        change.body.truncate(at + packed);
+    }
+}
+
+/// Which content a sector is to have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    /// That of the generation before.
+    Old,
+    /// That of the record's generation.
+    New,
+}
+
+/// A record, read.
+#[derive(Debug)]
+pub(crate) struct Record {
+    pub(crate) piece: Piece,
+    bitmap: [u8; BITMAP],
+    sums: Vec<u64>,
+    diff: Vec<u8>,
+}
+
+/// Reads records. Holds the buffers, so that a journal allocates once.
+pub(crate) struct Decoder {
+    zstd: zstd::bulk::Decompressor<'static>,
+    planes: Vec<u8>,
+}
+
+impl Decoder {
+    pub(crate) fn new() -> Decoder {
+        let zstd = zstd::bulk::Decompressor::new().expect("zstd has a decompressor");
+        Decoder { zstd, planes: Vec::new() }
+    }
+
+    /// A body as a record; `shards` are the lengths of the files. Everything is checked: the frame's checksum only says
+    /// that the bytes are as they were written. The error says what is wrong.
+    pub(crate) fn decode(&mut self, body: &[u8], shards: &[u64]) -> Result<Record, &'static str> {
+        let (head, rest) = body.split_at_checked(HEAD).ok_or("a record is too short")?;
+        let piece = Piece {
+            shard: u16::from_le_bytes([head[0], head[1]]),
+            width: head[2],
+            bytes: u32::from_le_bytes(head[4..8].try_into().expect("4 bytes")),
+            offset: u64::from_le_bytes(head[8..16].try_into().expect("8 bytes")),
+        };
+        let end = piece.offset.saturating_add(u64::from(piece.bytes));
+        let file = *shards.get(usize::from(piece.shard)).ok_or("a record names a shard that is not there")?;
+        let one_chunk = piece.bytes > 0 && piece.offset / CHUNK == (end - 1) / CHUNK;
+        if !one_chunk || end > file || ![1, 2, 4].contains(&piece.width) {
+            return Err("a record is out of range");
+        }
+        let bitmap = head[16..].try_into().expect("the head is split there");
+        let mut record = Record { piece, bitmap, sums: Vec::new(), diff: Vec::new() };
+        let sectors = record.sectors().count();
+        let (sums, packed) = rest.split_at_checked(sectors * 8).ok_or("a record has too few checksums")?;
+        record.sums = sums.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect();
+        let changed = record.sectors().map(|sector| sector.end - sector.start).sum::<u64>() as usize;
+        self.planes.resize(changed, 0);
+        if self.zstd.decompress_to_buffer(packed, &mut self.planes[..]).ok() != Some(changed) {
+            return Err("a record does not unpack to its blocks");
+        }
+        record.diff.resize(changed, 0);
+        delta::from_planes(piece.width, &self.planes, &mut record.diff);
+        Ok(record)
+    }
+}
+
+impl Record {
+    /// The changed blocks.
+    pub(crate) fn changed(&self) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        let set = |bit: usize| self.bitmap[bit / 8] & (1 << (bit % 8)) != 0;
+        let changed = self.piece.blocks().filter(move |(bit, _)| set(*bit));
+        changed.map(|(_, block)| block)
+    }
+
+    fn sectors(&self) -> impl Iterator<Item = Range<u64>> + use<'_> {
+        self.changed().flat_map(|block| cut(block, SECTOR))
+    }
+
+    /// Gives every changed sector of the piece's `content` one side's content, whichever it has, also if it is torn.
+    ///
+    /// The error is the file offset of a sector that is of neither side; it keeps its content, and so does everything
+    /// after it.
+    pub(crate) fn settle(&self, content: &mut [u8], side: Side) -> Result<(), u64> {
+        self.each_sector(content, |sector, diff, sum| {
+            let is = side_of(self.piece.width, sector, diff, sum).or_else(|| {
+                let whole = mend(self.piece.width, sector, diff, sum)?;
+                sector.copy_from_slice(&whole);
+                Some(Side::New)
+            });
+            self.turn(sector, diff, is?, side);
+            Some(())
+        })
+    }
+
+    /// [`Record::settle`] that leaves sectors of neither side as they are.
+    pub(crate) fn settle_known(&self, content: &mut [u8], side: Side) {
+        let settled = self.each_sector(content, |sector, diff, sum| {
+            if let Some(is) = side_of(self.piece.width, sector, diff, sum) {
+                self.turn(sector, diff, is, side);
+            }
+            Some(())
+        });
+        settled.expect("no sector is refused");
+    }
+
+    /// Turns content that is new in every sector into the old. The error is as in [`Record::settle`].
+    pub(crate) fn undo(&self, content: &mut [u8]) -> Result<(), u64> {
+        self.each_sector(content, |sector, diff, sum| {
+            (sector_sum(sector) == sum).then(|| self.turn(sector, diff, Side::New, Side::Old))
+        })
+    }
+
+    fn turn(&self, sector: &mut [u8], diff: &[u8], from: Side, to: Side) {
+        match (from, to) {
+            (Side::Old, Side::New) => delta::add(self.piece.width, sector, diff),
+            (Side::New, Side::Old) => delta::sub(self.piece.width, sector, diff),
+            (Side::Old, Side::Old) | (Side::New, Side::New) => {}
+        }
+    }
+
+    fn each_sector(
+        &self,
+        content: &mut [u8],
+        mut take: impl FnMut(&mut [u8], &[u8], u64) -> Option<()>,
+    ) -> Result<(), u64> {
+        assert_eq!(content.len(), self.piece.bytes as usize);
+        let (mut diff, mut sums) = (self.diff.as_slice(), self.sums.iter());
+        for sector in self.sectors() {
+            let at = within(&sector, self.piece.offset);
+            let (now, later) = diff.split_at(at.len());
+            let sum = *sums.next().expect("the decoder counted the sums");
+            take(&mut content[at], now, sum).ok_or(sector.start)?;
+            diff = later;
+        }
+        Ok(())
+    }
+}
+
+/// Which side a sector is of. One checksum tells: adding the difference is a bijection.
+fn side_of(width: u8, sector: &mut [u8], diff: &[u8], sum: u64) -> Option<Side> {
+    if sector_sum(sector) == sum {
+        return Some(Side::New);
+    }
+    delta::add(width, sector, diff);
+    let old = sector_sum(sector) == sum;
+    delta::sub(width, sector, diff);
+    old.then_some(Side::Old)
+}
+
+/// The new content of a sector that is torn at one byte, old before it and new after or the other way round.
+fn mend(width: u8, torn: &[u8], diff: &[u8], sum: u64) -> Option<Vec<u8>> {
+    let mut added = torn.to_vec();
+    delta::add(width, &mut added, diff);
+    let whole = torn.len() - torn.len() % usize::from(width);
+    (1..torn.len()).find_map(|tear| {
+        // The element that the tear goes through, if it does.
+        let width = if tear < whole { usize::from(width) } else { 1 };
+        let element = tear - tear % width..tear - tear % width + width;
+        [Side::Old, Side::New].into_iter().find_map(|first| {
+            let (before, after) = match first {
+                Side::Old => (added.as_slice(), torn),
+                Side::New => (torn, added.as_slice()),
+            };
+            let mut new = [&before[..element.start], &after[element.start..]].concat();
+            let at = element.clone();
+            mend_element(&mut new[at.clone()], &torn[at.clone()], &diff[at.clone()], tear - at.start, first);
+            (sector_sum(&new) == sum).then_some(new)
+        })
+    })
+}
+
+/// An element whose lowest `low` bytes are of one side and the others of the other, as the new element.
+fn mend_element(new: &mut [u8], torn: &[u8], diff: &[u8], low: usize, first: Side) {
+    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |n, byte| n << 8 | u64::from(*byte));
+    let (x, d, mask) = (number(torn), number(diff), (1u64 << (8 * low)) - 1);
+    let is = match first {
+        Side::New => ((x.wrapping_sub(d) & mask) | (x & !mask)).wrapping_add(d),
+        Side::Old => (x & !mask) | (x.wrapping_add(d) & mask),
+    };
+    new.copy_from_slice(&is.to_le_bytes()[..new.len()]);
+}
+
+#[cfg(test)]
+#[path = "record_tests.rs"]
+mod tests;
