@@ -220,7 +220,12 @@ pub(crate) fn publish(disk: &Disk, paths: &Paths, generation: &Generation) -> Re
 
 /// The journal of a published generation becomes its delta.
 pub(crate) fn retire(disk: &Disk, paths: &Paths, generation: u64) -> Result<()> {
-    disk.rename(&paths.journal(), &paths.delta(generation))?;
+    if disk.exists(&paths.delta(generation))? {
+        // Renamed before a crash that left both names. A rename of two names of one file does nothing.
+        disk.remove(&paths.journal())?;
+    } else {
+        disk.rename(&paths.journal(), &paths.delta(generation))?;
+    }
     disk.sync_dir(&paths.root.join("history"))?;
     disk.sync_dir(&paths.root)
 }
