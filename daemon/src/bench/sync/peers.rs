@@ -85,6 +85,27 @@ mod tests {
     }
 
     #[test]
+    fn a_save_holds_the_weights_and_one_flipped_bit_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut weights = Weights::new(10 << 21, 3);
+        save(&weights, dir.path()).unwrap();
+        weights.locate(dir.path()).unwrap();
+        weights.check(dir.path()).unwrap();
+        for shard in &weights.shards {
+            let path = dir.path().join(&shard.file);
+            let whole = std::fs::read(&path).unwrap();
+            let mut flipped = whole.clone();
+            *flipped.last_mut().unwrap() ^= 1;
+            for other in [flipped, [whole.as_slice(), &[0]].concat()] {
+                std::fs::write(&path, other).unwrap();
+                let error = weights.check(dir.path()).unwrap_err().to_string();
+                assert!(error.contains(&shard.file), "{error}");
+            }
+            std::fs::write(&path, whole).unwrap();
+        }
+    }
+
+    #[test]
     fn an_rsync_that_is_not_there_is_none() {
         assert!(Rsync::find("no-such-rsync").unwrap().is_none());
     }
