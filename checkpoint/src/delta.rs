@@ -5,8 +5,8 @@
 //!
 //! diff = new - old, wrapping in w bytes: a few ulps for a trained float, because neighbouring floats
 //! of one sign are neighbouring integers. planes = bytes of zigzag(diff): small differences of either sign
-//! become small numbers, so that all planes but the lowest are nearly all zero. Measured with
-//! examples/measure.rs (256 MiB of bf16, zstd level 1): 51 MB where plain differences take 67 MB.
+//! become small numbers, so that all planes but the lowest are nearly all zero. Measured on weights as
+//! `apollod bench sync` makes them (256 MiB, zstd level 1): 51 MB where plain differences take 67 MB.
 //! Bytes after the last whole element are taken one by one.
 
 /// Bytes of an element of a safetensors dtype whose file offset is `offset`: 2 or 4 where arithmetic

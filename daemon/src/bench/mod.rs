@@ -6,6 +6,7 @@
 
 mod machine;
 mod scan;
+mod sync;
 
 use anyhow::{Result, bail, ensure};
 use apollo::{Gates, Optimizer, Outcome};
@@ -23,6 +24,7 @@ use crate::trainer;
 
 pub use machine::{Rates, cpu_rates, gpu_rates};
 pub use scan::scan;
+pub use sync::{Options as SyncOptions, Pattern, sync};
 
 /// What `apollod bench step` is told.
 pub struct Options {

@@ -1,5 +1,6 @@
 //! `apollod bench`
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
@@ -7,7 +8,7 @@ use clap::{Args, Subcommand};
 use compute::Dtype;
 
 use crate::backend::DeviceChoice;
-use crate::bench::{self, Options};
+use crate::bench::{self, Options, Pattern, SyncOptions};
 use crate::config::{Rule, TensorRule, TrainConfig};
 
 /// What to measure.
@@ -17,6 +18,52 @@ pub enum BenchCommand {
     Step(StepArgs),
     /// How fast a GPU hashes its weights, which is what an idle sync does.
     Scan(ScanArgs),
+    /// A sync of changed weights to disk, beside saving everything anew and beside rsync.
+    Sync(SyncArgs),
+}
+
+/// `apollod bench sync`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Three ways to bring the same weights to the same disk take turns: a sync, the safetensors crate's save (onto new files,
+then over them), and `rsync --inplace --no-whole-file` from the new files onto the old, where it is installed. Each
+ends when everything is on the disk; files are in the page cache before. The sync also writes an optimizer state of the
+size that APOLLO has at this rank, which the others do not. The ratio is to the median of the best of them.
+
+Files are made in a folder of their own, which is removed at the end; how much room that takes is said first. A run that
+is killed leaves it: apollod-bench-sync-*. Memory: the weights and the state once, and as much page cache as there is.
+
+Examples:
+  apollod bench sync --gib 4 --dirty 0.1 --json
+  apollod bench sync --gib 4 --dirty 1 --pattern tensors --dir /models")]
+pub struct SyncArgs {
+    /// GiB of bf16 weights.
+    #[arg(long, default_value_t = 4.0)]
+    gib: f64,
+    /// Share of the weights that changes before each sync, above 0 and at most 1.
+    #[arg(long, default_value_t = 0.1)]
+    dirty: f64,
+    /// What changes.
+    #[arg(long, value_enum, default_value_t = Pattern::Blocks)]
+    pattern: Pattern,
+    /// Rank of the optimizer.
+    #[arg(long, default_value_t = TrainConfig::default().rank)]
+    rank: usize,
+    /// Runs, which all count.
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+    /// Runs that rsync takes part in: it is slow.
+    #[arg(long, default_value_t = 1)]
+    rsync_runs: usize,
+    /// Where the files are made: their file system is measured.
+    #[arg(long, default_value = ".")]
+    dir: PathBuf,
+    /// Of weights, changes and state.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// One line of JSON instead of a table.
+    #[arg(long)]
+    json: bool,
 }
 
 /// `apollod bench scan`
@@ -88,6 +135,20 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
         BenchCommand::Step(args) => args,
         BenchCommand::Scan(args) => {
             bench::scan(&args.device, args.bytes, args.json)?;
+            return Ok(ExitCode::SUCCESS);
+        }
+        BenchCommand::Sync(args) => {
+            bench::sync(&SyncOptions {
+                gib: args.gib,
+                dirty: args.dirty,
+                pattern: args.pattern,
+                rank: args.rank,
+                runs: args.runs,
+                rsync_runs: args.rsync_runs,
+                dir: args.dir.clone(),
+                seed: args.seed,
+                json: args.json,
+            })?;
             return Ok(ExitCode::SUCCESS);
         }
     };
