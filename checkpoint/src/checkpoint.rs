@@ -16,7 +16,7 @@ use crate::retain::prune;
 use crate::source::{LiveSource, Source, UndoSource};
 use crate::storage::{RealStorage, Storage};
 use crate::sums;
-use crate::verify::{self, VerifyReport};
+use crate::verify::{self, Damage, VerifyReport};
 
 /// A tensor of the live weights under its Hugging Face name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -173,6 +173,7 @@ impl Checkpoint {
         self.usable()?;
         let target = self.restorable(to)?;
         let layout = self.layout()?;
+        self.require_unchanged()?;
         let mut state = match &target.state {
             Some(_) => Some(open_state(&self.disk, &self.paths, &target)?),
             None => None,
@@ -259,6 +260,19 @@ impl Checkpoint {
         let layout = Layout::load(&self.disk, &self.paths.model)?;
         recover::same_files(&self.paths, &layout, &self.current)?;
         Ok(layout)
+    }
+
+    /// Refuses files of which any byte is not the current generation's: a rollback reads only what its deltas changed.
+    fn require_unchanged(&self) -> Result<()> {
+        let report = verify::verify_files(&self.disk, &self.paths, &self.paths.model, &self.current, false)?;
+        match report.damage.into_iter().next() {
+            None => Ok(()),
+            Some(Damage::Tensor { file, tensor, .. }) => {
+                let (path, generation) = (self.paths.model.join(file), self.current.generation);
+                Err(Error::Changed { tensor, path, generation })
+            }
+            Some(damage) => Err(Error::Source { generation: self.current.generation, damage: damage.to_string() }),
+        }
     }
 
     fn draft<'a>(&self, layout: &'a Layout, progress: Progress) -> Draft<'a> {
@@ -372,5 +386,5 @@ pub(crate) fn open_state(disk: &Disk, paths: &Paths, generation: &Generation) ->
         });
     }
     file.rewind();
-    Ok(BufReader::with_capacity(1 << 20, file))
+    Ok(BufReader::with_capacity(64 << 10, file))
 }

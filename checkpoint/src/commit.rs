@@ -160,7 +160,7 @@ fn fill(
         take: |compared: Compared| segments.take(compared),
     };
     pipeline::run(draft.threads, stages)?;
-    segments.flush()?;
+    segments.end()?;
     let tensors = new_tensors(&draft, current, &segments)?;
     let state = state.map(|(file, sum)| file.sync().map(|()| sum)).transpose()?;
     if state.is_some() {

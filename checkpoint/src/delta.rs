@@ -24,30 +24,31 @@ pub(crate) fn width_of(dtype: &str, offset: u64) -> u8 {
 macro_rules! element {
     ($module:ident, $unsigned:ty, $signed:ty, $bytes:literal) => {
         mod $module {
-            type Bytes = [u8; $bytes];
-
-            fn get(bytes: &Bytes) -> $unsigned {
+            fn get(bytes: &[u8; $bytes]) -> $unsigned {
                 <$unsigned>::from_le_bytes(*bytes)
             }
 
             pub(super) fn planes(old: &[u8], new: &[u8], planes: &mut [u8]) {
                 let (old, new) = (old.as_chunks::<$bytes>().0, new.as_chunks::<$bytes>().0);
-                let n = old.len();
-                for (i, (old, new)) in old.iter().zip(new).enumerate() {
-                    let diff = get(new).wrapping_sub(get(old)) as $signed;
-                    let zigzag = ((diff << 1) ^ (diff >> (<$signed>::BITS - 1))) as $unsigned;
-                    for (plane, byte) in zigzag.to_le_bytes().into_iter().enumerate() {
-                        planes[plane * n + i] = byte;
+                for (plane, out) in planes.chunks_exact_mut(old.len().max(1)).enumerate() {
+                    for ((out, old), new) in out.iter_mut().zip(old).zip(new) {
+                        let diff = get(new).wrapping_sub(get(old)) as $signed;
+                        let zigzag = ((diff << 1) ^ (diff >> (<$signed>::BITS - 1))) as $unsigned;
+                        *out = (zigzag >> (8 * plane)) as u8;
                     }
                 }
             }
 
             pub(super) fn diff(planes: &[u8], diff: &mut [u8]) {
                 let out = diff.as_chunks_mut::<$bytes>().0;
-                let n = out.len();
-                for (i, out) in out.iter_mut().enumerate() {
-                    let bytes: Bytes = std::array::from_fn(|plane| planes[plane * n + i]);
-                    let zigzag = get(&bytes);
+                out.fill([0; $bytes]);
+                for (plane, bytes) in planes.chunks_exact(out.len().max(1)).enumerate() {
+                    for (out, byte) in out.iter_mut().zip(bytes) {
+                        out[plane] = *byte;
+                    }
+                }
+                for out in out {
+                    let zigzag = get(out);
                     let diff = (zigzag >> 1) ^ (zigzag & 1).wrapping_neg();
                     *out = diff.to_le_bytes();
                 }

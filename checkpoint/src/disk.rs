@@ -174,6 +174,11 @@ impl DiskFile {
         Ok(())
     }
 
+    /// Begins to bring to the disk what was written there, without waiting.
+    pub(crate) fn start_writing(&self, offset: u64, bytes: u64) {
+        self.file.start_writing(offset, bytes);
+    }
+
     /// fdatasync. Never called twice after it failed.
     pub(crate) fn sync(&self) -> Result<()> {
         self.file.sync().map_err(|source| Error::Sync { path: self.path.clone(), source })

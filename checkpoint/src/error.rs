@@ -210,8 +210,8 @@ pub enum Error {
         /// Why not.
         reason: String,
     },
-    /// The source of an export does not check, and no sync explains it.
-    #[error("cannot export: {damage}; the files are not of generation {generation}")]
+    /// Files that are to be copied or rolled back do not check, and no sync explains it.
+    #[error("{damage}; the files are not of generation {generation}")]
     Source {
         /// The current generation.
         generation: u64,

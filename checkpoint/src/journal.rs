@@ -16,8 +16,9 @@ const RECORD: &[u8; 4] = b"RECD";
 const GENERATION: &[u8; 4] = b"GENR";
 /// A longer body is refused before memory is taken for it.
 const BODY_MAX: u32 = 1 << 30;
-/// Bytes read or written at once.
-const BUFFER: usize = 1 << 20;
+/// Bytes written, and read, at once. (A `BufReader` clears its buffer first, so that of short journals is short.)
+const WRITTEN: usize = 1 << 20;
+const READ: usize = 64 << 10;
 
 /// What a journal says first.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,7 +49,7 @@ impl Writer {
     /// Creates the file and writes its head.
     pub(crate) fn create(disk: &Disk, path: &Path, head: &Head) -> Result<Writer> {
         let mut writer = Writer {
-            out: BufWriter::with_capacity(BUFFER, disk.create(path)?),
+            out: BufWriter::with_capacity(WRITTEN, disk.create(path)?),
             path: path.to_path_buf(),
             total: blake3::Hasher::new(),
             bytes: 0,
@@ -125,7 +126,7 @@ impl Reader {
     /// Opens the file and reads its head.
     pub(crate) fn open(disk: &Disk, path: &Path) -> Result<Reader> {
         let mut reader = Reader {
-            input: BufReader::with_capacity(BUFFER, disk.open(path)?),
+            input: BufReader::with_capacity(READ, disk.open(path)?),
             path: path.to_path_buf(),
             at: 0,
             total: blake3::Hasher::new(),

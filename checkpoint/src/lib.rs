@@ -51,9 +51,10 @@
 //! file is the undo of a crash and the undo that rollback needs.
 //!
 //! A crash leaves of each sector the old or the new content, or, of one that was under the head at that moment, the
-//! beginning of one and the end of the other (`storage.rs` says what is assumed of a medium). One checksum, of the new
+//! beginning of one and the end of the other (`storage.rs` says what is assumed of a medium), or both in turn when the undo
+//! was cut short there too. One checksum, of the new
 //! content, tells which: if the content has it, it is new; if (content + difference) has it, it is old; adding a constant
-//! is a bijection, so a checksum of the old content would say nothing more. A torn sector is found by trying every byte
+//! is a bijection, so a checksum of the old content would say nothing more. A torn sector is found by trying every place
 //! at which it can be torn. A sector that is nothing of that was changed by someone else or by a failing disk: the
 //! recovery stops with the file, the tensor and the offset, and keeps the journal.
 //!
@@ -65,8 +66,8 @@
 //!
 //! 1. Write `state/G`.
 //! 2. Begin the journal. For each segment, some tens of MiB of changed blocks: append its records, fdatasync the journal
-//!    (and fsync its folder, the first time), write its blocks into the shards, fdatasync those. Meanwhile other threads
-//!    compare and compress what comes next. The disk writes while the processor compresses.
+//!    (and fsync its folder, the first time), write its blocks into the shards, and ask the system to begin writing them out. Meanwhile
+//!    other threads compare and compress what comes next. After the last segment fdatasync every shard that was written.
 //! 3. fdatasync `state/G`; write and sync `sums/G`; fsync both folders.
 //! 4. Append the generation and the total checksum to the journal, fdatasync.
 //! 5. Write `generations/G.json.tmp`, fdatasync, rename to `generations/G.json`, fsync the folder: **G is certain**.
@@ -112,7 +113,7 @@
 //! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors in the journal,
 //! where BLAKE3 of so short an input would cost more than the compression and nobody has to be kept from forging.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod checkpoint;
 mod commit;

@@ -4,13 +4,23 @@
 
 use std::ops::Range;
 
+use zstd::zstd_safe::{self, CParameter, ParamSwitch};
+
 use crate::delta;
 use crate::piece::{BLOCK, CHUNK, Piece, SECTOR, cut, within};
 
 const BITMAP: usize = (CHUNK / BLOCK) as usize / 8;
 const HEAD: usize = 16 + BITMAP;
-/// zstd's level for the planes.
-const LEVEL: i32 = 1;
+/// zstd, told to look for nothing but runs and to code bytes by their frequency: all that planes of differences have.
+/// Three times as fast as level 1, and smaller: 0.156 against 0.175 of the bytes (research/LOG.md).
+const PARAMETERS: [CParameter; 6] = [
+    CParameter::CompressionLevel(-1),
+    CParameter::Strategy(zstd_safe::Strategy::ZSTD_fast),
+    CParameter::TargetLength(64),
+    CParameter::MinMatch(7),
+    CParameter::HashLog(6),
+    CParameter::LiteralCompressionMode(ParamSwitch::Enable),
+];
 
 /// The checksum of a sector's content: against torn writes, decay and strangers, not against forgery.
 fn sector_sum(sector: &[u8]) -> u64 {
@@ -40,7 +50,10 @@ pub(crate) struct Encoder {
 
 impl Encoder {
     pub(crate) fn new() -> Encoder {
-        let zstd = zstd::bulk::Compressor::new(LEVEL).expect("zstd has this level");
+        let mut zstd = zstd::bulk::Compressor::default();
+        for parameter in PARAMETERS {
+            zstd.set_parameter(parameter).expect("zstd has this parameter");
+        }
         Encoder { zstd, old: Vec::new(), planes: Vec::new() }
     }
 
@@ -85,7 +98,7 @@ impl Encoder {
         self.planes.resize(change.new.len(), 0);
         delta::to_planes(change.piece.width, &self.old, &change.new, &mut self.planes);
         let at = change.body.len();
-        change.body.resize(at + zstd::zstd_safe::compress_bound(self.planes.len()), 0);
+        change.body.resize(at + zstd_safe::compress_bound(self.planes.len()), 0);
         let packed = self.zstd.compress_to_buffer(&self.planes, &mut change.body[at..]);
         let packed = packed.expect("the buffer holds compress_bound bytes");
         change.body.truncate(at + packed);
@@ -237,37 +250,38 @@ fn side_of(width: u8, sector: &mut [u8], diff: &[u8], sum: u64) -> Option<Side> 
     old.then_some(Side::Old)
 }
 
-/// The new content of a sector that is torn at one byte, old before it and new after or the other way round.
+/// The new content of a sector that is torn: whose bytes are of one side up to a first place, of the other up to a
+/// second, and of the one again. (Two crashes can leave that, one while it was written and one while it was undone.)
 fn mend(width: u8, torn: &[u8], diff: &[u8], sum: u64) -> Option<Vec<u8>> {
-    let mut added = torn.to_vec();
-    delta::add(width, &mut added, diff);
-    let whole = torn.len() - torn.len() % usize::from(width);
-    (1..torn.len()).find_map(|tear| {
-        // The element that the tear goes through, if it does.
-        let width = if tear < whole { usize::from(width) } else { 1 };
-        let element = tear - tear % width..tear - tear % width + width;
-        [Side::Old, Side::New].into_iter().find_map(|first| {
-            let (before, after) = match first {
-                Side::Old => (added.as_slice(), torn),
-                Side::New => (torn, added.as_slice()),
-            };
-            let mut new = [&before[..element.start], &after[element.start..]].concat();
-            let at = element.clone();
-            mend_element(&mut new[at.clone()], &torn[at.clone()], &diff[at.clone()], tear - at.start, first);
+    let n = torn.len();
+    let once = (1..n).map(|first| (first, n));
+    let twice = (1..n).flat_map(|first| (first + 1..n).map(move |second| (first, second)));
+    once.chain(twice).find_map(|(first, second)| {
+        [Side::Old, Side::New].into_iter().find_map(|outside| {
+            let is_old = |at: usize| (outside == Side::Old) != (first..second).contains(&at);
+            let new = mended(width, torn, diff, is_old);
             (sector_sum(&new) == sum).then_some(new)
         })
     })
 }
 
-/// An element whose lowest `low` bytes are of one side and the others of the other, as the new element.
-fn mend_element(new: &mut [u8], torn: &[u8], diff: &[u8], low: usize, first: Side) {
-    let number = |bytes: &[u8]| bytes.iter().rev().fold(0u64, |n, byte| n << 8 | u64::from(*byte));
-    let (x, d, mask) = (number(torn), number(diff), (1u64 << (8 * low)) - 1);
-    let is = match first {
-        Side::New => ((x.wrapping_sub(d) & mask) | (x & !mask)).wrapping_add(d),
-        Side::Old => (x & !mask) | (x.wrapping_add(d) & mask),
+/// The new content of a sector of which each byte is known to be old or new: old + difference, byte by byte with carry.
+fn mended(width: u8, torn: &[u8], diff: &[u8], is_old: impl Fn(usize) -> bool) -> Vec<u8> {
+    let (width, whole) = (usize::from(width), torn.len() - torn.len() % usize::from(width));
+    let mut carry = 0;
+    let byte = |at: usize| {
+        if at >= whole || at.is_multiple_of(width) {
+            carry = 0;
+        }
+        let (is, add) = (torn[at], u16::from(diff[at]) + carry);
+        let (old, new) = match is_old(at) {
+            true => (is, is.wrapping_add(add as u8)),
+            false => (is.wrapping_sub(add as u8), is),
+        };
+        carry = (u16::from(old) + add) >> 8;
+        new
     };
-    new.copy_from_slice(&is.to_le_bytes()[..new.len()]);
+    (0..torn.len()).map(byte).collect()
 }
 
 #[cfg(test)]

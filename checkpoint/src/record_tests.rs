@@ -86,6 +86,22 @@ proptest! {
 }
 
 #[test]
+fn a_sector_torn_twice_is_mended() {
+    let old: Vec<u8> = (0..512u32).map(|i| (i * 37 % 251) as u8).collect();
+    let new: Vec<u8> = (0..512u32).map(|i| (i * 91 % 241) as u8).collect();
+    for (width, tears) in [(1, 3..5), (2, 7..8), (4, 5..511), (4, 13..14), (2, 1..2)] {
+        let piece = Piece { shard: 0, width, offset: CHUNK, bytes: 512 };
+        let record = decoded(&Encoder::new().encode(piece, &old, &new).unwrap());
+        for (outside, inside) in [(&old, &new), (&new, &old)] {
+            let mut torn = outside.clone();
+            torn[tears.clone()].copy_from_slice(&inside[tears.clone()]);
+            record.settle(&mut torn, Side::Old).unwrap();
+            assert!(torn == old, "width {width}, {tears:?}");
+        }
+    }
+}
+
+#[test]
 fn a_sector_of_neither_side_is_refused_with_its_offset() {
     let piece = Piece { shard: 0, width: 2, offset: CHUNK + 136, bytes: 9000 };
     let old = vec![7u8; 9000];

@@ -82,8 +82,17 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Ends the segment: journal, then files, both durable after it.
-    pub(crate) fn flush(&mut self) -> Result<()> {
+    /// Ends the last segment; all blocks and the journal's name are durable after it.
+    pub(crate) fn end(&mut self) -> Result<()> {
+        self.flush()?;
+        if *self.applied == 0 {
+            self.disk.sync_dir(&self.paths.root)?;
+        }
+        self.shards.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))
+    }
+
+    /// Ends a segment: durable in the journal, then written to the files.
+    fn flush(&mut self) -> Result<()> {
         if self.held.is_empty() {
             return Ok(());
         }
@@ -92,26 +101,21 @@ impl<'a> Segments<'a> {
             self.disk.sync_dir(&self.paths.root)?;
         }
         *self.applied += self.held.len() as u64;
-        let mut written = vec![false; self.shards.len()];
         for change in self.held.drain(..) {
-            let shard = usize::from(change.piece.shard);
-            let (path, file) = &mut self.shards[shard];
+            let (path, file) = &mut self.shards[usize::from(change.piece.shard)];
             let file = match file {
                 Some(file) => file,
                 closed => closed.insert(self.disk.open_in_place(path)?),
             };
-            written[shard] = true;
             let mut new = change.new.as_slice();
-            for run in change.runs {
-                let (now, later) = new.split_at(within(&run, run.start).len());
+            for run in &change.runs {
+                let (now, later) = new.split_at(within(run, run.start).len());
                 file.write_at(now, run.start)?;
                 new = later;
             }
+            file.start_writing(change.piece.offset, change.piece.bytes.into());
         }
         self.held_bytes = 0;
-        for ((_, file), _) in self.shards.iter().zip(written).filter(|(_, written)| *written) {
-            file.as_ref().expect("it was written").sync()?;
-        }
         Ok(())
     }
 }

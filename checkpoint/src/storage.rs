@@ -99,6 +99,11 @@ pub trait StorageFile: fmt::Debug + Send + Sync {
     /// Writes at `offset`, past the end too.
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize>;
 
+    /// Begins to bring to the disk what was written there, without waiting: a hint, which promises nothing.
+    fn start_writing(&self, offset: u64, bytes: u64) {
+        let _ = (offset, bytes);
+    }
+
     /// fdatasync: content and length are durable. Never called again after it failed.
     fn sync(&self) -> io::Result<()>;
 
@@ -174,6 +179,16 @@ impl StorageFile for File {
 
     fn write_at(&self, buf: &[u8], offset: u64) -> io::Result<usize> {
         FileExt::write_at(self, buf, offset)
+    }
+
+    #[cfg(target_os = "linux")]
+    #[allow(unsafe_code)]
+    fn start_writing(&self, offset: u64, bytes: u64) {
+        use std::os::fd::AsRawFd;
+        let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else { return };
+        // SAFETY: the call takes a descriptor, which is open while `self` lives, and three numbers; it touches no memory
+        // of this process. That it fails where a file system cannot do it is of no consequence: `sync` follows.
+        unsafe { libc::sync_file_range(self.as_raw_fd(), offset, bytes, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     fn sync(&self) -> io::Result<()> {
