@@ -110,8 +110,8 @@ fn measure(options: &Options, rsync: &str) -> Result<Figures> {
     let mut copies = rsync.as_ref().map(|_| Copies::default());
     let mut report = None;
     for run in 1..=runs as u64 {
-        eprintln!("run {run} of {runs}: a step");
         let moved = weights.draw(run, dirty, options.pattern);
+        eprintln!("run {run} of {runs}: a step moves {} blocks", moved.blocks);
         weights.step(run, &moved);
         let share = moved.bytes as f64 / weights.bytes() as f64;
         let state = random_bytes((weights.moments(options.rank) as f64 * share) as usize, options.seed, run);
