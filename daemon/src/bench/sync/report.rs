@@ -50,7 +50,7 @@ pub fn json(options: &Options, figures: &Figures, machine: &Value) -> Value {
     let (report, ratio) = (&figures.report, figures.ratio());
     let written = json!({
         "in_place": report.bytes_written, "journal": report.bytes_journal, "optimizer_state": report.bytes_state,
-        "sums": figures.sums, "total": total(figures),
+        "sums": report.bytes_sums, "total": total(figures),
     });
     let rsync = match &figures.rsync {
         Some(rsync) if !rsync.seconds.is_empty() => contender(&rsync.seconds, json!(rsync.bytes)),
@@ -76,7 +76,7 @@ pub fn json(options: &Options, figures: &Figures, machine: &Value) -> Value {
 
 fn total(figures: &Figures) -> u64 {
     let report = &figures.report;
-    report.bytes_written + report.bytes_journal + report.bytes_state + figures.sums
+    report.bytes_written + report.bytes_journal + report.bytes_state + report.bytes_sums
 }
 
 /// For people.
@@ -110,7 +110,7 @@ pub fn table(options: &Options, figures: &Figures, machine: &Value) -> String {
         ("in place", report.bytes_written),
         ("journal, then delta history", report.bytes_journal),
         ("optimizer state", report.bytes_state),
-        ("sums", figures.sums),
+        ("sums", report.bytes_sums),
     ] {
         line(format!("    the sync: {name:<28} {:>9.1} MB", bytes as f64 / 1e6));
     }
