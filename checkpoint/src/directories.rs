@@ -68,7 +68,7 @@ impl Checkpoint {
                 return Err(Error::Target { path, reason });
             }
             remove(&path)?;
-            check_room(&disk, model, &root)?;
+            check_room(disk.free_bytes(&root)?, model, &root)?;
             bytes_copied = export::export_with_document(model, &path)?.bytes_copied;
         }
         if before != Some(number) {
@@ -142,7 +142,7 @@ fn remove(path: &Path) -> Result<()> {
 }
 
 /// Refuses before anything is copied, unless files are cloned there.
-fn check_room(disk: &Disk, model: &Path, root: &Path) -> Result<()> {
+fn check_room(free: u64, model: &Path, root: &Path) -> Result<()> {
     let (largest, need) = export::size(model)?;
     let probe = root.join(".0.partial-probe");
     let cloned = match (&largest, File::create(&probe)) {
@@ -154,9 +154,33 @@ fn check_room(disk: &Disk, model: &Path, root: &Path) -> Result<()> {
         (_, Err(error)) => return Err(Error::io("create", &probe)(error)),
     };
     remove(&probe)?;
-    let free = disk.free_bytes(root)?;
     if !cloned && free < need {
         return Err(Error::NoRoom { dir: root.to_path_buf(), need, free });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_copy_without_room_is_refused_before_it_is_begun() {
+        let dir = tempfile::tempdir().unwrap();
+        let (model, root) = (dir.path().join("model"), dir.path().join("model.generations"));
+        fs::create_dir_all(model.join("sub")).unwrap();
+        fs::create_dir_all(model.join(".apollod")).unwrap();
+        fs::create_dir(&root).unwrap();
+        for (name, bytes) in [("a", 5000), ("sub/b", 100), (".apollod/state", 9999)] {
+            fs::write(model.join(name), vec![1; bytes]).unwrap();
+        }
+        check_room(5100, &model, &root).unwrap();
+        match check_room(5099, &model, &root) {
+            Err(Error::NoRoom { need, free, .. }) => assert_eq!((need, free), (5100, 5099)),
+            Err(error) => panic!("{error}"),
+            // A file system that clones.
+            Ok(()) => check_room(0, &model, &root).unwrap(),
+        }
+        assert_eq!(fs::read_dir(&root).unwrap().count(), 0);
+    }
 }

@@ -65,9 +65,11 @@ class Reading(unittest.TestCase):
         self.opened()
         lock = self.writer()
         fcntl.flock(lock, fcntl.LOCK_EX)
-        (self.folder / "journal").touch()
-        with self.assertRaisesRegex(apollod.TornModelError, "has not ended"), apollod.reading(self.model, wait=0.2):
-            self.fail("read during a sync")
+        for journal in (False, True):  # A sync that has not written anything yet, and one that has.
+            if journal:
+                (self.folder / "journal").touch()
+            with self.assertRaisesRegex(apollod.TornModelError, "has not ended"), apollod.reading(self.model, wait=0.2):
+                self.fail("read during a sync")
 
         def end_of_sync() -> None:
             time.sleep(0.3)
