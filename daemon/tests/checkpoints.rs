@@ -92,7 +92,7 @@ fn rollback_takes_the_generation_by_name() {
 }
 
 #[test]
-fn recover_finishes_what_a_crash_left() {
+fn recover_finishes_or_undoes_what_a_crash_left() {
     let dir = tempfile::tempdir().unwrap();
     assert!(said(&run("recover", dir.path(), &[])).starts_with("no generations yet"));
     model(dir.path());
@@ -100,11 +100,12 @@ fn recover_finishes_what_a_crash_left() {
     let own = dir.path().join(".apollod");
     std::fs::rename(own.join("history/2.delta"), own.join("journal")).unwrap();
     assert_eq!(said(&run("recover", dir.path(), &[])), "the last sync is whole: generation 2\n");
+    assert!(said(&run("verify", dir.path(), &[])).contains("all checksums match"));
     std::fs::rename(own.join("history/2.delta"), own.join("journal")).unwrap();
     std::fs::remove_file(own.join("generations/2.json")).unwrap();
     let undone = said(&run("recover", dir.path(), &[]));
     assert!(undone.contains("weights remain at generation 1"), "{undone}");
-    assert!(said(&run("verify", dir.path(), &[])).contains("all checksums match"));
+    assert_eq!(std::fs::read(dir.path().join("model.safetensors")).unwrap().pop(), Some(2));
 }
 
 #[test]
