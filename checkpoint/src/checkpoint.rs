@@ -4,6 +4,7 @@ use std::fmt;
 use std::io::{self, BufReader, Read, Write};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::commit::{self, Draft, Files, Place, RollbackReport, SyncReport};
 use crate::disk::{Disk, DiskFile};
@@ -11,8 +12,9 @@ use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress};
 use crate::known::{Hashes, Known};
 use crate::layout::Layout;
+use crate::readers::keep_out;
 use crate::recover::{self, Recovery};
-use crate::retain::prune;
+use crate::retain::{Keep, prune};
 use crate::source::{LiveSource, Source, UndoSource};
 use crate::storage::{RealStorage, Storage};
 use crate::sums;
@@ -76,9 +78,11 @@ pub trait LiveWeights {
 /// What an opener can choose.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Generations before the current one that can be restored; each costs a delta (10 to 35% of the
-    /// trained weights' bytes) and a copy of the optimizer state on disk. Default 4.
-    pub keep: u64,
+    /// How much history is kept beside the current generation. Default all.
+    pub keep: Keep,
+    /// How long a sync, a rollback or a recovery waits for those who are loading the model, before it gives up with
+    /// nothing written. Default 10 s.
+    pub readers_wait: Duration,
     /// Bytes of changed blocks that are journalled together before they go into the files. They are held in memory
     /// until then. Default 32 MiB.
     pub segment: u64,
@@ -90,7 +94,7 @@ pub struct Options {
 impl Default for Options {
     fn default() -> Options {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        Options { keep: 4, segment: 32 << 20, threads }
+        Options { keep: Keep::default(), readers_wait: Duration::from_secs(10), segment: 32 << 20, threads }
     }
 }
 
@@ -127,16 +131,24 @@ impl Checkpoint {
         let layout = Layout::load(&disk, model_dir)?;
         disk.create_dir(&paths.root)?;
         let lock = take_lock(&disk, &paths)?;
+        // It is there from now on, so that readers who may not create it can lock it.
+        let mut readers = disk.open_lock(&paths.readers())?;
+        if paths.is_torn(&disk)? {
+            readers = keep_out(&disk, &paths, options.readers_wait)?;
+        }
         for dir in paths.dirs() {
             disk.create_dir(&dir)?;
         }
         let (current, recovery) = recover::recover(&disk, &paths, &layout, options.keep)?;
+        drop(readers);
         let checkpoint = Checkpoint { paths, options, disk, current, known: None, unusable: None, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
     /// Writes the live weights that differ into the files, with the optimizer state that `state` writes,
     /// as a new generation. `report` is told done and total, in bytes of weights; done is total when all of it is durable.
+    ///
+    /// Whoever loads the model ([`crate::Reading`]) is waited for, and kept waiting until the generation is published.
     ///
     /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
     /// not that of the last sync through this handle. On an error that is not [`Error::Interrupted`]
@@ -149,6 +161,7 @@ impl Checkpoint {
         report: &mut dyn FnMut(u64, u64),
     ) -> Result<SyncReport> {
         self.usable()?;
+        let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
         let layout = self.layout()?;
         let mut source = LiveSource::new(&layout, live)?;
         let hashes = Hashes::of(live);
@@ -172,6 +185,7 @@ impl Checkpoint {
     pub fn rollback(&mut self, to: u64) -> Result<RollbackReport> {
         self.usable()?;
         let target = self.restorable(to)?;
+        let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
         let layout = self.layout()?;
         self.require_unchanged()?;
         let mut state = match &target.state {
@@ -248,7 +262,12 @@ impl Checkpoint {
         verify::verify_files(&self.disk, &self.paths, &self.paths.model, &self.current, true)
     }
 
-    fn usable(&self) -> Result<()> {
+    /// The model directory, as it was given.
+    pub(crate) fn model_dir(&self) -> &Path {
+        &self.paths.model
+    }
+
+    pub(crate) fn usable(&self) -> Result<()> {
         match &self.unusable {
             Some(reason) => Err(Error::Unusable { reason: reason.clone() }),
             None => Ok(()),

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use crate::storage::{RealStorage, Storage};
 
@@ -197,8 +198,22 @@ pub enum Error {
         reason: String,
     },
     /// A journal waits, so the files may lie between two generations.
-    #[error("{} holds the journal of a sync that is under way or waits for recovery: try again, or open the checkpoint to undo or finish it", dir.display())]
+    #[error("{} holds the journal of a sync that is under way or waits for recovery: try again, or undo or finish it with `apollod checkpoint recover {}`", dir.display(), dir.display())]
     Busy {
+        /// The model directory.
+        dir: PathBuf,
+    },
+    /// Somebody loads the model, and goes on for longer than a sync waits.
+    #[error("another program has been loading the model in {} for {waited:?}, and would get a mixture of generations: nothing was written, try again when it is done", dir.display())]
+    Readers {
+        /// The model directory.
+        dir: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+    },
+    /// A model was read without the lock, and a sync came in between.
+    #[error("the model in {} was written while it was loaded, and may be a mixture of generations: load it again", dir.display())]
+    Overwritten {
         /// The model directory.
         dir: PathBuf,
     },
@@ -217,6 +232,16 @@ pub enum Error {
         generation: u64,
         /// The first thing that does not check.
         damage: String,
+    },
+    /// There is no room for a directory of a generation.
+    #[error("a copy of the model in {} needs {need} bytes and {free} are free: free {} bytes, or set sync.mode = \"in_place\"", dir.display(), need.saturating_sub(*free))]
+    NoRoom {
+        /// Where the copy would be.
+        dir: PathBuf,
+        /// Bytes of the model's files.
+        need: u64,
+        /// Bytes free for this user.
+        free: u64,
     },
     /// Syncs overtook every attempt to copy.
     #[error("cannot export {}: syncs overtook {attempts} copies; sync less often, keep more generations, or copy to a faster place", dir.display())]

@@ -31,8 +31,10 @@ pub struct ExportReport {
     pub generation: Option<u64>,
     /// Files copied.
     pub files: u64,
-    /// Bytes copied.
+    /// Bytes of these files.
     pub bytes: u64,
+    /// Of these, the bytes that were copied: the file system cloned the rest, so that both files share them.
+    pub bytes_copied: u64,
     /// Copies made; more than one if syncs overtook the first.
     pub attempts: u32,
     /// Time it took.
@@ -53,12 +55,24 @@ impl fmt::Display for ExportReport {
 /// Copies the model directory to `to`, which must not exist, without `.apollod`; links are followed.
 /// The copy appears under its name only when it is whole, checked and synced.
 pub fn export(model_dir: &Path, to: &Path) -> Result<ExportReport> {
+    copy_whole(model_dir, to, false)
+}
+
+/// The document of its generation in a copy that has one.
+pub(crate) const DOCUMENT: &str = "generation.json";
+
+/// [`export`] with the generation's document as [`DOCUMENT`].
+pub(crate) fn export_with_document(model_dir: &Path, to: &Path) -> Result<ExportReport> {
+    copy_whole(model_dir, to, true)
+}
+
+fn copy_whole(model_dir: &Path, to: &Path, with_document: bool) -> Result<ExportReport> {
     let began = Instant::now();
     let (disk, paths) = (Disk::real(), Paths::new(model_dir));
     let partial = partial_of(model_dir, to)?;
     for attempts in 1..=ATTEMPTS {
         let from = paths.newest(&disk)?;
-        let copied = attempt(&disk, &paths, &partial, from.as_ref());
+        let copied = attempt(&disk, &paths, &partial, from.as_ref(), with_document);
         let settled = match copied {
             Ok(settled) => settled,
             Err(error) => {
@@ -74,6 +88,7 @@ pub fn export(model_dir: &Path, to: &Path) -> Result<ExportReport> {
                 generation,
                 files: count.files,
                 bytes: count.bytes,
+                bytes_copied: count.bytes_copied,
                 attempts,
                 seconds: began.elapsed().as_secs_f64(),
             });
@@ -94,6 +109,7 @@ enum Settled {
 struct Count {
     files: u64,
     bytes: u64,
+    bytes_copied: u64,
 }
 
 /// Where the copy grows, beside its target; refuses targets that would be overwritten or copied too.
@@ -122,7 +138,13 @@ fn partial_of(model_dir: &Path, to: &Path) -> Result<PathBuf> {
     Ok(partial)
 }
 
-fn attempt(disk: &Disk, paths: &Paths, partial: &Path, from: Option<&Generation>) -> Result<Settled> {
+fn attempt(
+    disk: &Disk,
+    paths: &Paths,
+    partial: &Path,
+    from: Option<&Generation>,
+    with_document: bool,
+) -> Result<Settled> {
     let mut count = Count::default();
     copy_tree(&paths.model, partial, true, &mut count)?;
     let Some(from) = from else {
@@ -134,6 +156,10 @@ fn attempt(disk: &Disk, paths: &Paths, partial: &Path, from: Option<&Generation>
     };
     let target = catch_up(disk, paths, partial, from)?;
     if verify_files(disk, paths, partial, &target, false)?.is_ok() {
+        if with_document {
+            let path = partial.join(DOCUMENT);
+            fs::write(&path, target.to_json()).map_err(Error::io("write", &path))?;
+        }
         sync_tree(disk, partial)?;
         let generation = Some(target.generation);
         return Ok(Settled::As { generation, count });
@@ -222,11 +248,39 @@ fn copy_tree(from: &Path, to: &Path, top: bool, count: &mut Count) -> Result<()>
         if stat.is_dir() {
             copy_tree(&source, &target, false, count)?;
         } else {
-            count.bytes += fs::copy(&source, &target).map_err(Error::io("copy", &source))?;
             count.files += 1;
+            count.bytes += stat.len();
+            if !cloned(&source, &target)? {
+                count.bytes_copied += fs::copy(&source, &target).map_err(Error::io("copy", &source))?;
+            }
         }
     }
     Ok(())
+}
+
+/// Makes a file that shares the blocks of another, where the file system can.
+fn cloned(source: &Path, target: &Path) -> Result<bool> {
+    let from = File::open(source).map_err(Error::io("open", source))?;
+    let to = File::create_new(target).map_err(Error::io("create", target))?;
+    Ok(rustix::fs::ioctl_ficlone(&to, &from).is_ok())
+}
+
+/// The largest file that an export copies, and the bytes of all.
+pub(crate) fn size(dir: &Path) -> Result<(Option<PathBuf>, u64)> {
+    let (mut largest, mut total, mut open) = (None, 0, vec![dir.to_path_buf()]);
+    while let Some(folder) = open.pop() {
+        for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+            let path = entry.map_err(Error::io("list", &folder))?.path();
+            let stat = fs::metadata(&path).map_err(Error::io("read", &path))?;
+            if stat.is_file() {
+                total += stat.len();
+                largest = largest.max(Some((stat.len(), path)));
+            } else if path != dir.join(".apollod") {
+                open.push(path);
+            }
+        }
+    }
+    Ok((largest.map(|(_, path)| path), total))
 }
 
 fn sync_tree(disk: &Disk, dir: &Path) -> Result<()> {

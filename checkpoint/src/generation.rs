@@ -220,6 +220,16 @@ impl Paths {
         self.root.join("lock")
     }
 
+    /// The file whose lock keeps syncs and those who load the model apart.
+    pub(crate) fn readers(&self) -> PathBuf {
+        self.root.join("readers")
+    }
+
+    /// Whether a sync is being written, or a crash left one half written.
+    pub(crate) fn is_torn(&self, disk: &Disk) -> Result<bool> {
+        disk.exists(&self.journal())
+    }
+
     pub(crate) fn journal(&self) -> PathBuf {
         self.root.join("journal")
     }
@@ -253,7 +263,8 @@ impl Paths {
         parsed.map_err(|reason| Error::Document { path, reason })
     }
 
-    fn numbers(&self, disk: &Disk) -> Result<Vec<u64>> {
+    /// The numbers of all generations, ascending.
+    pub(crate) fn numbers(&self, disk: &Disk) -> Result<Vec<u64>> {
         disk.numbers(&self.root.join("generations"), ".json")
     }
 

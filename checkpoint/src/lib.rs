@@ -9,6 +9,7 @@
 //!
 //! ```text
 //! MODEL/.apollod/lock                 flock of the one writer; holds its process id
+//! MODEL/.apollod/readers             flock of those who load the model (shared) and of a sync (exclusive)
 //! MODEL/.apollod/journal              how the files lead back to G-1 while a sync writes G
 //! MODEL/.apollod/state/G              optimizer state of generation G
 //! MODEL/.apollod/sums/G               BLAKE3 of every 16 KiB of every tensor
@@ -118,6 +119,7 @@
 mod checkpoint;
 mod commit;
 mod delta;
+mod directories;
 mod disk;
 mod error;
 mod export;
@@ -128,6 +130,7 @@ mod layout;
 mod pass;
 mod piece;
 mod pipeline;
+mod readers;
 mod record;
 mod recover;
 mod retain;
@@ -136,12 +139,16 @@ mod source;
 mod storage;
 mod sums;
 mod verify;
+mod verify_history;
 
 pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, list};
 pub use commit::{RollbackReport, SyncReport};
+pub use directories::Published;
 pub use error::{Error, Result};
 pub use export::{ExportReport, export};
 pub use generation::{Generation, Progress, ShardSum, StateSum, TensorSum};
+pub use readers::Reading;
 pub use recover::Recovery;
+pub use retain::Keep;
 pub use storage::{Kind, Open, RealStorage, Stat, Storage, StorageFile};
 pub use verify::{Damage, VerifyReport, verify};

@@ -11,7 +11,7 @@ use crate::journal::{HeadShard, Reader};
 use crate::layout::Layout;
 use crate::piece::within;
 use crate::record::{Record, Side};
-use crate::retain::prune;
+use crate::retain::{Keep, prune};
 use crate::verify;
 
 /// What [`crate::Checkpoint::open`] found and did.
@@ -52,7 +52,7 @@ impl fmt::Display for Recovery {
 }
 
 /// Brings the directory to a generation and gives it.
-pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: u64) -> Result<(Generation, Recovery)> {
+pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -> Result<(Generation, Recovery)> {
     remove_temporary(disk, paths)?;
     let Some(current) = paths.newest(disk)? else {
         if disk.exists(&paths.journal())? {
@@ -63,7 +63,7 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: u64) ->
             });
         }
         let base = commit::record_files(disk, paths, layout, 0, Progress::default())?;
-        prune(disk, paths, 0, keep)?;
+        prune(disk, paths, 0, keep.at_any_age())?;
         return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
@@ -72,7 +72,7 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: u64) ->
         true => resolve(disk, paths, &current)?,
         false => Recovery::Clean { generation },
     };
-    prune(disk, paths, generation, keep)?;
+    prune(disk, paths, generation, keep.at_any_age())?;
     Ok((current, recovery))
 }
 

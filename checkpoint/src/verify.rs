@@ -14,6 +14,7 @@ use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, TensorSum};
 use crate::sums::{self, Sum};
+use crate::verify_history::verify_history;
 
 /// How often and how long a check without the lock waits for a sync to end.
 const ATTEMPTS: u32 = 20;
@@ -43,7 +44,7 @@ pub enum Damage {
         /// The damaged blocks of 16 KiB, as bytes of the tensor; empty if `sums/G` is damaged too.
         blocks: Vec<Range<u64>>,
     },
-    /// The optimizer state, or the block sums.
+    /// The optimizer state, the block sums, or something of an earlier generation.
     Other {
         /// What is wrong with which file.
         reason: String,
@@ -78,6 +79,8 @@ pub struct VerifyReport {
     pub tensors: usize,
     /// Bytes compared.
     pub bytes: u64,
+    /// Earlier generations whose deltas, states and documents were checked; 0 where only the files were.
+    pub history: u64,
     /// What differs; empty if all is well.
     pub damage: Vec<Damage>,
     /// Time it took.
@@ -93,11 +96,11 @@ impl VerifyReport {
 
 impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "generation {}: {} tensors, {} bytes, {:.2} s: ",
-            self.generation, self.tensors, self.bytes, self.seconds
-        )?;
+        write!(f, "generation {}: {} tensors, {} bytes, ", self.generation, self.tensors, self.bytes)?;
+        if self.history > 0 {
+            write!(f, "{} earlier generations, ", self.history)?;
+        }
+        write!(f, "{:.2} s: ", self.seconds)?;
         if self.is_ok() {
             return f.write_str("all checksums match");
         }
@@ -109,23 +112,29 @@ impl fmt::Display for VerifyReport {
     }
 }
 
-/// Compares a model directory with its current generation, without the lock and without writing.
+/// Compares a model directory with its current generation, and what is kept of earlier ones with its checksums, without
+/// the lock and without writing.
 ///
 /// Errors: no generation, a damaged document, or a journal that stays ([`Error::Busy`]) so that the files
 /// may lie between two generations. Damage is not an error: it is in the report.
 pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
     let (disk, paths) = (Disk::real(), Paths::new(model_dir));
+    let began = Instant::now();
     for _ in 0..ATTEMPTS {
         let generation = paths.newest(&disk)?.ok_or_else(|| Error::Model {
             path: model_dir.to_path_buf(),
             reason: "it has no generation to compare with; open it once".into(),
         })?;
-        let report = verify_files(&disk, &paths, model_dir, &generation, true)?;
+        let mut report = verify_files(&disk, &paths, model_dir, &generation, true)?;
+        let (damage, history) = verify_history(&disk, &paths, &generation)?;
+        report.damage.extend(damage);
+        report.history = history;
         let moved = || -> Result<bool> {
             let newest = paths.newest(&disk)?.map(|newest| newest.generation);
             Ok(disk.exists(&paths.journal())? || newest != Some(generation.generation))
         };
         if report.is_ok() || !moved()? {
+            report.seconds = began.elapsed().as_secs_f64();
             return Ok(report);
         }
         std::thread::sleep(WAIT);
@@ -180,6 +189,7 @@ pub(crate) fn verify_files(
         generation: generation.generation,
         tensors: generation.tensors.len(),
         bytes: generation.shards.iter().map(|shard| shard.bytes).sum(),
+        history: 0,
         damage,
         seconds: began.elapsed().as_secs_f64(),
     })

@@ -2,7 +2,10 @@
 
 mod common;
 
-use checkpoint::{Checkpoint, Options, Recovery};
+use std::path::Path;
+use std::time::Duration;
+
+use checkpoint::{Checkpoint, Keep, Options, Recovery};
 use common::*;
 
 #[test]
@@ -113,7 +116,7 @@ fn a_trained_matrix_takes_a_fraction_of_its_bytes_in_the_journal() {
 fn generations_further_back_than_kept_are_listed_and_not_restorable() {
     let dir = tempfile::tempdir().unwrap();
     let mut live = make_model(dir.path(), false, 0, 10);
-    let keep = Options { keep: 2, ..Options::default() };
+    let keep = Options { keep: Keep { generations: 2, ..Keep::default() }, ..Options::default() };
     let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), keep).unwrap();
     let mut rng = Rng(11);
     for cursor in 1..=5 {
@@ -130,8 +133,73 @@ fn generations_further_back_than_kept_are_listed_and_not_restorable() {
         .map(|name| name.display().to_string())
         .filter(|name| !name.starts_with("generations"))
         .collect();
-    let want = ["history/4.delta", "history/5.delta", "lock"];
+    let want = ["history/4.delta", "history/5.delta", "lock", "readers"];
     assert_eq!(names, [&want[..], &["state/3", "state/4", "state/5", "sums/5"]].concat());
     let error = checkpoint.rollback(2).unwrap_err().to_string();
     assert!(error.contains("[3, 4, 5]"), "{error}");
+}
+
+fn restorable(dir: &Path) -> Vec<u64> {
+    let listed = checkpoint::list(dir).unwrap();
+    listed.iter().filter(|g| g.restorable).map(|g| g.generation).collect()
+}
+
+#[test]
+fn who_knows_no_bounds_removes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let live = make_model(dir.path(), false, 0, 17);
+    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+    for cursor in 1..=9 {
+        sync(&mut checkpoint, &live, cursor);
+    }
+    drop(checkpoint);
+    drop(Checkpoint::open(dir.path()).unwrap());
+    assert_eq!(restorable(dir.path()), Vec::from_iter(0..=9));
+}
+
+#[test]
+fn history_is_bounded_by_its_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut live = make_model(dir.path(), false, 0, 12);
+    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+    let mut rng = Rng(13);
+    for cursor in 1..=4 {
+        live.train(&mut rng, 9);
+        sync(&mut checkpoint, &live, cursor);
+    }
+    assert_eq!(restorable(dir.path()), [0, 1, 2, 3, 4]);
+    drop(checkpoint);
+    let file = |name: &str| std::fs::metadata(dir.path().join(".apollod").join(name)).unwrap().len();
+    // To go back to 2 takes the deltas of 4 and 3 and the state of 2; that of 3 is there to go back to 3.
+    let bytes = ["history/4.delta", "history/3.delta", "state/3", "state/2"].map(file).iter().sum();
+    let open = |bytes: u64| {
+        let keep = Options { keep: Keep { bytes, ..Keep::default() }, ..Options::default() };
+        drop(Checkpoint::open_with(dir.path(), keep).unwrap());
+        restorable(dir.path())
+    };
+    assert_eq!(open(bytes), [2, 3, 4]);
+    assert_eq!(open(bytes - 1), [3, 4]);
+    assert_eq!(open(0), [3, 4], "the last sync can be taken back");
+}
+
+#[test]
+fn history_is_bounded_by_its_age_at_syncs_and_two_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut live = make_model(dir.path(), false, 0, 14);
+    let keep = Keep { generations: 9, age: Duration::from_secs(1), ..Keep::default() };
+    let options = Options { keep, ..Options::default() };
+    let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), options.clone()).unwrap();
+    for cursor in 1..=3 {
+        live.train(&mut Rng(15), 9);
+        sync(&mut checkpoint, &live, cursor);
+    }
+    std::thread::sleep(Duration::from_millis(2100));
+    live.train(&mut Rng(16), 9);
+    sync(&mut checkpoint, &live, 4);
+    assert_eq!(restorable(dir.path()), [2, 3, 4]);
+    drop(checkpoint);
+    let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), options).unwrap();
+    assert_eq!(restorable(dir.path()), [2, 3, 4], "an open removes nothing for its age");
+    sync(&mut checkpoint, &live, 5);
+    assert_eq!(restorable(dir.path()), [4, 5]);
 }

@@ -38,6 +38,8 @@ class Chat(http.server.BaseHTTPRequestHandler):
 
 model_dir, socket, port = sys.argv[1:]
 tokenizer = AutoTokenizer.from_pretrained(model_dir)
-model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
-with apollod.export(model, socket=socket):
+with apollod.reading(model_dir):        # no sync may write the files while they are loaded
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto")
+    exported = apollod.export(model, socket=socket)
+with exported:
     http.server.ThreadingHTTPServer(("127.0.0.1", int(port)), Chat).serve_forever()

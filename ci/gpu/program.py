@@ -105,8 +105,10 @@ def serve(line, device):
     if device == "simulated":
         import simulated
         simulated.install()
-    Requests.model = Model(told["model"], device)
-    with apollod.export(Requests.model.model, socket=told["socket"], model_dir=told["model"]) as exported:
+    with apollod.reading(told["model"]):
+        Requests.model = Model(told["model"], device)
+        exported = apollod.export(Requests.model.model, socket=told["socket"], model_dir=told["model"])
+    with exported:
         Requests.manifest = staticmethod(lambda: exported._server._offer.manifest)
         server = http.server.ThreadingHTTPServer(("127.0.0.1", told["port"]), Requests)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

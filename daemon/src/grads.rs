@@ -2,6 +2,7 @@
 
 use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
+use crate::reading::reading;
 use crate::weights;
 use anyhow::{Context, Result, bail};
 use compute::Collector;
@@ -48,7 +49,7 @@ fn write<D: Backend>(device: Arc<D>, model_dir: &Path, examples: &Path, out: &Pa
     let config = Config::read(model_dir)?;
     let examples = read(model_dir, &config, examples)?;
     let longest = examples.iter().map(|e| e.ids().len()).max().unwrap_or(1);
-    let weights = weights::load(&device, model_dir, &config, widen)?;
+    let weights = reading(model_dir, || weights::load(&device, model_dir, &config, widen))?;
     let model = Model::new(device.clone(), config.clone(), weights, longest);
     let mut cache = model.cache(longest);
     let (mut reports, mut raw) = (Vec::new(), HashMap::new());

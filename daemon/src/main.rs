@@ -16,6 +16,7 @@ mod grads;
 mod http;
 mod protocol;
 mod queue;
+mod reading;
 mod schedule;
 mod supervisor;
 mod trainer;

@@ -23,6 +23,8 @@
 //! 6. `Alive` comes every second from a thread of its own, before `Ready` and during requests too; it answers
 //!    nothing. A trainer that has sent one and then says nothing for long is stopped or hangs, and is killed.
 //! 7. [`FromTrainer::Invalidated`] comes whenever the server was told that weights have moved; it answers nothing.
+//!    [`FromTrainer::Published`] comes when a generation got a directory of its own (`sync.mode = "generation"`), or did
+//!    not: after the answer to a sync or a rollback, and once after `Ready`. It answers nothing either.
 //! 8. [`FromTrainer::Dying`] is the last word of a child that cannot go on, such as after an error of its GPU: it answers
 //!    nothing, and the child exits.
 //! 9. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
@@ -184,6 +186,21 @@ pub struct Invalidated {
     pub failed: Option<String>,
 }
 
+/// What came of a generation's own directory; exactly one of `directory` and `failed` is there.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Published {
+    /// The generation that the files hold.
+    pub generation: u64,
+    /// Its directory, which `current` beside it names.
+    pub directory: Option<String>,
+    /// Bytes that were copied: 0 where the file system could clone the files.
+    pub bytes_copied: u64,
+    /// How long it took.
+    pub seconds: f64,
+    /// Why there is none. `current` names what it named before; it is tried again after the next sync.
+    pub failed: Option<String>,
+}
+
 /// The answer to [`ToTrainer::Sync`].
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Synced {
@@ -259,6 +276,8 @@ pub enum FromTrainer {
     },
     /// The server was told that weights have moved.
     Invalidated(Invalidated),
+    /// The generation has a directory of its own, or could not get one.
+    Published(Published),
     /// A sign of life.
     Alive,
     /// The end of a trainer that cannot go on.

@@ -1,7 +1,8 @@
 //! `apollod checkpoint`: the generations of a model directory.
 //!
 //! `sync` and `rollback` go through the daemon that runs on the directory, which says its address there; `verify`,
-//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon, and `adopt`, work on the files alone.
+//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon, `recover` and `adopt` work on the
+//! files alone.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -20,9 +21,10 @@ use crate::protocol::Synced;
 #[command(after_help = "\
 Examples:
   apollod checkpoint list ./model
-  apollod checkpoint rollback ./model 12
+  apollod checkpoint rollback ./model --to 12
   apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs
   apollod checkpoint export ./model --gguf model.gguf          for llama.cpp
+  apollod checkpoint recover ./model                           after a crash, if nothing else opens it
   apollod checkpoint adopt ./model                             after files were changed on purpose")]
 pub struct CheckpointArgs {
     #[command(subcommand)]
@@ -39,14 +41,19 @@ enum Action {
         /// The model directory; without it the daemon at --url.
         dir: Option<PathBuf>,
     },
-    /// Compare every byte with the checksums of its generation. Exit status 1 when something differs.
+    /// Compare every byte with its checksum: files, optimizer state, and what rollback needs. Exit status 1 when one differs.
     #[command(after_help = "Example:\n  apollod checkpoint verify ./model && echo intact")]
     Verify {
         /// The model directory.
         dir: PathBuf,
     },
     /// List the generations, newest first.
-    #[command(after_help = "Example:\n  apollod checkpoint list ./model --json | jq '.[0].generation'")]
+    #[command(after_help = "\
+Version counts the updates that the weights have had; loss is the last one measured; ratio is bytes of the journal, which
+is what the history keeps, over bytes written into the files.
+
+Example:
+  apollod checkpoint list ./model --json | jq '.[0].generation'")]
     List {
         /// The model directory.
         dir: PathBuf,
@@ -55,12 +62,13 @@ enum Action {
         json: bool,
     },
     /// Go back to the content of an earlier generation, as a new one.
-    #[command(after_help = "Example:\n  apollod checkpoint rollback ./model 12")]
+    #[command(after_help = "Example:\n  apollod checkpoint rollback ./model --to 12")]
     Rollback {
         /// The model directory.
         dir: PathBuf,
-        /// The generation to return to.
-        generation: u64,
+        /// The generation to return to; `list` says which can be.
+        #[arg(long, value_name = "GENERATION")]
+        to: u64,
     },
     /// Copy the directory as one generation, without .apollod, even while syncs go on.
     #[command(after_help = "\
@@ -86,6 +94,16 @@ takes room for the weights twice beside FILE.")]
         #[arg(long, value_name = "FILE", requires = "gguf")]
         gguf_template: Option<PathBuf>,
     },
+    /// Finish or take back what a crash left half written, and say what was done.
+    #[command(after_help = "\
+`apollod serve`, `engine` and `stage` do this by themselves; other programs that find a half-written model ask for it.
+
+Example:
+  apollod checkpoint recover ./model")]
+    Recover {
+        /// The model directory.
+        dir: PathBuf,
+    },
     /// Take the files as they are as a new generation, after somebody changed them on purpose.
     #[command(after_help = "\
 The optimizer starts afresh and no earlier generation can be restored. Not while a daemon serves the directory; a staged
@@ -104,7 +122,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
     match &args.action {
         Action::Sync { dir } => sync(dir.as_deref(), &args.client)?,
         Action::List { dir, json } => list(dir, *json)?,
-        Action::Rollback { dir, generation } => rollback(dir, *generation, &args.client)?,
+        Action::Rollback { dir, to } => rollback(dir, *to, &args.client)?,
         Action::Export { dir, to, gguf, gguf_template } => {
             need_directory(dir)?;
             if let Some(to) = to {
@@ -118,9 +136,12 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
                 );
             }
         }
+        Action::Recover { dir } => recover(dir)?,
         Action::Adopt { dir } => adopt(dir)?,
         Action::Verify { dir } => {
-            if generations(dir)?.is_empty() {
+            need_directory(dir)?;
+            // A damaged document is for verify to tell.
+            if checkpoint::list(dir).is_ok_and(|list| list.is_empty()) {
                 bail!(
                     "{}: no generations, so no checksums to compare with: an export carries none, and a model has \
                      them from the first `apollod serve` on it",
@@ -174,16 +195,26 @@ fn list(dir: &Path, json: bool) -> Result<()> {
         println!("no generations yet: the first `apollod serve` on it makes one");
         return Ok(());
     }
-    println!("{:>10}  {:20}  {:>8}  {:>8}  {:>17}  {:>8}", "generation", "created", "cursor", "step", "blocks", "loss");
+    println!(
+        "{:>10}  {:20}  {:>8}  {:>8}  {:>8}  {:>13}  {:>13}  {:>6}",
+        "generation", "created", "version", "examples", "loss", "bytes written", "bytes journal", "ratio"
+    );
     for of in generations.iter().rev() {
         let mut note = of.rollback_of.map_or_else(String::new, |to| format!("  content of {to}"));
         if !of.restorable {
             note.push_str("  no longer restorable");
         }
-        let blocks = format!("{}/{}", of.blocks_changed, of.blocks_total);
         let loss = of.progress.loss.map_or_else(|| "-".into(), |loss| format!("{loss:.4}"));
-        let (cursor, step) = (of.progress.cursor, of.progress.step);
-        println!("{:>10}  {:20}  {cursor:>8}  {step:>8}  {blocks:>17}  {loss:>8}{note}", of.generation, of.created);
+        let ratio = if of.written_bytes > 0 { format!("{:.3}", of.ratio) } else { "-".into() };
+        println!(
+            "{:>10}  {:20}  {:>8}  {:>8}  {loss:>8}  {:>13}  {:>13}  {ratio:>6}{note}",
+            of.generation,
+            of.created,
+            of.progress.weight_version,
+            of.progress.examples,
+            of.written_bytes,
+            of.journal_bytes
+        );
     }
     Ok(())
 }
@@ -197,6 +228,16 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
     println!("{}; files only: no daemon runs on {}", checkpoint.rollback(to)?, dir.display());
+    Ok(())
+}
+
+fn recover(dir: &Path) -> Result<()> {
+    if generations(dir)?.is_empty() {
+        println!("no generations yet, so nothing to recover");
+        return Ok(());
+    }
+    let (_, recovery) = Checkpoint::open(dir)?;
+    println!("{recovery}");
     Ok(())
 }
 

@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::backend::DeviceChoice;
+use crate::reading::reading;
 
 /// `apollod doctor`
 #[derive(Debug, Args)]
@@ -31,6 +32,6 @@ pub struct DoctorArgs {
 
 /// Runs the checks.
 pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
-    crate::doctor::run(&args.device, args.threads, &args.model)?;
+    reading(&args.model, || crate::doctor::run(&args.device, args.threads, &args.model))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -8,6 +8,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::gguf::{self, Gguf};
+use crate::reading::reading;
 
 /// `apollod stage`
 #[derive(Debug, Args)]
@@ -52,14 +53,14 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let report = match &args.gguf {
-        None => ipc::stage(&args.model, &args.live, &mut progress)?,
+    let report = reading(&args.model, || match &args.gguf {
+        None => Ok(ipc::stage(&args.model, &args.live, &mut progress)?),
         Some(None) => {
             let file = Gguf::of(&args.model, &gguf::name(&args.model), None)?;
-            ipc::stage_gguf(&args.model, &args.live, file.bytes(), |path| file.write(path, &mut progress))?
+            Ok(ipc::stage_gguf(&args.model, &args.live, file.bytes(), |path| file.write(path, &mut progress))?)
         }
-        Some(Some(file)) => copy(&args.model, &args.live, file, &config)?,
-    };
+        Some(Some(file)) => copy(&args.model, &args.live, file, &config),
+    })?;
     bar.finish_and_clear();
     println!(
         "{}: {} tensors, {} bytes, epoch {}",

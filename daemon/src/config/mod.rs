@@ -382,6 +382,16 @@ impl Default for QueueConfig {
     }
 }
 
+/// What other readers of the model directory get of a sync.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SyncMode {
+    /// The files, written in place while nobody who takes the lock is loading them.
+    InPlace,
+    /// Besides, a directory for each generation, and a link that names the last.
+    Generation,
+}
+
 /// `[sync]`
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -391,15 +401,34 @@ pub struct SyncConfig {
     pub schedule: String,
     /// IANA time zone of the schedule. Default `UTC`.
     pub timezone: String,
-    /// Generations kept for rollback, the current one included. Default 4. Each costs the compressed change it made.
+    /// `in_place` (default): a sync writes the files of the model directory, and nothing else. `generation`: it then makes
+    /// `MODEL.generations/G`, a whole directory that is never written again, and lets `MODEL.generations/current` name it,
+    /// for programs that load the model and take no lock. Costs a clone of the files, or a copy where the file system
+    /// cannot clone; the last two are kept.
+    pub mode: SyncMode,
+    /// Generations kept for rollback, the current one included. Default 4. Each costs the compressed change it made and
+    /// a copy of the optimizer's state. From 2 on the last sync can always be taken back, whatever the two keys below.
     pub keep: u64,
+    /// Bytes that those before the current one may take together. Default 68719476736 (64 GiB); the oldest go first.
+    pub keep_bytes: u64,
+    /// How many days older than the current generation they may be. Default 30. Counted between syncs, not by the clock,
+    /// and at most two go with one sync, so that a clock that jumps does not cost the history.
+    pub keep_days: f64,
     /// Whether to sync when the daemon is asked to stop. Default true.
     pub on_shutdown: bool,
 }
 
 impl Default for SyncConfig {
     fn default() -> Self {
-        Self { schedule: "*/10 * * * *".into(), timezone: "UTC".into(), keep: 4, on_shutdown: true }
+        Self {
+            schedule: "*/10 * * * *".into(),
+            timezone: "UTC".into(),
+            mode: SyncMode::InPlace,
+            keep: 4,
+            keep_bytes: 64 << 30,
+            keep_days: 30.0,
+            on_shutdown: true,
+        }
     }
 }
 

@@ -17,6 +17,12 @@ impl Config {
         self.validate_train()?;
         check(self.queue.capacity > 0, "queue.capacity", || "must be at least 1".into())?;
         check(self.sync.keep > 0, "sync.keep", || "must be at least 1: the current generation is one".into())?;
+        check(self.sync.keep_bytes > 0, "sync.keep_bytes", || {
+            "must be at least 1; to keep nothing for rollback set sync.keep = 1".into()
+        })?;
+        check((0.0..=36_500.0).contains(&self.sync.keep_days), "sync.keep_days", || {
+            range("[0, 36500] days", self.sync.keep_days)
+        })?;
         Schedule::parse(&self.sync.schedule, &self.sync.timezone).map_err(|error| {
             let key = if matches!(error, ScheduleError::Zone(_)) { "sync.timezone" } else { "sync.schedule" };
             invalid(key, error.to_string())
@@ -170,6 +176,15 @@ mod tests {
         assert!(refusal(|c| c.train.batch_examples = 0).starts_with("train.batch_examples:"));
         assert!(refusal(|c| (c.train.loss_min, c.train.loss_max) = (Some(2.0), Some(1.0))).contains("loss_max"));
         assert!(refusal(|c| c.model.dir = "/nonexistent".into()).contains("no config.json"));
+    }
+
+    #[test]
+    fn bounds_of_the_history_that_make_no_sense_are_refused() {
+        assert!(refusal(|c| c.sync.keep = 0).starts_with("sync.keep:"));
+        assert!(refusal(|c| c.sync.keep_bytes = 0).contains("set sync.keep = 1"));
+        assert!(refusal(|c| c.sync.keep_days = -1.0).starts_with("sync.keep_days:"));
+        assert!(refusal(|c| c.sync.keep_days = f64::NAN).starts_with("sync.keep_days:"));
+        assert!(refusal(|c| c.sync.keep_days = f64::INFINITY).starts_with("sync.keep_days:"));
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod generate;
 
 use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
+use crate::reading::reading;
 use anyhow::{Context, Result};
 use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
@@ -75,8 +76,8 @@ impl OnDevice for Load<'_> {
     type Output = Result<(Box<dyn Network>, Arc<SharedWeights>)>;
 
     fn on<D: Backend>(self, device: Arc<D>) -> Self::Output {
-        let weights = SharedWeights::load(&self.options.model, &self.config.decoder.tensors(), device.gpu())?;
-        let weights = Arc::new(weights);
+        let (dir, tensors) = (&self.options.model, self.config.decoder.tensors());
+        let weights = Arc::new(reading(dir, || Ok(SharedWeights::load(dir, &tensors, device.gpu())?))?);
         let model = Model::new(device.clone(), self.config, D::shared(&device, &weights), self.max_tokens);
         Ok((Box::new(model), weights))
     }

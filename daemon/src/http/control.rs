@@ -77,6 +77,7 @@ pub struct GenerationView {
     blocks_total: u64,
     written_bytes: u64,
     journal_bytes: u64,
+    ratio: f64,
     rollback_of: Option<u64>,
     restorable: bool,
 }
@@ -95,6 +96,7 @@ impl From<&Generation> for GenerationView {
             blocks_total: of.blocks_total,
             written_bytes: of.written_bytes,
             journal_bytes: of.journal_bytes,
+            ratio: of.ratio,
             rollback_of: of.rollback_of,
             restorable: of.restorable,
         }
@@ -125,7 +127,7 @@ pub async fn rollback(State(app): State<App>, Path(generation): Path<String>) ->
             return Err(Problem::new(404, "unknown-generation", detail));
         }
         Some(known) if !known.restorable => {
-            let detail = format!("generation {to} is no longer restorable; see GET /v1/checkpoints and sync.keep");
+            let detail = format!("generation {to} is no longer restorable; see GET /v1/checkpoints and [sync] keep");
             return Err(Problem::new(409, "not-restorable", detail));
         }
         Some(_) => {}

@@ -7,9 +7,9 @@ use chrono::Utc;
 use super::child::Output;
 use super::events::What;
 use super::run::{InFlight, Supervisor, answer, now};
-use super::status::{LOSSES_KEPT, LastInvalidation, LastSync, StepLoss, Timings};
+use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
-use crate::protocol::{FromTrainer, Invalidated, Ready, Request, Synced, Trained};
+use crate::protocol::{FromTrainer, Invalidated, Published, Ready, Request, Synced, Trained};
 use crate::queue::{Batch, QueueError};
 
 impl Supervisor {
@@ -167,6 +167,18 @@ impl Supervisor {
             status.prefix_cache = Some(LastInvalidation { at: now(), invalidated });
         });
         self.tell(what);
+    }
+
+    pub(super) fn on_published(&mut self, published: Published) {
+        match (&published.directory, &published.failed) {
+            (Some(directory), _) => tracing::info!("generation {} is in {directory}", published.generation),
+            (None, failed) => tracing::warn!(
+                "generation {} got no directory of its own: {}",
+                published.generation,
+                failed.as_deref().unwrap_or_default()
+            ),
+        }
+        self.update(|status| status.directory = Some(LastPublished { at: now(), published }));
     }
 
     fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) -> Result<(), QueueError> {

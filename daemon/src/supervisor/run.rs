@@ -271,6 +271,7 @@ impl Supervisor {
                         Output::Message(FromTrainer::Alive) => attached.heard = Some(Instant::now()),
                         Output::Message(FromTrainer::Dying { reason }) => attached.last_word = Some(reason),
                         Output::Message(FromTrainer::Invalidated(invalidated)) => self.on_invalidated(invalidated),
+                        Output::Message(FromTrainer::Published(published)) => self.on_published(published),
                         output => self.hear(output)?,
                     }
                 }

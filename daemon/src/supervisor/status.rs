@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Invalidated, Synced};
+use crate::protocol::{Invalidated, Published, Synced};
 
 /// Steps whose losses are kept.
 pub const LOSSES_KEPT: usize = 32;
@@ -112,6 +112,16 @@ pub struct LastInvalidation {
     pub invalidated: Invalidated,
 }
 
+/// The last time that a generation was to get a directory of its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastPublished {
+    /// When, RFC 3339.
+    pub at: String,
+    /// What came of it.
+    #[serde(flatten)]
+    pub published: Published,
+}
+
 /// What was counted since the daemon's start.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Counts {
@@ -194,6 +204,9 @@ pub struct Status {
     pub timings: Option<Timings>,
     /// The last sync since the daemon's start.
     pub last_sync: Option<LastSync>,
+    /// The directory of the last generation, with `sync.mode = "generation"`.
+    #[serde(default)]
+    pub directory: Option<LastPublished>,
     /// When the next scheduled sync is due, RFC 3339.
     pub next_sync: Option<String>,
     /// Trainers that died since the daemon's start.
@@ -219,6 +232,10 @@ impl Status {
         }
         let failed = self.last_sync.as_ref().and_then(|sync| sync.failed.as_ref());
         warnings.extend(failed.map(|reason| format!("the last sync failed: {reason}")));
+        let failed = self.directory.as_ref().and_then(|last| last.published.failed.as_ref());
+        warnings.extend(failed.map(|reason| {
+            format!("the last generation got no directory of its own, `current` names an older one: {reason}")
+        }));
         let failed = self.prefix_cache.as_ref().and_then(|last| last.invalidated.failed.as_ref());
         warnings.extend(failed.map(|reason| {
             format!("the prefix cache was not invalidated, answers may rest on keys of older weights: {reason}")
@@ -297,6 +314,10 @@ impl fmt::Display for Status {
                 "  last step   {:.1} ms: prefill {:.1}, forward {:.1}, backward {:.1}, update {:.1}, engine held {:.1}",
                 t.total_ms, t.prefill_ms, t.forward_ms, t.backward_ms, t.update_ms, t.hold_ms
             )?;
+        }
+        if let Some(LastPublished { at, published }) = &self.directory {
+            let what = published.directory.as_deref().unwrap_or("none");
+            writeln!(f, "  directory   {what} at {at}, generation {}", published.generation)?;
         }
         let last_sync = self.last_sync.as_ref().map(|sync| match (&sync.done, &sync.failed) {
             (Some(done), _) => format!(

@@ -71,6 +71,7 @@ fn serve<D: Backend>(device: Result<D>, start: Start) -> Result<()> {
         Err(error) => return say_why(error),
     };
     say(&FromTrainer::Ready(session.ready()))?;
+    session.publish().map_or(Ok(()), |published| say(&published))?;
     let requests = requests();
     loop {
         let request = match requests.recv_timeout(WATCH) {
@@ -89,6 +90,7 @@ fn serve<D: Backend>(device: Result<D>, start: Start) -> Result<()> {
                 return Ok(());
             }
         }
+        session.publish().map_or(Ok(()), |published| say(&published))?;
         if let Some(invalidated) = session.invalidate(stop) {
             say(&invalidated)?;
         }

@@ -5,12 +5,14 @@ use super::restore::Attached;
 use super::shadow::{self, Failure, Finding};
 use super::{restore, settings, watch};
 use crate::backend::{Backend, ReadNext};
-use crate::config::{self, Attach, Config, Update};
-use crate::protocol::{ExampleResult, FromTrainer, Hold, Invalidated, Ready, Synced, ToTrainer, Trained, Work};
+use crate::config::{self, Attach, Config, SyncMode, Update};
+use crate::protocol::{
+    ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Synced, ToTrainer, Trained, Work,
+};
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, Progress};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress};
 use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
@@ -77,6 +79,9 @@ pub struct Session<D: Backend> {
     shadow_check: Option<String>,
     warnings: Vec<String>,
     pinged: Instant,
+    /// Whether each generation gets a directory of its own, and whether the current one may still need it.
+    mode: SyncMode,
+    unpublished: bool,
     /// Of the hashes that tell a sync what has changed, where the weights are hashed.
     hash_seed: u64,
 }
@@ -97,8 +102,7 @@ impl<'a> Start<'a> {
     pub fn new(config: &'a Config, told: u64) -> Result<Start<'a>, StartError> {
         let model = model::Config::read(&config.model.dir)?;
         let tensors = settings::tensors(&model, &config.train);
-        // The configuration counts the current generation, the library those before it.
-        let options = Options { keep: config.sync.keep.saturating_sub(1), ..Options::default() };
+        let options = settings::checkpoint_options(&config.sync);
         let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
         require_intact(&checkpoint)?;
         let attachment = Arc::new(attach(config, &model)?);
@@ -179,6 +183,8 @@ impl<D: Backend> Session<D> {
             recovery: recovery.join("; "),
             update: config.server.update,
             pinged: Instant::now(),
+            mode: config.sync.mode,
+            unpublished: true,
             hash_seed,
             device,
             attachment,
@@ -241,6 +247,23 @@ impl<D: Backend> Session<D> {
             Err(error) => (None, Some(error.to_string())),
         };
         Some(FromTrainer::Invalidated(Invalidated { weight_version: self.progress.weight_version, done, failed }))
+    }
+
+    /// Makes a directory of its own of a generation that has none, where that is configured.
+    pub fn publish(&mut self) -> Option<FromTrainer> {
+        if !std::mem::take(&mut self.unpublished) || self.mode == SyncMode::InPlace {
+            return None;
+        }
+        let generation = self.checkpoint.current().generation;
+        let none = Published { generation, directory: None, bytes_copied: 0, seconds: 0.0, failed: None };
+        Some(FromTrainer::Published(match self.checkpoint.publish() {
+            Ok(done) => {
+                tracing::info!("{done}");
+                let directory = Some(done.path.display().to_string());
+                Published { directory, bytes_copied: done.bytes_copied, seconds: done.seconds, ..none }
+            }
+            Err(error) => Published { failed: Some(error.to_string()), ..none },
+        }))
     }
 
     /// Whether the server is still there, in words if not.
@@ -353,6 +376,7 @@ impl<D: Backend> Session<D> {
         let report =
             self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
         tracing::info!(reason, "{report}");
+        self.unpublished = true;
         Ok(FromTrainer::Synced(Synced {
             generation: report.generation,
             cursor: self.progress.cursor,
@@ -367,6 +391,7 @@ impl<D: Backend> Session<D> {
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
+        self.unpublished = true;
         self.prefix_cache.moved();
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
         let settings = self.optimizer.settings().clone();

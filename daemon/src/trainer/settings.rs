@@ -1,8 +1,10 @@
-//! What the configuration means to the optimizer: constants, and which rule trains which tensor.
+//! What the configuration means to the optimizer (constants, and which rule trains which tensor) and to the checkpoint.
 
-use crate::config::{self, GrowthLimit, TrainConfig};
+use crate::config::{self, GrowthLimit, SyncConfig, TrainConfig};
 use apollo::{Convention, Gates, Rule, ScaleType, Settings, Tensor, TensorKind};
+use checkpoint::{Keep, Options};
 use model::{Config as ModelConfig, Extent};
+use std::time::Duration;
 use weight_map::Role;
 
 /// The optimizer's constants.
@@ -32,6 +34,13 @@ pub fn optimizer_settings(train: &TrainConfig) -> Settings {
         warmup_steps: train.warmup_steps,
         seed: train.seed,
     }
+}
+
+/// What the checkpoint keeps. The configuration counts the current generation, the library those before it.
+pub fn checkpoint_options(sync: &SyncConfig) -> Options {
+    let age = Duration::from_secs_f64(sync.keep_days * 86_400.0);
+    let keep = Keep { generations: sync.keep.saturating_sub(1), bytes: sync.keep_bytes, age };
+    Options { keep, ..Options::default() }
 }
 
 /// How far back gradients flow.
@@ -84,4 +93,16 @@ pub fn tensors(model: &ModelConfig, train: &TrainConfig) -> Vec<Tensor> {
         Tensor { name: t.name, rows, cols, kind, rule }
     };
     model.decoder.tensors().into_iter().map(tensor).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_history_that_is_configured_is_the_one_that_is_kept() {
+        let sync = SyncConfig { keep: 7, keep_bytes: 1000, keep_days: 0.5, ..SyncConfig::default() };
+        let want = Keep { generations: 6, bytes: 1000, age: Duration::from_secs(43_200) };
+        assert_eq!(checkpoint_options(&sync).keep, want);
+    }
 }

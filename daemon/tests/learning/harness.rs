@@ -91,7 +91,8 @@ impl Place {
         Process::start(command.args(["--listen", "127.0.0.1:0"]))
     }
 
-    fn apollod(&self) -> Command {
+    /// The binary.
+    pub fn apollod(&self) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_apollod"));
         if self.gpu && !simulated_driver::real() {
             command.env("LD_LIBRARY_PATH", simulated_driver::library_dir());

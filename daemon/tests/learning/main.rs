@@ -4,6 +4,7 @@
 mod gguf;
 mod gpu;
 mod harness;
+mod readers;
 
 use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
 use rustix::process::{Pid, Signal, kill_process};

@@ -83,6 +83,75 @@ class InProcess(unittest.TestCase):
         subprocess.run([sys.executable, "-c", program], env=settings, check=True)
 
 
+#: Loads by vLLM's own loader up to the model's creation, where it looks whether a sync could write.
+LOADS = """
+import fcntl, os, sys, types, torch
+from apollod.vllm_plugin import _hook_loader
+_hook_loader(); _hook_loader()
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+def may_write():
+    lock = os.open(os.path.join(sys.argv[1], ".apollod", "readers"), os.O_RDWR)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+class Seen(Exception):
+    pass
+
+class Loader(DefaultModelLoader):
+    def __init__(self):
+        pass
+    def create_model(self, **_):
+        raise Seen(may_write())
+    def _get_weights_iterator(self, *_):
+        yield "w", may_write()
+
+space = types.SimpleNamespace
+model = space(model=sys.argv[1], model_weights="", revision=None, dtype=torch.bfloat16, quantization=None)
+config = space(device_config=space(device="cpu"), load_config=space(device=None))
+try:
+    Loader().load_model(vllm_config=config, model_config=model)
+except Seen as seen:
+    print("load_model", seen.args[0])
+print("may write after it", may_write())
+generator = DefaultModelLoader.get_all_weights(Loader(), model, torch.nn.Module())
+print("get_all_weights", next(iter(generator))[1])
+generator.close()
+print("may write after it", may_write())
+"""
+
+
+@needs_vllm
+class Loading(unittest.TestCase):
+    def loaded(self, torn):
+        with tempfile.TemporaryDirectory() as model:
+            folder = Path(model, ".apollod")
+            folder.mkdir()
+            (folder / "readers").touch()
+            if torn:
+                (folder / "journal").touch()
+            return subprocess.run(
+                [sys.executable, "-c", LOADS, model], env=environment(folder, installed=True), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=START_S,
+            )  # fmt: skip
+
+    def test_syncs_are_kept_out_while_weights_are_loaded(self):
+        run = self.loaded(torn=False)
+        said = "load_model False\nmay write after it True\nget_all_weights False\nmay write after it True\n"
+        self.assertEqual(run.stdout, said, run.stderr[-4000:])
+
+    def test_a_model_that_a_crash_left_half_written_is_not_loaded(self):
+        run = self.loaded(torn=True)
+        self.assertIn("apollod checkpoint recover", run.stderr)
+        self.assertEqual(run.stdout, "")
+
+
 @needs_vllm
 class Server(unittest.TestCase):
     @classmethod

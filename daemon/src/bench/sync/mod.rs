@@ -9,7 +9,7 @@ mod report;
 mod weights;
 
 use anyhow::{Context, Result, ensure};
-use checkpoint::{Checkpoint, Progress, SyncReport};
+use checkpoint::{Checkpoint, Keep, Progress, SyncReport};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -19,6 +19,9 @@ use peers::Rsync;
 use weights::{Rng, Weights};
 
 pub use weights::Pattern;
+
+/// Generations of history, which bound the room that is needed.
+const KEPT: u64 = 4;
 
 /// What `apollod bench sync` is told.
 pub struct Options {
@@ -104,7 +107,8 @@ fn measure(options: &Options, rsync: &str) -> Result<Figures> {
         fs::write(dir.join("model.safetensors.index.json"), weights.index().to_string())?;
     }
     weights.locate(&model)?;
-    let (mut checkpoint, _) = Checkpoint::open(&model)?;
+    let keep = Keep { generations: KEPT, ..Keep::default() };
+    let (mut checkpoint, _) = Checkpoint::open_with(&model, checkpoint::Options { keep, ..Default::default() })?;
 
     let (mut synced, mut save_new, mut save_over) = (Vec::new(), Vec::new(), Vec::new());
     let mut copies = rsync.as_ref().map(|_| Copies::default());
@@ -198,7 +202,7 @@ fn check_room(options: &Options) -> Result<()> {
     let weights = options.gib * (1u64 << 30) as f64;
     // Moments of square matrices of 4096 columns are the largest part of their weights that they can be: 8·rank·n of 2·n².
     let state = options.dirty * weights * (4.0 * options.rank.min(1024) as f64 / 1024.0);
-    let kept = options.runs.min(checkpoint::Options::default().keep as usize + 1) as f64;
+    let kept = options.runs.min(KEPT as usize + 1) as f64;
     // A journal was 0.2 of what it changes, and sums, old and new, are a 256th of the weights.
     let need = 2.0 * weights + kept * (state + 0.4 * options.dirty * weights) + weights / 256.0;
     let stat = rustix::fs::statvfs(dir).with_context(|| format!("the file system of {}", dir.display()))?;

@@ -6,6 +6,7 @@ are exchanged over the socket are described in ``server``.
 
 from .errors import ExportError
 from .export import Export, export
+from .reading import TornModelError, reading
 
-__all__ = ["Export", "ExportError", "export"]
+__all__ = ["Export", "ExportError", "TornModelError", "export", "reading"]
 __version__ = "0.1.0"

@@ -1,6 +1,7 @@
 """The vLLM plugin: found by vLLM through its entry point, active if ``APOLLOD_SOCKET`` is set.
 
-In each worker the CPU's packing of weights is replaced (``vllm_worker``). In the engine's process the workers
+In each worker syncs are kept out while the weights are loaded (``reading``), and the CPU's packing of weights is
+replaced (``vllm_worker``). In the engine's process the workers
 are asked for their weights once they are loaded; from there they are lent out, beside the engine that is to be
 held and whose cache is to be invalidated (``vllm_engine``). No file of vLLM is changed.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 from .errors import ExportError
 from .manifest import Weights, document
+from .reading import reading
 from .server import WeightServer
 from .vllm_engine import EngineControl
 from .vllm_worker import Shared, keep_weights_live, share
@@ -44,11 +46,34 @@ def register() -> None:
         if multiprocessing.parent_process() is None:
             logger.info("apollod: not active; set APOLLOD_SOCKET to a socket's path to offer the weights to a trainer")
         return
-    for hook in (_hook_worker, functools.partial(_hook_engine, socket)):
+    for hook in (_hook_loader, _hook_worker, functools.partial(_hook_engine, socket)):
         try:
             hook()
         except (ImportError, AttributeError) as error:
             logger.error("apollod: this version of vLLM is not supported, the weights are not offered: %s", error)
+
+
+def _hook_loader() -> None:
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    load, iterate = BaseModelLoader.load_model, DefaultModelLoader.get_all_weights
+    if getattr(load, "of_apollod", False):
+        return
+
+    @functools.wraps(load)
+    def load_whole(loader: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        with reading(model_config.model):
+            return load(loader, vllm_config, model_config, *args, **kwargs)
+
+    @functools.wraps(iterate)
+    def iterate_whole(loader: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        # A reload asks for these alone.
+        with reading(model_config.model):
+            yield from iterate(loader, model_config, *args, **kwargs)
+
+    BaseModelLoader.load_model = _marked(load_whole)
+    DefaultModelLoader.get_all_weights = _marked(iterate_whole)
 
 
 def _hook_worker() -> None:
