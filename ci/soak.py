@@ -4,7 +4,7 @@
 A server (`apollod engine`) and a daemon work on a copy of a model on an ordinary file system. Examples come in over HTTP,
 one after the other, and SIGKILL comes to the supervisor, its trainer or both: by a seeded plan while a step is computed,
 while it is applied to the live weights, or while a sync writes the files. What a kill really hit is judged by what it left:
-some pages of the live weights moved and others not, or a sync without its generation in the model directory.
+live weights that are not those between two steps of the run without kills, or the beginning of a sync in the model directory.
 
 - No acknowledged example is lost, and each is trained once: a request that was not answered is sent again under its key, and
   in the end cursor, step and number of trained examples are the number of examples that were posted.
@@ -18,6 +18,7 @@ usage: soak.py APOLLOD [--kills N] [--seed S]. Standard library only.
 import argparse
 import collections
 import contextlib
+import hashlib
 import os
 import pathlib
 import random
@@ -37,12 +38,15 @@ from place import Place, answered, wait_dead
 from poster import BACKLOG, Poster, lesson
 
 RECOVERY_LIMIT_S = 5
-AIMS = ("computing", "applying", "syncing")
+CLASSES = ("computing", "applying", "syncing")
+AIMS = ("applying", "syncing", "computing")
 VICTIMS = ("trainer", "supervisor", "both")
-LEAST_SHARE = 20            # of the kills, one in so many must have hit each of AIMS
-PAGE = 4096
-WATCHED = 16                # pages that are looked at for the beginning of a step's writes
-WHOLE_STEP = 0.97           # of the pages that a step moves; with fewer it was not whole
+LEAST_SHARE = 50            # of the kills, one in so many must have hit each of CLASSES
+LOOKS, LOOK = 64, 64        # places in the live weights that are watched for the beginning of a step's writes, and their bytes
+
+
+def digest(memory):
+    return hashlib.blake2b(memory.bytes(), digest_size=16).digest()
 
 
 class Soak:
@@ -50,8 +54,8 @@ class Soak:
 
     def __init__(self, options, place):
         self.plan, self.kills, self.place = random.Random(options.seed), options.kills, place
-        self.hit, self.victims, self.unfinished = collections.Counter(), collections.Counter(), collections.Counter()
-        self.recoveries = []
+        self.victims, self.unfinished, self.recoveries = collections.Counter(), collections.Counter(), []
+        self.left = []          # digests of the live weights that a trainer left behind outside of a sync
         self.judged = 0         # examples whose state was looked at when the files held them
         self.place.start()
         self.memory = weights_of(self.place.engine.pid)
@@ -60,11 +64,8 @@ class Soak:
         for _ in range(3):
             self.steps(2)
             self.sync()
-        moved = [self.measured_step() for _ in range(3)]
-        self.step_pages = min(map(len, moved))
-        self.watched = self.plan.sample(sorted(set.intersection(*moved)), WATCHED)
-        timings = self.status()["timings"]
-        self.step_s, self.apply_s = timings["total_ms"] / 1e3, timings["update_ms"] / 1e3
+        self.step_s = self.status()["timings"]["total_ms"] / 1e3
+        self.looks = [self.plan.randrange(len(self.memory.map) - LOOK) for _ in range(LOOKS)]
 
     def status(self):
         status = self.place.status()
@@ -91,48 +92,21 @@ class Soak:
             require(state == "trained", f"generation {body['generation']} holds example {example}, which is {state}")
         self.judged = cursor
 
-    def pages_moved(self, before):
-        """The pages of the live weights, by their first bytes, that are not what they were."""
-        now = self.memory.bytes()
-        return {at for at in range(0, len(now), PAGE) if before[at:at + PAGE] != now[at:at + PAGE]}
-
-    def measured_step(self):
-        """The pages that one whole step moves."""
-        while True:
-            first, before = self.status(), self.still()
-            if self.status()["step"] != first["step"]:
-                continue
-            last = self.steps(1)
-            moved = self.pages_moved(before)
-            if moved and self.status()["step"] == last["step"] == first["step"] + 1:
-                return moved
-
-    def still(self):
-        """The live weights at a moment when nothing writes them: two looks that are equal."""
-        before = self.memory.bytes()
-        while (now := self.memory.bytes()) != before:
-            before = now
-        return now
-
     def aim(self, aim):
-        """Wait for a moment of this kind, as far as it can be seen from outside. Returns the live weights shortly before."""
-        fraction = self.plan.random()
+        """Wait for a moment of this kind, as far as it can be seen from outside."""
+        fraction, end = self.plan.random(), time.monotonic() + 2
         if aim == "syncing":
             answered(f"{self.place.daemon.base}/v1/checkpoint?wait=false", {})
-            end = time.monotonic() + 2
             while not self.place.unfinished_sync() and time.monotonic() < end:
                 pass
             time.sleep(fraction * 0.7 * self.sync_s)
-            return self.memory.bytes()
-        if aim == "applying":
-            before, end = self.still(), time.monotonic() + 2
-            same = lambda at: before[at:at + PAGE] == self.memory.map[at:at + PAGE]
-            while all(map(same, self.watched)) and time.monotonic() < end:
+        elif aim == "applying":
+            look = lambda: [self.memory.map[at:at + LOOK] for at in self.looks]
+            first = look()
+            while look() == first and time.monotonic() < end:
                 pass
-            time.sleep(fraction * 0.7 * self.apply_s)
-            return before
-        time.sleep(fraction * 2 * self.step_s)
-        return self.still()
+        else:
+            time.sleep(fraction * 2 * self.step_s)
 
     def kill(self, number):
         aim, victim = AIMS[number % len(AIMS)], self.plan.choice(VICTIMS)
@@ -140,7 +114,7 @@ class Soak:
         place, trainer = self.place, status["trainer_pid"]
         # As if more had been trained: so that requests are under way when the kill comes.
         self.poster.trained += self.plan.randrange(BACKLOG)
-        before = self.aim(aim)
+        self.aim(aim)
         if victim != "supervisor":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(trainer, signal.SIGKILL)
@@ -149,22 +123,21 @@ class Soak:
         began = time.monotonic()
         wait_dead(trainer)
         unfinished = place.unfinished_sync()
-        hit = "syncing" if unfinished else \
-            "applying" if 0 < len(self.pages_moved(before)) < WHOLE_STEP * self.step_pages else "computing"
+        if not unfinished:
+            self.left.append(digest(self.memory))
         if victim == "trainer":
             place.wait_at_work(trainer)
             took = time.monotonic() - began
         else:
             place.daemon.popen.wait()
             took = place.start()
-        self.hit[hit] += 1
         self.unfinished[unfinished] += 1
         self.victims[victim] += 1
         self.recoveries.append(took)
-        self.after_recovery(number, hit, victim, took)
+        self.after_recovery(number, victim, unfinished, took)
 
-    def after_recovery(self, number, hit, victim, took):
-        require(took < RECOVERY_LIMIT_S, f"kill {number + 1} ({victim}, {hit}): at work again only after {took:.1f} s")
+    def after_recovery(self, number, victim, unfinished, took):
+        require(took < RECOVERY_LIMIT_S, f"kill {number + 1} of {victim}: at work again only after {took:.1f} s")
         self.place.verify()
         newest = self.place.generations()[0]
         require(newest["cursor"] == newest["step"] == newest["examples"],
@@ -172,7 +145,8 @@ class Soak:
         if self.plan.random() < 0.5:
             self.steps(1)
             self.sync()
-        say(f"kill {number + 1:3} of {self.kills}: {victim:10} {hit:9}  at work after {took:.2f} s, "
+        left = f"sync {unfinished}" if unfinished else "no sync"
+        say(f"kill {number + 1:3} of {self.kills}: {victim:10} {left:13}  at work after {took:.2f} s, "
             f"generation {newest['generation']}, cursor {newest['cursor']}, {len(self.poster.ids)} acknowledged")
 
     def run(self):
@@ -200,19 +174,27 @@ def settle(place, ids):
 
 
 def without_kills(place, count):
+    """The same examples, one by one. Returns weights and state, and the live weights' digests before and after each."""
     place.start()
-    ids = []
-    for first in range(0, count, 200):
-        ids += place.daemon.post([lesson(number) for number in range(first, min(first + 200, count))])
-    return settle(place, ids)
+    memory = weights_of(place.engine.pid)
+    ids, between = [], {digest(memory)}
+    for number in range(count):
+        ids += place.daemon.post([lesson(number)])
+        wait_until("a step", lambda: place.status()["step"] > number, 60, 0.002)
+        between.add(digest(memory))
+    return settle(place, ids), between
 
 
-def judge(soak, killed, control):
+def judge(soak, killed, control, between):
+    """Compare with the run without kills. Returns how many kills hit what."""
     for what, a, b in zip(("weights", "optimizer states"), killed, control):
         require(a == b, f"{what} differ from those of the run without kills, first at byte "
                         f"{next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), 'of their lengths')}")
-    missed = [aim for aim in AIMS if soak.hit[aim] * LEAST_SHARE < soak.kills]
-    require(not missed, f"too few kills hit {', '.join(missed)} ({dict(soak.hit)}): it proves nothing")
+    computing = sum(left in between for left in soak.left)
+    hit = dict(computing=computing, applying=len(soak.left) - computing, syncing=soak.kills - len(soak.left))
+    missed = [kind for kind in CLASSES if hit[kind] * LEAST_SHARE < soak.kills]
+    require(not missed, f"too few kills hit {', '.join(missed)} ({hit}): it proves nothing")
+    return hit
 
 
 def main():
@@ -233,14 +215,14 @@ def main():
         try:
             soak = Soak(options, place("kills"))
             count, killed = soak.run()
-            judge(soak, killed, without_kills(place("control"), count))
+            hit = judge(soak, killed, *without_kills(place("control"), count))
         except Failed as failure:
             say(f"FAILED (seed {options.seed}, files in {folder}): {failure}")
             return 1
     shutil.rmtree(folder)
-    say(f"{options.kills} kills ({', '.join(f'{soak.hit[aim]} while {aim}' for aim in AIMS)}; "
+    say(f"{options.kills} kills ({', '.join(f'{hit[kind]} while {kind}' for kind in CLASSES)}; "
         f"{', '.join(f'{soak.victims[victim]} of {victim}' for victim in VICTIMS)}); "
-        f"of the syncs {soak.unfinished['begun']} were undone and {soak.unfinished['complete']} finished")
+        f"of the syncs {soak.unfinished['begun']} were undone and {soak.unfinished['published']} finished")
     say(f"{count} examples acknowledged, each trained once; weights and optimizer state are byte for byte those without kills")
     say(f"every generation intact; at work again after {statistics.median(soak.recoveries):.2f} s (median), "
         f"{max(soak.recoveries):.2f} s (worst)")

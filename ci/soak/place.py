@@ -49,7 +49,7 @@ class Place:
         """Start the daemon. Returns the seconds until it was ready."""
         began = time.monotonic()
         self.daemon = Daemon(self.options, self.folder, self.model, {"socket": str(self.socket)},
-                             train=dict(lr=2e-4, rank=16, update_proj_gap=7, batch_examples=1))
+                             train=dict(lr=2e-4, rank=16, update_proj_gap=7, batch_examples=1, threads=1))
         self.wait_at_work(None)
         return time.monotonic() - began
 
@@ -79,15 +79,15 @@ class Place:
         require(run.returncode == 0, f"checkpoint verify: {run.stdout}")
 
     def unfinished_sync(self):
-        """What the model directory holds of a sync that did not come to its end: "complete", the journal that finishes it;
-        "begun", less than that; or None."""
-        numbers = lambda folder: [int(n) for f in os.listdir(self.state / folder) if (n := f.partition(".")[0]).isdigit()]
+        """What the model directory holds of a sync that did not come to its end: "begun", a state without its generation;
+        "published", a generation whose journal is still to be put away; or None."""
         with contextlib.suppress(FileNotFoundError):
-            journals = [name for name in os.listdir(self.state) if name.startswith("journal")]
-            if "journal" in journals:
-                return "complete"
-            if journals or max(numbers("state"), default=0) > max(numbers("generations"), default=0):
+            numbers = lambda folder, suffix: [int(name.removesuffix(suffix)) for name in os.listdir(self.state / folder)
+                                              if name.removesuffix(suffix).isdigit()]
+            if max(numbers("state", ""), default=0) > max(numbers("generations", ".json"), default=0):
                 return "begun"
+            if (self.state / "journal").exists():
+                return "published"
         return None
 
     def bytes(self):
