@@ -99,7 +99,7 @@ class Soak:
             answered(f"{self.place.daemon.base}/v1/checkpoint?wait=false", {})
             while not self.place.unfinished_sync() and time.monotonic() < end:
                 pass
-            time.sleep(fraction * 0.7 * self.sync_s)
+            time.sleep(fraction * 0.4 * self.sync_s)
         elif aim == "applying":
             look = lambda: [self.memory.map[at:at + LOOK] for at in self.looks]
             first = look()

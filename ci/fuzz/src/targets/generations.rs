@@ -62,10 +62,14 @@ pub const GENERATIONS: Target = Target {
             let bytes = if *name == JOURNAL { &made.files[DELTA] } else { &made.files[*name] };
             seeds.push([&[number], &bytes[..]].concat());
             if name.ends_with(".json") {
-                seeds.push([&[number | FIT], &bytes[..bytes.len() - SEAL_LEN - AFTER_SEAL.len()]].concat());
+                let document = &bytes[..bytes.len() - SEAL_LEN - AFTER_SEAL.len()];
+                assert!(with_seal(document) == *bytes, "another seal than this crate's");
+                seeds.push([&[number | FIT], document].concat());
             } else if *name == JOURNAL || name.ends_with(".delta") {
-                seeds.push([&[number | FIT], &without_sums(bytes)[..]].concat());
-                seeds.push([&[number | FIT | AFTER], &without_sums(bytes)[..]].concat());
+                let frames = without_sums(bytes);
+                assert!(with_sums(&frames) == *bytes, "other sums than this crate's");
+                seeds.push([&[number | FIT], &frames[..]].concat());
+                seeds.push([&[number | FIT | AFTER], &frames[..]].concat());
             }
         }
         seeds
@@ -149,20 +153,21 @@ fn with_seal(document: &[u8]) -> Vec<u8> {
     [document, seal.as_bytes(), AFTER_SEAL].concat()
 }
 
-/// The frames of a journal, each with its sum, and the total: what [`without_sums`] took away.
+/// The frames of a journal, each with its sum, and the total over these: what [`without_sums`] took away.
 fn with_sums(frames: &[u8]) -> Vec<u8> {
     let (magic, mut rest) = frames.split_at(frames.len().min(MAGIC_LEN));
-    let mut out = magic.to_vec();
+    let (mut out, mut total) = (magic.to_vec(), blake3::Hasher::new());
     while let Some((head, body)) = rest.split_first_chunk::<8>() {
         let wanted = u32::from_le_bytes(*head.last_chunk().expect("4 of 8 bytes")) as usize;
         let (body, later) = body.split_at(wanted.min(body.len()));
         let frame = [&head[..4], &(body.len() as u32).to_le_bytes(), body].concat();
+        let sum = blake3::hash(&frame);
         out.extend(&frame);
-        out.extend(&blake3::hash(&frame).as_bytes()[..8]);
+        out.extend(&sum.as_bytes()[..8]);
+        total.update(&sum.as_bytes()[..8]);
         rest = later;
     }
-    let total = blake3::hash(&out);
-    out.extend(total.as_bytes());
+    out.extend(total.finalize().as_bytes());
     out
 }
 
