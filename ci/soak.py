@@ -96,10 +96,12 @@ class Soak:
         """Wait for a moment of this kind, as far as it can be seen from outside."""
         fraction, end = self.plan.random(), time.monotonic() + 2
         if aim == "syncing":
+            written = lambda: (self.place.model / "model.safetensors").stat().st_mtime_ns
+            before, among = written(), self.plan.random() < 0.5
             answered(f"{self.place.daemon.base}/v1/checkpoint?wait=false", {})
-            while not self.place.unfinished_sync() and time.monotonic() < end:
+            while not (written() != before if among else self.place.unfinished_sync()) and time.monotonic() < end:
                 pass
-            time.sleep(fraction * 0.4 * self.sync_s)
+            time.sleep(fraction * (0.1 if among else 0.5) * self.sync_s)
         elif aim == "applying":
             look = lambda: [self.memory.map[at:at + LOOK] for at in self.looks]
             first = look()
@@ -114,6 +116,7 @@ class Soak:
         place, trainer = self.place, status["trainer_pid"]
         # As if more had been trained: so that requests are under way when the kill comes.
         self.poster.trained += self.plan.randrange(BACKLOG)
+        files = place.weights()
         self.aim(aim)
         if victim != "supervisor":
             with contextlib.suppress(ProcessLookupError):
@@ -123,6 +126,8 @@ class Soak:
         began = time.monotonic()
         wait_dead(trainer)
         unfinished = place.unfinished_sync()
+        if unfinished == "begun" and place.weights() != files:
+            unfinished = "in the files"
         if not unfinished:
             self.left.append(digest(self.memory))
         if victim == "trainer":
@@ -146,7 +151,7 @@ class Soak:
             self.steps(1)
             self.sync()
         left = f"sync {unfinished}" if unfinished else "no sync"
-        say(f"kill {number + 1:3} of {self.kills}: {victim:10} {left:13}  at work after {took:.2f} s, "
+        say(f"kill {number + 1:3} of {self.kills}: {victim:10} {left:17}  at work after {took:.2f} s, "
             f"generation {newest['generation']}, cursor {newest['cursor']}, {len(self.poster.ids)} acknowledged")
 
     def run(self):
@@ -193,6 +198,7 @@ def judge(soak, killed, control, between):
     computing = sum(left in between for left in soak.left)
     hit = dict(computing=computing, applying=len(soak.left) - computing, syncing=soak.kills - len(soak.left))
     missed = [kind for kind in CLASSES if hit[kind] * LEAST_SHARE < soak.kills]
+    require(soak.unfinished["in the files"], "no sync was cut short while it wrote the files: it proves nothing")
     require(not missed, f"too few kills hit {', '.join(missed)} ({hit}): it proves nothing")
     return hit
 
@@ -222,7 +228,8 @@ def main():
     shutil.rmtree(folder)
     say(f"{options.kills} kills ({', '.join(f'{hit[kind]} while {kind}' for kind in CLASSES)}; "
         f"{', '.join(f'{soak.victims[victim]} of {victim}' for victim in VICTIMS)}); "
-        f"of the syncs {soak.unfinished['begun']} were undone and {soak.unfinished['published']} finished")
+        f"of the syncs {soak.unfinished['begun']} had not reached the files, {soak.unfinished['in the files']} were among them, "
+        f"{soak.unfinished['published']} were published")
     say(f"{count} examples acknowledged, each trained once; weights and optimizer state are byte for byte those without kills")
     say(f"every generation intact; at work again after {statistics.median(soak.recoveries):.2f} s (median), "
         f"{max(soak.recoveries):.2f} s (worst)")

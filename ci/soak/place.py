@@ -10,7 +10,7 @@ import time
 import urllib.error
 
 from daemon import Daemon
-from harness import Process, free_port, http, require, wait_until
+from harness import Failed, Process, free_port, http, require, wait_until
 
 MODEL = pathlib.Path(__file__).resolve().parents[2] / "research" / "demo_model" / "model"
 
@@ -55,12 +55,18 @@ class Place:
 
     def wait_at_work(self, dead_trainer):
         """Wait for another trainer than the one that is dead. Returns the first status that shows it at work."""
+        status = None
+
         def at_work():
+            nonlocal status
             self.daemon.check()
-            status = self.status()
+            status = self.status() or status
             return status and status["trainer_pid"] not in (None, dead_trainer) and \
                 status["state"] in ("training", "idle", "syncing") and status
-        return wait_until("a trainer works again", at_work, 60, 0.005)
+        try:
+            return wait_until("a trainer works again", at_work, 20, 0.005)
+        except Failed as failure:
+            raise Failed(f"{failure}: {status and (status['state'], status.get('detail'))}") from failure
 
     def status(self):
         answer = answered(f"{self.daemon.base}/v1/status")
@@ -90,10 +96,13 @@ class Place:
                 return "published"
         return None
 
+    def weights(self):
+        """The file of the weights."""
+        return (self.model / "model.safetensors").read_bytes()
+
     def bytes(self):
         """Weights and optimizer state of the newest generation."""
-        state = self.state / "state" / str(self.daemon.generation())
-        return (self.model / "model.safetensors").read_bytes(), state.read_bytes()
+        return self.weights(), (self.state / "state" / str(self.daemon.generation())).read_bytes()
 
     def stop(self):
         for process in (self.daemon, self.engine):
