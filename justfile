@@ -13,6 +13,13 @@ ci:
 # one training step by phase, beside the machine's floor
 bench shape="qwen3-0.6b":
     cargo run --release -- bench step --shape {{shape}} --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5
+# look for inputs that break what is read from outside, so many seconds for each target
+fuzz seconds="120":
+    ci/fuzz.py --seconds {{seconds}}
+# kill the daemon and its trainer again and again; nothing may be lost and no file torn
+soak kills="500":
+    cargo build --release --locked
+    python3 ci/soak.py target/release/apollod --kills {{kills}}
 # licences and advisories of the dependencies
 deny:
     cargo deny check

@@ -35,10 +35,10 @@ def require(condition, complaint):
         raise Failed(complaint)
 
 
-def http(url, body=None, limit_s=120, raw=False):
+def http(url, body=None, limit_s=120, raw=False, headers=()):
     """(status, parsed JSON or text). GET, or POST of a JSON body. URLError if nobody listens."""
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data=data, headers={"content-type": "application/json"})
+    request = urllib.request.Request(url, data=data, headers={"content-type": "application/json", **dict(headers)})
     try:
         with urllib.request.urlopen(request, timeout=limit_s) as response:
             status, text = response.status, response.read().decode()

@@ -1,29 +1,8 @@
-//! apollod: a daemon that makes a language model learn while it is being served.
-//!
-//! A reader follows one example: `http` -> `queue` -> `supervisor` -> (the trainer child) `trainer` -> the live
-//! weights -> (`schedule`) the model directory.
-
-mod backend;
-mod bench;
-mod cli;
-mod config;
-mod demo;
-mod doctor;
-mod engine;
-mod examples;
-mod gguf;
-mod grads;
-mod http;
-mod protocol;
-mod queue;
-mod reading;
-mod schedule;
-mod supervisor;
-mod trainer;
-mod weights;
+//! The program `apollod`: see its library.
 
 use std::process::ExitCode;
 
+use apollod::cli;
 use clap::Parser;
 
 fn main() -> ExitCode {

@@ -194,7 +194,7 @@ impl SafetensorsDir {
                     name: tensor.name.clone(),
                     dtype,
                     shape: tensor.shape.clone(),
-                    strides: contiguous(&tensor.shape),
+                    strides: contiguous(&tensor.shape).expect("the header's check counted them"),
                     allocation: tensor.shard,
                     offset: tensor.offset,
                 })
@@ -264,9 +264,14 @@ impl SafetensorsDir {
     }
 }
 
-fn contiguous(shape: &[usize]) -> Vec<usize> {
-    // The product of the whole shape was checked against the tensor's bytes.
-    (0..shape.len()).map(|axis| shape[axis + 1..].iter().product()).collect()
+/// The strides of a tensor without gaps. None if they are too large to count: the size of a tensor bounds them, but not
+/// where a dimension is 0.
+pub(crate) fn contiguous(shape: &[usize]) -> Option<Vec<usize>> {
+    let mut strides = vec![1usize; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis].checked_mul(shape[axis])?;
+    }
+    Some(strides)
 }
 
 fn damaged(path: &Path, reason: String) -> Error {
@@ -351,8 +356,7 @@ fn parse_header(header: &[u8], data_bytes: u64) -> Result<Vec<(String, Entry)>, 
 fn check_size(name: &str, entry: &Entry) -> Result<(), String> {
     let bytes = entry.data_offsets.1 - entry.data_offsets.0;
     let elements = entry.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(u64::try_from(n).ok()?));
-    // Strides are products of the shape without its first axis, which a 0 there would not bound.
-    let strides = entry.shape.iter().skip(1).try_fold(1usize, |product, &n| product.checked_mul(n));
+    let strides = contiguous(&entry.shape);
     let size: u64 = match entry.dtype.as_str() {
         "BOOL" | "U8" | "I8" | "F8_E4M3" | "F8_E5M2" | "F8_E8M0" => 1,
         "U16" | "I16" | "F16" | "BF16" => 2,

@@ -77,6 +77,11 @@ const NEUTRAL: [(&str, f64); 12] = [
     ("attention_dropout", 0.0),
 ];
 
+/// More layers than any model has.
+const LAYERS_MAX: usize = 4096;
+/// The same of the length of a head.
+const HEAD_DIM_MAX: usize = 65_536;
+
 impl Config {
     /// Reads `config.json` of a model directory.
     pub fn read(model_dir: &Path) -> Result<Config, ConfigError> {
@@ -176,6 +181,13 @@ fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
         qk_norm: family == Family::Qwen3,
         tied: keys.flag("tie_word_embeddings")?,
     };
+    // Both are lengths of lists that are made before any weight is looked at.
+    if decoder.layers > LAYERS_MAX {
+        return keys.wrong("num_hidden_layers", "at most 4096");
+    }
+    if decoder.head_dim > HEAD_DIM_MAX {
+        return keys.wrong("head_dim", "at most 65536");
+    }
     if !decoder.heads.is_multiple_of(decoder.kv_heads) {
         return keys.wrong("num_key_value_heads", "a divisor of num_attention_heads");
     }
@@ -324,6 +336,8 @@ mod tests {
             ("rope_scaling", r#"{"rope_type":"dynamic","factor":2}"#, "dynamic"),
             ("layer_types", r#"["linear_attention"]"#, "layer_types"),
             ("head_dim", "127", "head_dim"),
+            ("head_dim", "4294967294", "head_dim"),
+            ("num_hidden_layers", "4294967295", "num_hidden_layers"),
             ("num_key_value_heads", "3", "num_key_value_heads"),
             ("hidden_size", "-1", "hidden_size"),
             ("hidden_size", "\"big\"", "hidden_size"),

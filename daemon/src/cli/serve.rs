@@ -6,7 +6,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
@@ -23,6 +23,9 @@ use crate::trainer;
 
 /// How long open connections may take once the trainer is done.
 const CONNECTIONS_PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long the lock of a daemon that was killed is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// `apollod serve`
 #[derive(Debug, Args)]
@@ -175,15 +178,41 @@ fn write_private(path: &Path, text: &str) -> Result<()> {
         .with_context(|| format!("cannot write {}", path.display()))
 }
 
-/// One daemon per model directory.
+/// One daemon per model directory. One that was killed while it started a trainer leaves its lock for a moment to that
+/// process, which is not a trainer yet.
 fn lock(path: &Path) -> Result<File> {
     let file = File::options().write(true).create(true).truncate(false).open(path);
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => {
-            bail!("another apollod serves this model directory ({} is locked)", path.display())
+    let patience = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(TryLockError::WouldBlock) if Instant::now() < patience => std::thread::sleep(LOCK_PATIENCE / 100),
+            Err(TryLockError::WouldBlock) => {
+                bail!("another apollod serves this model directory ({} is locked)", path.display())
+            }
+            Err(TryLockError::Error(error)) => {
+                return Err(error).with_context(|| format!("cannot lock {}", path.display()));
+            }
         }
-        Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_that_is_about_to_be_let_go_is_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("serve.lock");
+        let held = lock(&path).unwrap();
+        assert!(lock(&path).unwrap_err().to_string().contains("another apollod"));
+        let letting_go = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            drop(held);
+        });
+        lock(&path).unwrap();
+        letting_go.join().unwrap();
     }
 }

@@ -21,10 +21,14 @@ impl Templates {
         tools: Option<&Value>,
     ) -> Result<Prepared, Refusal> {
         let mut ids = self.render(messages, tools, false)?;
-        let spans = decisions
-            .iter()
-            .map(|&index| self.decision_span(messages, index, tools, &ids))
-            .collect::<Result<Vec<_>, _>>()?;
+        // The last first: it says how long the example is, and every decision of one that is too long would be rendered
+        // twice, a time that grows as its square.
+        let mut spans = Vec::with_capacity(decisions.len());
+        for &index in decisions.iter().rev() {
+            spans.push(self.decision_span(messages, index, tools, &ids)?);
+            self.check_length(spans[0].end)?;
+        }
+        spans.reverse();
         ids.truncate(spans.last().map_or(0, |span| span.end));
         Ok(Prepared { ids, spans })
     }
@@ -108,6 +112,15 @@ mod tests {
         (dir, templates)
     }
 
+    /// Writes the last message as it is and those before in capitals.
+    const LAST_DIFFERS: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}{{ m.content | upper }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+    fn two_answers(first: &str, second: &str) -> Value {
+        json!({"messages": [
+            {"role": "system", "content": ""}, {"role": "assistant", "content": first, "weight": 1},
+            {"role": "user", "content": "B"}, {"role": "assistant", "content": second, "weight": 1}]})
+    }
+
     fn shown(templates: &Templates, prepared: &Prepared) -> Vec<String> {
         prepared.spans.iter().map(|span| templates.tokens.decode_all(&prepared.ids[span.clone()])).collect()
     }
@@ -160,15 +173,18 @@ mod tests {
 
     #[test]
     fn an_earlier_answer_that_is_rendered_differently_later_is_refused() {
-        let (_dir, templates) = templates(
-            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.last %}{{ m.content }}{% else %}{{ m.content | upper }}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-        );
-        let messages = json!([
-            {"role": "system", "content": ""}, {"role": "assistant", "content": "one", "weight": 1},
-            {"role": "user", "content": "B"}, {"role": "assistant", "content": "two", "weight": 1}]);
-        let refusal = templates.prepare(&json!({ "messages": messages })).unwrap_err();
+        let (_dir, templates) = templates(LAST_DIFFERS);
+        let refusal = templates.prepare(&two_answers("one", "two")).unwrap_err();
         assert_eq!(refusal.field.as_deref(), Some("messages[1]"));
         assert!(refusal.reason.contains("once the conversation goes on"), "{refusal}");
+    }
+
+    /// Every decision is rendered twice, so a long body with many of them would keep the daemon busy for hours.
+    #[test]
+    fn what_is_too_long_is_refused_before_every_decision_was_looked_at() {
+        let (_dir, templates) = templates(LAST_DIFFERS);
+        let refusal = templates.prepare(&two_answers("one", &"long".repeat(3000))).unwrap_err();
+        assert!(refusal.reason.contains("train.max_tokens is 10000"), "{refusal}");
     }
 
     #[test]

@@ -111,14 +111,16 @@ impl Templates {
             Form::Text { context, decision, append_eos } => self.text(context, decision, *append_eos)?,
             Form::Ids { context, decision } => self.ids(context, decision)?,
         };
-        if prepared.ids.len() > self.max_tokens {
-            return Err(Refusal::whole(format!(
-                "{} tokens, train.max_tokens is {}: shorten it or raise the limit",
-                prepared.ids.len(),
-                self.max_tokens
-            )));
-        }
+        self.check_length(prepared.ids.len())?;
         Ok((example, prepared))
+    }
+
+    fn check_length(&self, tokens: usize) -> Result<(), Refusal> {
+        if tokens <= self.max_tokens {
+            return Ok(());
+        }
+        let limit = self.max_tokens;
+        Err(Refusal::whole(format!("{tokens} tokens, train.max_tokens is {limit}: shorten it or raise the limit")))
     }
 
     /// The tokens of a conversation that waits for the model's answer.

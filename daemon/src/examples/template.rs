@@ -20,6 +20,9 @@ use super::tokens::{read_json, token_text};
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token"];
 
+/// Widest indent of `tojson`, in spaces; a line of a deep value has many.
+const INDENT_MAX: usize = 64;
+
 /// A model's chat template with its special tokens.
 pub(super) struct ChatTemplate {
     default: String,
@@ -139,6 +142,9 @@ fn environment() -> Environment<'static> {
 /// `json.dumps(value, ensure_ascii=False, indent=indent)`.
 fn tojson(value: &Jinja, _positional: Rest<Jinja>, options: Kwargs) -> Result<Jinja, Error> {
     let indent: Option<usize> = options.get("indent")?;
+    if indent > Some(INDENT_MAX) {
+        return Err(Error::new(ErrorKind::InvalidOperation, format!("tojson indents by {INDENT_MAX} at most")));
+    }
     let bad = |error: serde_json::Error| Error::new(ErrorKind::BadSerialization, error.to_string());
     let mut bytes = Vec::new();
     match indent {
@@ -176,17 +182,18 @@ fn plain_jinja(template: &str) -> String {
     let mut out = String::with_capacity(template.len());
     let mut rest = template;
     while let Some(open) = rest.find("{%") {
-        let Some(length) = rest[open..].find("%}") else { break };
-        let tag = &rest[open + 2..open + length];
+        let inside = open + 2;
+        let Some(length) = rest[inside..].find("%}") else { break };
+        let tag = &rest[inside..inside + length];
         let name = tag.trim_matches(|c: char| c == '-' || c == '+' || c.is_whitespace());
-        out.push_str(&rest[..open + 2]);
+        out.push_str(&rest[..inside]);
         match name {
             "generation" => out.push_str(&tag.replace(name, "if true")),
             "endgeneration" => out.push_str(&tag.replace(name, "endif")),
             _ => out.push_str(tag),
         }
         out.push_str("%}");
-        rest = &rest[open + length + 2..];
+        rest = &rest[inside + length + 2..];
     }
     out.push_str(rest);
     out
@@ -220,6 +227,19 @@ mod tests {
     #[test]
     fn special_tokens_are_variables() {
         assert_eq!(render("{{ bos_token }}x{{ eos_token }}{{ pad_token }}", json!([])).unwrap(), "<s>x</s>");
+    }
+
+    #[test]
+    fn tojson_does_not_indent_without_bound() {
+        let refusal = render("{{ messages | tojson(indent=9999999999999) }}", json!([])).unwrap_err();
+        assert!(refusal.contains("64 at most"), "{refusal}");
+    }
+
+    #[test]
+    fn a_tag_that_is_its_own_end_is_refused() {
+        assert_eq!(plain_jinja("{%}{{ a }}"), "{%}{{ a }}");
+        assert_eq!(plain_jinja("{%}{% generation %}"), "{%}{% generation %}");
+        assert_eq!(plain_jinja("{%- generation %}{% endgeneration -%}"), "{%- if true %}{% endif -%}");
     }
 
     #[test]

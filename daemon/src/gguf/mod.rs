@@ -12,6 +12,7 @@ mod tokenizer;
 pub use architecture::check;
 pub use export::export;
 pub use tensors::compare;
+pub use tokenizer::metadata as tokenizer_metadata;
 
 use crate::weights::ModelFiles;
 use anyhow::{Context, Result, bail};

@@ -93,9 +93,9 @@ fn pre_tokenizer(json: &Value) -> Result<&'static str> {
     if normalized || byte_level["add_prefix_space"] == true {
         bail!("tokenizer.json normalizes texts ({normalizer}, add_prefix_space), which llama.cpp would not");
     }
-    let splits = match json["pre_tokenizer"]["pretokenizers"].as_array() {
-        Some(list) => &list[..list.len() - 1],
-        None => &[],
+    let splits = match json["pre_tokenizer"]["pretokenizers"].as_array().map(Vec::as_slice) {
+        Some([splits @ .., _]) => splits,
+        _ => &[],
     };
     let (name, ignore_merges) = match (splits, byte_level["use_regex"] != false) {
         ([], true) => ("gpt-2", false),
@@ -200,6 +200,9 @@ mod tests {
             assert!(name(&byte_level(split(regex), !ignore_merges)).unwrap_err().contains("ignore_merges"), "{pre}");
             assert!(name(&byte_level(split(&regex[1..]), ignore_merges)).unwrap_err().contains("no name"), "{pre}");
         }
+        let mut empty = plain.clone();
+        empty["pretokenizers"] = json!([]);
+        assert_eq!(name(&byte_level(empty, false)), Ok("gpt-2"));
         let mut prefixed = plain.clone();
         prefixed["add_prefix_space"] = true.into();
         assert!(name(&byte_level(prefixed, false)).is_err());

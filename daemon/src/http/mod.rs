@@ -26,6 +26,7 @@ use crate::examples::Templates;
 use crate::queue::Queue;
 use crate::supervisor::Handle;
 
+pub use body::{Item, items};
 pub use control::GenerationView;
 pub use problem::Problem;
 

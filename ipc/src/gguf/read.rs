@@ -5,6 +5,7 @@
 use super::{ALIGNMENT, ALIGNMENT_KEY, GgufValue, MAGIC, dtype_of};
 use crate::Error;
 use crate::process::FileSet;
+use crate::safetensors_dir::contiguous;
 use memmap2::Mmap;
 use std::collections::HashSet;
 use std::fs::File;
@@ -135,7 +136,7 @@ impl GgufFile {
                 Ok(ServerTensor {
                     name: tensor.name.clone(),
                     dtype,
-                    strides: (0..tensor.shape.len()).map(|axis| tensor.shape[axis + 1..].iter().product()).collect(),
+                    strides: contiguous(&tensor.shape).expect("counted when the header was read"),
                     shape: tensor.shape.clone(),
                     allocation: 0,
                     offset: tensor.offset,
@@ -254,8 +255,7 @@ fn descriptions(cursor: &mut Cursor, count: usize) -> Result<Vec<GgufTensor>, St
 /// Makes a tensor's offset one from the start of the file, if its data lie in the file.
 fn place(tensor: &mut GgufTensor, data_start: u64, alignment: u64, file_bytes: u64) -> Result<(), String> {
     let elements = tensor.shape.iter().try_fold(1u64, |product, &n| product.checked_mul(n as u64));
-    // Strides are products of the shape without its first axis, which a 0 there would not bound.
-    let bounded = tensor.shape.iter().skip(1).try_fold(1usize, |product, &n| product.checked_mul(n)).is_some();
+    let bounded = contiguous(&tensor.shape).is_some();
     // A type that cannot be trained is refused by name later on; its bytes are not read.
     let size = dtype_of(tensor.type_id).map_or(0, |dtype: Dtype| dtype.size() as u64);
     let start = data_start.checked_add(tensor.offset).filter(|start| *start <= file_bytes && bounded);

@@ -1,0 +1,25 @@
+//! apollod: a daemon that makes a language model learn while it is being served.
+//!
+//! A reader follows one example: `http` -> `queue` -> `supervisor` -> (the trainer child) `trainer` -> the live
+//! weights -> (`schedule`) the model directory.
+//!
+//! The program is [`cli`]; what else is public reads what comes from outside, so that it can be fuzzed (`ci/fuzz`).
+
+mod backend;
+mod bench;
+pub mod cli;
+pub mod config;
+mod demo;
+mod doctor;
+mod engine;
+pub mod examples;
+pub mod gguf;
+mod grads;
+pub mod http;
+mod protocol;
+mod queue;
+mod reading;
+mod schedule;
+mod supervisor;
+mod trainer;
+mod weights;
