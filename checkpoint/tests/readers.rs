@@ -82,6 +82,11 @@ fn a_reader_waits_for_a_sync_to_end() {
     let mut live = make_model(dir.path(), true, 0, 4);
     let mut checkpoint = open(dir.path());
     live.train(&mut Rng(5), 9);
+    // One that has not begun its journal yet is waited for too.
+    let sync = File::open(dir.path().join(".apollod/readers")).unwrap();
+    sync.lock().unwrap();
+    assert!(matches!(Reading::begin_within(dir.path(), SHORT), Err(Error::Busy { .. })));
+    drop(sync);
     let reading = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
