@@ -21,7 +21,7 @@ use std::sync::Arc;
 const LOOKUP_BYTES: usize = 256 << 20;
 
 /// Where projections come from instead of the seed: (refresh, rank, dim) -> P (rank, dim).
-pub type ProjectionSource = Box<dyn Fn(u64, usize, usize) -> Vec<f32> + Send>;
+pub type ProjectionSource = Box<dyn Fn(u64, usize, usize) -> Vec<f32> + Send + Sync>;
 
 /// Moments and norms of all tensors of a model, and the rule that applies them.
 pub struct Optimizer<D: Device> {

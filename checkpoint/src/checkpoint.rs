@@ -145,7 +145,8 @@ impl Checkpoint {
         Ok((checkpoint, recovery))
     }
 
-    /// Writes the live weights that differ into the files, with the optimizer state that `state` writes,
+    /// Writes the live weights that differ into the files, with the optimizer state that `state` writes on
+    /// another thread,
     /// as a new generation. `report` is told done and total, in bytes of weights; done is total when all of it is durable.
     ///
     /// Whoever loads the model ([`crate::Reading`]) is waited for, and kept waiting until the generation is published.
@@ -156,7 +157,7 @@ impl Checkpoint {
     pub fn sync(
         &mut self,
         live: &dyn LiveWeights,
-        state: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+        state: &mut (dyn FnMut(&mut dyn Write) -> io::Result<()> + Send),
         progress: Progress,
         report: &mut dyn FnMut(u64, u64),
     ) -> Result<SyncReport> {

@@ -70,7 +70,7 @@ impl fmt::Display for RollbackReport {
 }
 
 /// Writes the optimizer state.
-pub(crate) type WriteState<'a> = dyn FnMut(&mut dyn Write) -> io::Result<()> + 'a;
+pub(crate) type WriteState<'a> = dyn FnMut(&mut dyn Write) -> io::Result<()> + Send + 'a;
 
 /// What a new generation will be, beside its bytes.
 pub(crate) struct Draft<'a> {
@@ -138,7 +138,6 @@ fn fill(
     let number = current.generation + 1;
     check_space(disk, paths, space_needed(current, source.bytes()))?;
     let before = sums::load_or_rebuild(disk, paths, current)?;
-    let state = state.map(|state| write_state(disk, paths, number, state)).transpose()?;
     let head = Head {
         generation: number,
         previous: current.generation,
@@ -159,13 +158,10 @@ fn fill(
         },
         take: |compared: Compared| segments.take(compared),
     };
-    pipeline::run(draft.threads, stages)?;
+    let write_state = || state.map(|state| write_state(disk, paths, number, state)).transpose();
+    let (state, ()) = pipeline::both(draft.threads, write_state, || pipeline::run(draft.threads, stages))?;
     segments.end()?;
     let tensors = new_tensors(&draft, current, &segments)?;
-    let state = state.map(|(file, sum)| file.sync().map(|()| sum)).transpose()?;
-    if state.is_some() {
-        disk.sync_dir(&paths.root.join("state"))?;
-    }
     let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
     let created_unix = disk.now_unix();
     let Segments { writer, blocks_total, blocks_changed, bytes_changed, .. } = segments;
@@ -336,6 +332,7 @@ struct HashingWriter {
 impl Write for HashingWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let n = self.file.write(buf)?;
+        self.file.start_writing(self.hasher.count(), n as u64);
         self.hasher.update(&buf[..n]);
         Ok(n)
     }
@@ -345,16 +342,17 @@ impl Write for HashingWriter {
     }
 }
 
-/// Writes `state/G`, which is not durable yet.
-fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) -> Result<(DiskFile, StateSum)> {
+/// Writes `state/G`. Until the generation is published the file means nothing.
+fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) -> Result<StateSum> {
     let path = paths.state(number);
     let inner = HashingWriter { file: disk.create(&path)?, hasher: blake3::Hasher::new() };
     let mut out = BufWriter::with_capacity(1 << 20, inner);
     write(&mut out).map_err(Error::io("write", &path))?;
     let HashingWriter { file, hasher } =
         out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;
-    let blake3 = hasher.finalize().to_hex().to_string();
-    Ok((file, StateSum { bytes: hasher.count(), blake3 }))
+    file.sync()?;
+    disk.sync_dir(&paths.root.join("state"))?;
+    Ok(StateSum { bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
 }
 
 #[cfg(test)]

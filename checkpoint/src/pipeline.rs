@@ -7,6 +7,23 @@ use std::thread;
 
 use crate::error::Result;
 
+/// Does two things side by side, or one after the other with one thread. The first's error comes first.
+pub(crate) fn both<A: Send, B>(
+    threads: usize,
+    first: impl FnOnce() -> Result<A> + Send,
+    second: impl FnOnce() -> Result<B>,
+) -> Result<(A, B)> {
+    if threads <= 1 {
+        return Ok((first()?, second()?));
+    }
+    thread::scope(|scope| {
+        let first = scope.spawn(first);
+        let second = second();
+        let first = first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        Ok((first?, second?))
+    })
+}
+
 /// Jobs that are under way at once, for each thread that does them.
 const IN_FLIGHT: usize = 16;
 
