@@ -200,7 +200,10 @@ impl Checkpoint {
         let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
         // Whether it has its name is for the next open to see.
         self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
-        prune(&self.disk, &self.paths, number, self.options.keep)?;
+        if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
+            self.unusable = Some(source.to_string());
+            return Err(Error::Interrupted { generation: number, source: Box::new(source) });
+        }
         Ok(&self.current)
     }
 

@@ -193,6 +193,10 @@ fn fill(
         restorable: true,
     };
     writer.finish(&generation)?;
+    if blocks_changed == 0 {
+        // No segment has made the journal's name durable.
+        disk.sync_dir(&paths.root)?;
+    }
     Ok(generation)
 }
 
