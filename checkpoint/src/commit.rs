@@ -163,9 +163,8 @@ fn fill(
     segments.end()?;
     let tensors = new_tensors(&draft, current, &segments)?;
     let state = state.map(|(file, sum)| file.sync().map(|()| sum)).transpose()?;
-    if state.is_some() {
-        disk.sync_dir(&paths.root.join("state"))?;
-    }
+    // Also where there is none: what a sync that failed has removed must not be back beside this generation.
+    disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
     let created_unix = disk.now_unix();
     let Segments { writer, blocks_total, blocks_changed, bytes_changed, .. } = segments;
@@ -193,10 +192,6 @@ fn fill(
         restorable: true,
     };
     writer.finish(&generation)?;
-    if blocks_changed == 0 {
-        // No segment has made the journal's name durable.
-        disk.sync_dir(&paths.root)?;
-    }
     Ok(generation)
 }
 
@@ -250,6 +245,8 @@ pub(crate) fn record_files(
         tensors.push(tensor_sum(tensor, sums::root(&sums)));
         block_sums.push(sums);
     }
+    // What a sync that failed has removed must not be back beside this generation.
+    disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &block_sums)?;
     let created_unix = disk.now_unix();
     let generation = Generation {

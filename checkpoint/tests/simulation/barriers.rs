@@ -9,7 +9,8 @@ use crate::states::{Plan, Tears};
 
 /// What a barrier is of.
 fn role(op: &Op) -> Option<&'static str> {
-    let inside = |path: &Path| path.parent().and_then(Path::file_name).and_then(|name| name.to_str()).map(str::to_string);
+    let inside =
+        |path: &Path| path.parent().and_then(Path::file_name).and_then(|name| name.to_str()).map(str::to_string);
     let name = op.path().file_name()?.to_str()?;
     match op {
         Op::Sync { path, .. } => Some(match inside(path)?.as_str() {

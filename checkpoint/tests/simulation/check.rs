@@ -97,12 +97,17 @@ impl Outcomes {
         if let Some(want) = &outcome.names {
             let is = names(image);
             if let Some(name) = is.symmetric_difference(want).next() {
-                return Err(format!("{} is {}", name.display(), if want.contains(name) { "missing" } else { "left over" }));
+                return Err(format!(
+                    "{} is {}",
+                    name.display(),
+                    if want.contains(name) { "missing" } else { "left over" }
+                ));
             }
         }
         let disk = SimulatedDisk::new(image);
         let checkpoint = world.open(&disk).map_err(|error| format!("open again: {error}"))?;
-        if checkpoint.current().generation != generation || disk.live().hash(Some(&lock())) != image.hash(Some(&lock())) {
+        if checkpoint.current().generation != generation || disk.live().hash(Some(&lock())) != image.hash(Some(&lock()))
+        {
             return Err(format!("a second open makes something else of it: {checkpoint}"));
         }
         expect_known(world, &checkpoint, &disk, known)?;

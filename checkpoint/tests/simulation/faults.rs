@@ -41,7 +41,9 @@ fn a_fault_at_any_operation_leaves_one_generation_and_a_handle_that_works_or_ref
                 let old = disk.live();
                 disk.set_faults(Faults { short: Some(after), fail: Some((fault, after)) });
                 let result = match opened {
-                    Some(mut checkpoint) => history.run(&mut checkpoint, step).map_err(|error| (error, Some(checkpoint))),
+                    Some(mut checkpoint) => {
+                        history.run(&mut checkpoint, step).map_err(|error| (error, Some(checkpoint)))
+                    }
                     None => world.open(&disk).map(drop).map_err(|error| (error, None)),
                 };
                 let hit = disk.hit();
@@ -71,7 +73,8 @@ fn a_fault_at_any_operation_leaves_one_generation_and_a_handle_that_works_or_ref
                         } else {
                             outcomes = Outcomes::new(history, step, &world_after_open(&scene), None);
                         }
-                        let is = outcomes.open(&disk).unwrap_or_else(|wrong| panic!("{context}: {error}, and then {wrong}"));
+                        let is =
+                            outcomes.open(&disk).unwrap_or_else(|wrong| panic!("{context}: {error}, and then {wrong}"));
                         assert!([old, new].contains(&is), "{context}: {is}");
                     }
                 }

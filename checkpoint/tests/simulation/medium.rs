@@ -97,16 +97,43 @@ pub enum Node {
 /// One operation that changed something, or a barrier. Names are as they were when the file was opened.
 #[derive(Debug, Clone)]
 pub enum Op {
-    Write { file: FileId, path: Arc<Path>, at: usize, bytes: Arc<[u8]> },
-    SetLen { file: FileId, path: Arc<Path>, bytes: usize },
-    Sync { file: FileId, path: Arc<Path> },
+    Write {
+        file: FileId,
+        path: Arc<Path>,
+        at: usize,
+        bytes: Arc<[u8]>,
+    },
+    SetLen {
+        file: FileId,
+        path: Arc<Path>,
+        bytes: usize,
+    },
+    Sync {
+        file: FileId,
+        path: Arc<Path>,
+    },
     /// An fsync that said EIO: some of it may be on the disk, and no later fsync writes the rest.
-    SyncFailed { file: FileId, path: Arc<Path> },
-    Create { path: PathBuf, node: Node },
-    Rename { from: PathBuf, to: PathBuf },
-    Remove { path: PathBuf },
-    SyncDir { dir: PathBuf },
-    SyncDirFailed { dir: PathBuf },
+    SyncFailed {
+        file: FileId,
+        path: Arc<Path>,
+    },
+    Create {
+        path: PathBuf,
+        node: Node,
+    },
+    Rename {
+        from: PathBuf,
+        to: PathBuf,
+    },
+    Remove {
+        path: PathBuf,
+    },
+    SyncDir {
+        dir: PathBuf,
+    },
+    SyncDirFailed {
+        dir: PathBuf,
+    },
 }
 
 impl Op {
@@ -185,9 +212,7 @@ impl Image {
             let Node::File(file) = node else { continue };
             match *first.entry(*file).or_insert(i) {
                 same if same < i => hasher.update(&[2]).update(&(same as u64).to_le_bytes()),
-                _ => {
-                    hasher.update(&[1]).update(self.files[*file].hash())
-                }
+                _ => hasher.update(&[1]).update(self.files[*file].hash()),
             };
         }
         *hasher.finalize().as_bytes()
@@ -464,7 +489,8 @@ impl Medium {
         };
         let mut forced = Vec::new();
         for (path, name) in self.names.iter().filter(|(_, name)| name.versions.len() > 1) {
-            let before = name.versions.iter().skip(1).take_while(|(seq, _)| *seq <= name.synced && !waits(*seq)).count();
+            let before =
+                name.versions.iter().skip(1).take_while(|(seq, _)| *seq <= name.synced && !waits(*seq)).count();
             forced.push((path.clone(), before));
         }
         for (path, last) in forced {
@@ -472,7 +498,8 @@ impl Medium {
         }
         let pending = |path: &PathBuf, seq: u64| self.names[path.as_os_str()].versions[0].0 < seq;
         let done = |seq: u64, (from, to): &(PathBuf, PathBuf)| !pending(from, seq) && !pending(to, seq);
-        let done: Vec<u64> = self.renames.iter().filter(|(seq, names)| done(**seq, names)).map(|(seq, _)| *seq).collect();
+        let done: Vec<u64> =
+            self.renames.iter().filter(|(seq, names)| done(**seq, names)).map(|(seq, _)| *seq).collect();
         done.iter().for_each(|seq| drop(self.renames.remove(seq)));
     }
 
@@ -485,7 +512,8 @@ impl Medium {
             let versions = name.versions.iter().map(|(_, node)| *node).collect();
             names.push(NameChoice { path: path.path().into(), versions });
         }
-        let position = |path: &PathBuf, seq: u64| self.names[path.as_os_str()].versions.iter().position(|(at, _)| *at >= seq);
+        let position =
+            |path: &PathBuf, seq: u64| self.names[path.as_os_str()].versions.iter().position(|(at, _)| *at >= seq);
         let mut links = Vec::new();
         for (seq, (from, to)) in &self.renames {
             // A name that is not among the choices is certain, and has passed the rename.
@@ -507,7 +535,9 @@ impl Medium {
             }
         }
         let open = self.files.iter().enumerate().filter(|(i, file)| reachable[*i] && !file.is_certain());
-        let files = open.map(|(i, file)| file.choice(i, is_model[i])).filter(|file| !file.sectors.is_empty() || file.lens.len() > 1);
+        let files = open
+            .map(|(i, file)| file.choice(i, is_model[i]))
+            .filter(|file| !file.sectors.is_empty() || file.lens.len() > 1);
         Choices { names, files: files.collect(), held, links }
     }
 
@@ -554,9 +584,10 @@ impl Medium {
             }
             let runs: Vec<String> =
                 runs.iter().map(|(from, to, version, of)| format!("{from}..{to} version {version} of {of}")).collect();
-            let path = self.names.iter().find(|(_, name)| {
-                name.versions.iter().any(|(_, node)| *node == Some(Node::File(choice.file)))
-            });
+            let path = self
+                .names
+                .iter()
+                .find(|(_, name)| name.versions.iter().any(|(_, node)| *node == Some(Node::File(choice.file))));
             let path = path.map_or("?".into(), |(path, _)| path.path().display().to_string());
             writeln!(text, "  content {} ({path}): {} bytes, sectors {}", choice.file, pick.len, runs.join(", "))
                 .expect("a string");

@@ -14,7 +14,7 @@ use crate::check::{Outcomes, Scene, in_parallel, log_around};
 use crate::common::Rng;
 use crate::disk::{Fault, Faults, SimulatedDisk};
 use crate::medium::{Image, Medium, Op};
-use crate::states::{self, TORN_TWICE};
+use crate::states;
 use crate::world::{History, Shape, Step, World, is_uncertain};
 
 /// States that are drawn for each step.
@@ -147,7 +147,10 @@ impl Run {
             Err(error) => format!("it failed: {error}"),
         };
         let context = |error: String, log: &[Op]| {
-            format!("{step:?} from generation {old} with {short:?} {fail:?}; {told}\n{error}\n{}", log_around(log, log.len()))
+            format!(
+                "{step:?} from generation {old} with {short:?} {fail:?}; {told}\n{error}\n{}",
+                log_around(log, log.len())
+            )
         };
         // The process is started again, without a crash.
         let at_end = outcomes.open(&self.disk).map_err(|error| context(error, &self.disk.log()))?;
@@ -183,8 +186,7 @@ impl Run {
     /// Draws states of the step's log and opens each. Gives one of them.
     fn draw(&mut self, outcomes: &mut Outcomes, log: &[Op], allowed: &Allowed) -> Result<Option<Image>, String> {
         let end = log.len();
-        let mut positions: Vec<usize> =
-            (0..DRAWN).map(|_| self.began + self.rng.below(end + 1 - self.began)).collect();
+        let mut positions: Vec<usize> = (0..DRAWN).map(|_| self.began + self.rng.below(end + 1 - self.began)).collect();
         positions.sort_unstable();
         let (mut medium, mut at, mut chosen) = (self.medium.clone(), self.began, None);
         for position in positions {
@@ -206,8 +208,7 @@ impl Run {
                     None => disk,
                     Some(_) => self.failing_recovery(outcomes, &image, fail, allowed).map_err(context)?,
                 };
-                let tears = TORN_TWICE || !pick.is_torn();
-                self.again(outcomes, &image, &disk.log(), tears, allowed).map_err(context)?;
+                self.again(outcomes, &image, &disk.log(), allowed).map_err(context)?;
             }
             if chosen.is_none() || self.rng.below(20) == 0 {
                 chosen = Some(image);
@@ -235,14 +236,7 @@ impl Run {
     }
 
     /// Draws states of a recovery's log.
-    fn again(
-        &mut self,
-        outcomes: &mut Outcomes,
-        image: &Image,
-        log: &[Op],
-        tears: bool,
-        allowed: &Allowed,
-    ) -> Result<(), String> {
+    fn again(&mut self, outcomes: &mut Outcomes, image: &Image, log: &[Op], allowed: &Allowed) -> Result<(), String> {
         let mut positions: Vec<usize> = (0..8).map(|_| self.rng.below(log.len() + 1)).collect();
         positions.sort_unstable();
         let (mut medium, mut at) = (Medium::new(image, true), 0);
@@ -250,7 +244,7 @@ impl Run {
             log[at..position].iter().for_each(|op| medium.apply(op));
             at = position;
             let choices = medium.choices();
-            let pick = states::random(&choices, tears, &mut self.rng);
+            let pick = states::random(&choices, true, &mut self.rng);
             let image = medium.image(&choices, &pick);
             let context = |error: String| {
                 let error = crate::check::report(&error, &medium, &choices, &pick, log, position);

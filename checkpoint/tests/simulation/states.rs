@@ -40,9 +40,6 @@ pub enum Tears {
     EveryByte,
 }
 
-/// False: a sector is torn in a crash or in the crash of the recovery from it, not in both.
-pub const TORN_TWICE: bool = false;
-
 /// Calls `visit` with each state; the flag is false for those that are only there for the byte at which a sector is torn.
 pub type Visit<'a> = &'a mut dyn FnMut(&Pick, bool);
 
@@ -143,7 +140,9 @@ fn below(file: &FileChoice, len: usize) -> usize {
 /// All states of a file without tears, or those that are visited instead.
 fn whole(file: &FileChoice, limit: usize) -> Vec<FilePick> {
     let lens = lengths(file);
-    let count = |len: &usize| file.sectors[..below(file, *len)].iter().map(|(_, versions)| versions.len() as f64).product::<f64>();
+    let count = |len: &usize| {
+        file.sectors[..below(file, *len)].iter().map(|(_, versions)| versions.len() as f64).product::<f64>()
+    };
     let few = lens.iter().map(count).sum::<f64>() <= limit as f64;
     let mut all = Vec::new();
     for len in lens {
@@ -165,7 +164,8 @@ fn whole(file: &FileChoice, limit: usize) -> Vec<FilePick> {
             continue;
         }
         for cut in 0..=n {
-            let pattern = |new: &dyn Fn(usize) -> bool| (0..n).map(|i| if new(i) { newest[i] } else { 0 }).collect::<Vec<_>>();
+            let pattern =
+                |new: &dyn Fn(usize) -> bool| (0..n).map(|i| if new(i) { newest[i] } else { 0 }).collect::<Vec<_>>();
             add(&pattern(&|i| i < cut));
             add(&pattern(&|i| i >= cut));
             add(&pattern(&|i| i == cut));

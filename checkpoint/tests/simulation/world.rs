@@ -98,7 +98,8 @@ impl World {
         }
         let of = self.headers.len();
         if of > 1 {
-            let shards = self.placed.iter().enumerate().flat_map(|(shard, inside)| inside.iter().map(move |i| (i, shard)));
+            let shards =
+                self.placed.iter().enumerate().flat_map(|(shard, inside)| inside.iter().map(move |i| (i, shard)));
             let map: Vec<String> = shards.map(|(i, shard)| format!("\"t{i}\":\"{}\"", shard_name(shard, of))).collect();
             let index = format!("{{\"metadata\":{{}},\"weight_map\":{{{}}}}}", map.join(","));
             image.put(&model_dir().join("model.safetensors.index.json"), index.into_bytes());
@@ -287,7 +288,12 @@ impl History {
 }
 
 /// Fails unless an open checkpoint is exactly a generation: files, progress, optimizer state, checksums.
-pub fn expect_known(world: &World, checkpoint: &Checkpoint, disk: &SimulatedDisk, known: &Known) -> std::result::Result<(), String> {
+pub fn expect_known(
+    world: &World,
+    checkpoint: &Checkpoint,
+    disk: &SimulatedDisk,
+    known: &Known,
+) -> std::result::Result<(), String> {
     let now = checkpoint.current();
     let image = disk.live();
     for (path, bytes) in world.files(&known.weights) {
@@ -300,7 +306,10 @@ pub fn expect_known(world: &World, checkpoint: &Checkpoint, disk: &SimulatedDisk
         }
     }
     if now.progress != known.progress {
-        return Err(format!("generation {} with progress {:?}, not {:?}", now.generation, now.progress, known.progress));
+        return Err(format!(
+            "generation {} with progress {:?}, not {:?}",
+            now.generation, now.progress, known.progress
+        ));
     }
     let read = |error: &dyn std::fmt::Display| format!("the optimizer state: {error}");
     let mut state = None;
