@@ -29,3 +29,6 @@ gpu-build folder="target/gpu":
 # the PTX of the kernels, made anew
 kernels:
     ci/kernels.py --write
+# bugs planted in the checkpoint protocol, and which tests notice each
+mutants *args:
+    ci/mutants.py {{args}}

@@ -215,7 +215,10 @@ impl Checkpoint {
         let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
         // Whether it has its name is for the next open to see.
         self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
-        prune(&self.disk, &self.paths, number, self.options.keep)?;
+        if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
+            self.unusable = Some(source.to_string());
+            return Err(Error::Interrupted { generation: number, source: Box::new(source) });
+        }
         Ok(&self.current)
     }
 
@@ -266,6 +269,12 @@ impl Checkpoint {
     /// The model directory, as it was given.
     pub(crate) fn model_dir(&self) -> &Path {
         &self.paths.model
+    }
+
+    /// Why this handle refuses further work, if it does: after an error in the middle of a sync the directory has to be
+    /// opened again.
+    pub fn unusable(&self) -> Option<&str> {
+        self.unusable.as_deref()
     }
 
     pub(crate) fn usable(&self) -> Result<()> {

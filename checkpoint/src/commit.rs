@@ -162,6 +162,8 @@ fn fill(
     let (state, ()) = pipeline::both(draft.threads, write_state, || pipeline::run(draft.threads, stages))?;
     segments.end()?;
     let tensors = new_tensors(&draft, current, &segments)?;
+    // Also where there is none: what a sync that failed has removed must not be back beside this generation.
+    disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
     let created_unix = disk.now_unix();
     let Segments { writer, blocks_total, blocks_changed, bytes_changed, .. } = segments;
@@ -242,6 +244,8 @@ pub(crate) fn record_files(
         tensors.push(tensor_sum(tensor, sums::root(&sums)));
         block_sums.push(sums);
     }
+    // What a sync that failed has removed must not be back beside this generation.
+    disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &block_sums)?;
     let created_unix = disk.now_unix();
     let generation = Generation {
@@ -351,7 +355,6 @@ fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) 
     let HashingWriter { file, hasher } =
         out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;
     file.sync()?;
-    disk.sync_dir(&paths.root.join("state"))?;
     Ok(StateSum { bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
 }
 

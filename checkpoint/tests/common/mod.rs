@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Progress, SyncReport};
 
 /// splitmix64, seeded, so that a failing test can be run again.
+#[derive(Debug, Clone)]
 pub struct Rng(pub u64);
 
 impl Rng {

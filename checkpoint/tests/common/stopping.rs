@@ -12,11 +12,18 @@ use checkpoint::{Open, RealStorage, Stat, Storage, StorageFile};
 #[derive(Debug, Clone)]
 pub struct Stopping {
     left: Arc<AtomicI64>,
+    /// The process ends there instead.
+    aborts: bool,
 }
 
 impl Stopping {
     pub fn after(changes: i64) -> Arc<Stopping> {
-        Arc::new(Stopping { left: Arc::new(AtomicI64::new(changes)) })
+        Arc::new(Stopping { left: Arc::new(AtomicI64::new(changes)), aborts: false })
+    }
+
+    /// The process dies, as by SIGKILL, instead of the operation after so many.
+    pub fn aborting_after(changes: i64) -> Arc<Stopping> {
+        Arc::new(Stopping { left: Arc::new(AtomicI64::new(changes)), aborts: true })
     }
 
     /// Changes from now on until it stops.
@@ -30,6 +37,9 @@ impl Stopping {
 
     fn change(&self) -> io::Result<()> {
         self.left.fetch_sub(1, Ordering::SeqCst);
+        if self.aborts && self.stopped() {
+            std::process::abort();
+        }
         self.alive()
     }
 

@@ -90,6 +90,9 @@ fn serve<D: Backend>(device: Result<D>, start: Start) -> Result<()> {
                 return Ok(());
             }
         }
+        if let Some(reason) = session.broken() {
+            return say(&FromTrainer::Dying { reason });
+        }
         session.publish().map_or(Ok(()), |published| say(&published))?;
         if let Some(invalidated) = session.invalidate(stop) {
             say(&invalidated)?;

@@ -276,6 +276,11 @@ impl<D: Backend> Session<D> {
         Ok(())
     }
 
+    /// Why a new process has to open the directory again, if it does: only recovery knows what is in the files then.
+    pub fn broken(&self) -> Option<String> {
+        self.checkpoint.unusable().map(str::to_owned)
+    }
+
     /// Does what is asked; `None` where the protocol has no answer.
     pub fn answer(&mut self, request: ToTrainer) -> Option<FromTrainer> {
         let kind = request.kind();

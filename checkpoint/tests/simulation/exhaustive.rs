@@ -1,0 +1,195 @@
+//! Small steps, every state.
+//!
+//! Models of three files in which at most four blocks change. For each kind of step: every state that [`states::each`]
+//! visits at every position is opened, once if states are the same by their hash. Then for every one of them every state
+//! that a crash in its recovery may leave: the double crashes.
+
+use std::collections::BTreeSet;
+use std::time::Instant;
+
+use checkpoint::Options;
+
+use crate::check::{Outcomes, Scene, each_position, in_parallel, report, without_lock};
+use crate::disk::SimulatedDisk;
+use crate::medium::{Image, Medium, Op};
+use crate::states::{self, Plan, Tears};
+use crate::world::{History, Shape, Step, World};
+
+/// After the first crash. States that differ from others only in the byte at which a sector is torn are opened, and
+/// their recovery does not crash.
+const ONCE: Plan = Plan { limit: 1024, tears: Tears::EveryByte };
+/// After the second; what is torn already is not torn again here (mending that is a long search), but at random it is.
+const TWICE: Plan = Plan { limit: 16, tears: Tears::Few };
+
+/// The models. Between them: tensors of every width, on sectors' boundaries and off them, sharing a sector, crossing a
+/// block, as long as a block; one segment and one segment per piece.
+pub fn shapes() -> Vec<(&'static str, Shape)> {
+    let shape = |tensors: &[_], align, segment| Shape {
+        tensors: tensors.to_vec(),
+        align,
+        state: 700,
+        rarity: 1,
+        options: Options { keep: 1, segment, threads: 1 },
+    };
+    vec![
+        ("aligned", shape(&[("BF16", 256, 0), ("F32", 128, 1), ("U8", 512, 2)], (512, 0), 1 << 20)),
+        ("shared sectors", shape(&[("BF16", 150, 0), ("U8", 333, 0), ("F32", 65, 1), ("F16", 200, 2)], (512, 101), 1)),
+        ("across blocks", shape(&[("BF16", 512, 0), ("F32", 60, 1), ("U8", 200, 2)], (4096, 3840), 1100)),
+        ("whole blocks", shape(&[("BF16", 2048, 0), ("F32", 1024, 1), ("U8", 3000, 2)], (4096, 0), 5000)),
+    ]
+}
+
+/// Steps before, and the step whose crashes are visited.
+pub const STEPS: [(&str, &[Step], Step); 5] = [
+    ("first open", &[], Step::Open),
+    ("first sync", &[Step::Open], Step::Sync(1)),
+    ("second sync", &[Step::Open, Step::Sync(1)], Step::Sync(2)),
+    ("rollback", &[Step::Open, Step::Sync(1), Step::Sync(1)], Step::Rollback(1)),
+    ("adopt", &[Step::Open, Step::Sync(1)], Step::Adopt),
+];
+
+/// What was visited.
+#[derive(Debug, Default)]
+pub struct Count {
+    pub once: u64,
+    pub twice: u64,
+}
+
+/// Visits everything that a crash in a step may leave, and in the recovery from that. `keep` says which operations of a
+/// log the disk does at all.
+pub fn exhaust(
+    scene: &Scene,
+    step: Step,
+    (once, twice): (Plan, Plan),
+    keep: &dyn Fn(&Op) -> bool,
+) -> Result<Count, String> {
+    let (history, world) = (&scene.history, &scene.history.world);
+    let disk = SimulatedDisk::recording(&scene.image);
+    let mut checkpoint = world.open(&disk).map_err(|error| error.to_string())?;
+    let opened = disk.live();
+    let started = disk.log().iter().filter(|op| keep(op)).count();
+    history.run(&mut checkpoint, step).map_err(|error| error.to_string())?;
+    drop(checkpoint);
+    let mut outcomes = Outcomes::new(history, step, &opened, Some(&disk.live()));
+    let (old, new) = (outcomes.old(), outcomes.new_or_old());
+    let log: Vec<Op> = disk.log().into_iter().filter(|op| keep(op)).collect();
+    if outcomes.open(&disk)? != new {
+        return Err("a run without crashes is not the new generation".into());
+    }
+    let mut expanded = BTreeSet::new();
+    let mut count = Count::default();
+    each_position(Medium::new(&scene.image, true), &log, 0, &mut |position, medium| {
+        let (may_be_old, may_be_new) = (position < log.len(), position > started);
+        let choices = without_lock(medium.choices(), medium);
+        let mut failed = None;
+        states::each(&choices, once, &mut |pick, worth| {
+            if failed.is_some() {
+                return;
+            }
+            let image = medium.image(&choices, pick);
+            let hash = image.hash(Some(&crate::check::lock()));
+            let mut visit = || -> Result<(), String> {
+                if let Some(is) = outcomes.visited.get(&hash).filter(|_| !worth || expanded.contains(&hash)) {
+                    return expect(*is, old, new, may_be_old, may_be_new);
+                }
+                let (is, disk) = outcomes.recover(&image, worth)?;
+                count.once += u64::from(outcomes.visited.insert(hash, is).is_none());
+                expect(is, old, new, may_be_old, may_be_new)?;
+                if !worth {
+                    return Ok(());
+                }
+                expanded.insert(hash);
+                let log: Vec<Op> = disk.log().into_iter().filter(|op| keep(op)).collect();
+                let tears = if pick.is_torn() { Tears::None } else { twice.tears };
+                let twice = Plan { tears, ..twice };
+                let again = again(&mut outcomes, &image, is, &log, twice);
+                count.twice += again.map_err(|error| format!("{error}\nand before that, a crash:"))?;
+                Ok(())
+            };
+            failed = visit().err().map(|error| report(&error, medium, &choices, pick, &log, position));
+        });
+        failed.map_or(Ok(()), Err)
+    })?;
+    Ok(count)
+}
+
+fn expect(is: u64, old: u64, new: u64, may_be_old: bool, may_be_new: bool) -> Result<(), String> {
+    match (is == old && (may_be_old || old == new)) || (is == new && may_be_new) {
+        true => Ok(()),
+        false => Err(format!("the crash left generation {is}")),
+    }
+}
+
+/// Visits what a crash in the recovery from `image` may leave; `first` is what the recovery made when it came to its end.
+fn again(outcomes: &mut Outcomes, image: &Image, first: u64, log: &[Op], plan: Plan) -> Result<u64, String> {
+    let (old, new) = (outcomes.old(), outcomes.new_or_old());
+    let mut count = 0;
+    each_position(Medium::new(image, true), log, 0, &mut |position, medium| {
+        let choices = without_lock(medium.choices(), medium);
+        let mut failed = None;
+        states::each(&choices, plan, &mut |pick, _| {
+            if failed.is_some() {
+                return;
+            }
+            let image = medium.image(&choices, pick);
+            let hash = image.hash(Some(&crate::check::lock()));
+            let mut visit = || -> Result<(), String> {
+                let is = match outcomes.visited.get(&hash) {
+                    Some(is) => *is,
+                    None => {
+                        let (is, _) = outcomes.recover(&image, false)?;
+                        count += 1;
+                        outcomes.visited.insert(hash, is);
+                        is
+                    }
+                };
+                match is == first || (position < log.len() && [old, new].contains(&is)) {
+                    true => Ok(()),
+                    false => Err(format!("recovery had made it generation {first}, and the second open {is}")),
+                }
+            };
+            failed = visit().err().map(|error| report(&error, medium, &choices, pick, log, position));
+        });
+        failed.map_or(Ok(()), Err)
+    })?;
+    Ok(count)
+}
+
+/// The scene before a step.
+pub fn scene(seed: u64, shape: Shape, before: &[Step], step: Step) -> Scene {
+    let mut scene = Scene::fresh(History::new(World::new(seed, shape))).after(before);
+    if step == Step::Adopt {
+        let mut rng = crate::common::Rng(seed);
+        scene.history.meddle(&mut scene.image, &mut rng);
+    }
+    scene
+}
+
+#[test]
+fn every_state_of_small_steps_is_one_whole_generation() {
+    let began = Instant::now();
+    let shapes = shapes();
+    let mut jobs = Vec::new();
+    for (name, shape) in &shapes {
+        jobs.extend(STEPS.iter().map(|step| (*name, shape.clone(), *step)));
+    }
+    let total = std::sync::Mutex::new(0);
+    let run = |(name, shape, (what, before, step)): (&str, Shape, (&str, &[Step], Step))| {
+        let began = Instant::now();
+        let scene = scene(1, shape, before, step);
+        let count =
+            exhaust(&scene, step, (ONCE, TWICE), &|_| true).map_err(|error| format!("{name}, {what}: {error}"))?;
+        *total.lock().unwrap() += count.once + count.twice;
+        println!(
+            "{name}, {what}: {} states, {} after a second crash, {:.1?}",
+            count.once,
+            count.twice,
+            began.elapsed()
+        );
+        Ok(())
+    };
+    if let Err(error) = in_parallel(jobs, run) {
+        panic!("{error}");
+    }
+    println!("{} different states, {:.1?}", total.into_inner().unwrap(), began.elapsed());
+}

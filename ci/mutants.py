@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Plants bugs in checkpoint/, one at a time, in a copy of the tree, and prints which tests notice.
+
+Each has a file, a text that occurs there exactly once (or the n-th time), its replacement, and the step of the protocol.
+Exits with 1 if one of them is not noticed, or if a text is not found any more. `--only PART` runs those whose name has
+PART in it; `--list` prints them.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SRC = "checkpoint/src/"
+
+# (name, step, file, text, replacement)
+MUTANTS = [
+    ("the journal is not synced before its blocks are written", "segment", "segments.rs",
+     "        self.writer.sync()?;\n", "        self.writer.hand_over()?;\n"),
+    ("the journal's name is not synced before its blocks are written", "segment", "segments.rs",
+     "            self.disk.sync_dir(&self.paths.root)?;\n        }\n        *self.applied", "        }\n        *self.applied"),
+    ("shards are not synced", "segment", "segments.rs",
+     "self.shards.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))", "Ok(())"),
+    ("the journal's end is not synced before publishing", "commit", "journal.rs",
+     "        self.write(total.as_bytes())?;\n        self.sync()\n",
+     "        self.write(total.as_bytes())?;\n        self.hand_over()\n"),
+    ("the name of a journal without records is not synced", "commit", "segments.rs",
+     "            self.disk.sync_dir(&self.paths.root)?;\n        }\n        self.shards", "        }\n        self.shards"),
+    ("the optimizer state is not synced", "commit", "commit.rs",
+     ".map(|(file, sum)| file.sync().map(|()| sum)).transpose()?", ".map(|(_, sum)| sum)"),
+    ("the name of the optimizer state is not synced", "commit", "commit.rs",
+     '    disk.sync_dir(&paths.root.join("state"))?;\n    let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;',
+     "    let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;"),
+    ("the sums are not synced", "commit", "commit.rs", "    file.sync()?;\n    disk.sync_dir", "    disk.sync_dir"),
+    ("the name of the sums is not synced", "commit", "commit.rs", 'disk.sync_dir(&paths.root.join("sums"))?;', ""),
+    ("a generation is renamed before it is synced", "publish", "disk.rs",
+     "        file.sync()?;\n        self.rename(&tmp, path)?;\n",
+     "        self.rename(&tmp, path)?;\n        file.sync()?;\n"),
+    ("a generation is not synced", "publish", "disk.rs",
+     "        file.sync()?;\n        self.rename(&tmp, path)?;\n", "        self.rename(&tmp, path)?;\n"),
+    ("a generation's name is not synced", "publish", "disk.rs",
+     '        self.rename(&tmp, path)?;\n        self.sync_dir(path.parent().unwrap_or(Path::new(".")))\n',
+     "        self.rename(&tmp, path)\n"),
+    ("both names of a journal are left", "retire", "commit.rs",
+     "        disk.remove(&paths.journal())?;\n    } else {", "    } else {"),
+    ("the retired journal's names are not synced", "retire", "commit.rs",
+     '    disk.sync_dir(&paths.root.join("history"))?;\n    disk.sync_dir(&paths.root)\n', "    Ok(())\n"),
+    ("the journal goes into history before the generation is published", "order", "recover.rs",
+     "    commit::publish(disk, paths, current)?;\n    commit::retire(disk, paths, current.generation)?;\n",
+     "    commit::retire(disk, paths, current.generation)?;\n"),
+    ("undo gives the new content", "undo", "recover.rs",
+     "record.settle(content, Side::Old)", "record.settle(content, Side::New)"),
+    ("undone shards are not synced", "undo", "recover.rs",
+     "    for shard in shards.iter().flatten() {\n        shard.sync()?;\n    }\n", ""),
+    ("a journal is removed without looking at the files", "undo", "recover.rs",
+     "    if let Some(damage) = report.damage.first() {", "    if let Some(damage) = report.damage.first().filter(|_| false) {"),
+    ("the removal of an undone journal is not synced", "undo", "recover.rs",
+     "    disk.remove(&paths.journal())?;\n    disk.sync_dir(&paths.root)?;\n    Ok(Recovery", "    disk.remove(&paths.journal())?;\n    Ok(Recovery"),
+    ("torn sectors are mended where the old comes first only", "undo", "record.rs",
+     "        [Side::Old, Side::New].into_iter().find_map(|outside| {", "        [Side::Old].into_iter().find_map(|outside| {"),
+    ("sectors torn twice are not mended", "undo", "record.rs", "    once.chain(twice).find_map(", "    once.chain(twice.take(0)).find_map("),
+    ("a frame's checksum is not compared", "checks", "journal.rs",
+     "if self.bytes::<8>()? != sum {", "if self.bytes::<8>()? != sum && n == 0 {"),
+    ("the total checksum is not compared", "checks", "journal.rs",
+     "if &self.bytes::<32>()? != want.as_bytes() {", "if &self.bytes::<32>()? != want.as_bytes() && self.at == 0 {"),
+    ("a sector's checksum is not compared", "checks", "record.rs",
+     "(sector_sum(sector) == sum).then(|| self.turn", "(sector_sum(sector) == sum || sum != 0).then(|| self.turn"),
+    ("a changed block is not compared with its sum", "checks", "pass.rs",
+     "if sums::sum(&old[at.clone()]) != before[*tensor][first_sum + i] {",
+     "if sums::sum(&old[at.clone()]) != before[*tensor][first_sum + i] && old.is_empty() {"),
+    ("the optimizer state's checksum is not compared", "checks", "checkpoint.rs",
+     "|| hasher.finalize().to_hex().as_str() != want.blake3", ""),
+    ("a generation's seal is not compared", "checks", "generation.rs",
+     "if seal_of(bytes).as_ref() != Some(&generation.seal) {",
+     "if seal_of(bytes).as_ref() != Some(&generation.seal) && bytes.is_empty() {"),
+    ("the kept generations are one too few", "prune", "retain.rs",
+     "let oldest = current.saturating_sub(keep);", "let oldest = (current + 1).saturating_sub(keep).min(current);"),
+    ("the current optimizer state is pruned", "prune", "retain.rs",
+     "if number < oldest || number > current {", "if number < oldest || number >= current {"),
+]
+
+# What a mutant needs that the crate does not have: to write without a barrier.
+HELPER = """
+    fn hand_over(&mut self) -> Result<()> {
+        self.out.flush().map_err(Error::io("write", &self.path))
+    }
+"""
+
+
+def plant(tree, file, text, replacement):
+    path = tree / SRC / file
+    source = path.read_text()
+    if source.count(text) != 1:
+        return f"its text occurs {source.count(text)} times in {file}"
+    path.write_text(source.replace(text, replacement))
+    if "hand_over" in replacement:
+        journal = tree / SRC / "journal.rs"
+        head = "impl Writer {\n"
+        journal.write_text(journal.read_text().replace(head, head + HELPER.replace("fn", "pub(crate) fn", 1), 1))
+    return None
+
+
+def killers(tree, target, states):
+    """The tests that fail; none if all pass."""
+    env = dict(os.environ, CARGO_TARGET_DIR=str(target), CRASH_STATES=str(states), RUSTFLAGS="-A warnings")
+    run = ["cargo", "test", "--offline", "-p", "checkpoint", "--no-fail-fast"]
+    done = subprocess.run(run, cwd=tree, env=env, capture_output=True, text=True)
+    if "error: could not compile" in done.stderr:
+        raise SystemExit(f"a mutant does not compile:\n{done.stderr[-3000:]}")
+    return sorted(set(re.findall(r"^test (\S+) \.\.\. FAILED$", done.stdout, re.M)))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--states", type=int, default=50_000, help="random crash states for each")
+    parser.add_argument("--target", type=pathlib.Path, default=ROOT / "target" / "mutants")
+    args = parser.parse_args()
+    survivors = 0
+    print("| planted bug | step | noticed by |\n|---|---|---|")
+    for name, step, file, text, replacement in MUTANTS:
+        if args.only not in name:
+            continue
+        if args.list:
+            count = (ROOT / SRC / file).read_text().count(text)
+            print(f"| {name} | {step} | {file}: found {count} times |")
+            survivors += count != 1
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            tree = pathlib.Path(folder) / "tree"
+            shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("target", ".git"))
+            wrong = plant(tree, file, text, replacement)
+            noticed = [] if wrong else killers(tree, args.target, args.states)
+        survivors += not noticed
+        shown = wrong or ", ".join(f"`{test}`" for test in noticed[:3]) + (f" and {len(noticed) - 3} more" if len(noticed) > 3 else "")
+        print(f"| {name} | {step} | {shown or '**nothing**'} |", flush=True)
+    if survivors:
+        sys.exit(f"{survivors} were not noticed")
+
+
+if __name__ == "__main__":
+    main()
