@@ -67,6 +67,9 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -
         return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
+    // A process that died may have renamed a journal without a sync of both folders. The next journal takes its name.
+    disk.sync_dir(&paths.root.join("history"))?;
+    disk.sync_dir(&paths.root)?;
     let generation = current.generation;
     let recovery = match disk.exists(&paths.journal())? {
         true => resolve(disk, paths, &current)?,

@@ -56,21 +56,29 @@ pub struct Count {
 }
 
 /// Visits everything that a crash in a step may leave, and in the recovery from that. `keep` says which operations of a
-/// log the disk does at all.
+/// log the disk does at all. The steps of `warm` come before it on the same disk, without a crash or a pause.
 pub fn exhaust(
     scene: &Scene,
+    warm: &[Step],
     step: Step,
     (once, twice): (Plan, Plan),
     keep: &dyn Fn(&Op) -> bool,
 ) -> Result<Count, String> {
-    let (history, world) = (&scene.history, &scene.history.world);
+    let (mut history, world) = (scene.history.clone(), &scene.history.world);
     let disk = SimulatedDisk::recording(&scene.image);
+    let done = |disk: &SimulatedDisk| disk.log().iter().filter(|op| keep(op)).count();
+    for step in warm {
+        let mut checkpoint = world.open(&disk).map_err(|error| error.to_string())?;
+        history.run(&mut checkpoint, *step).map_err(|error| error.to_string())?;
+        history.next(*step).into_iter().for_each(|next| history.advance(next));
+    }
+    let began = done(&disk);
     let mut checkpoint = world.open(&disk).map_err(|error| error.to_string())?;
     let opened = disk.live();
-    let started = disk.log().iter().filter(|op| keep(op)).count();
+    let started = done(&disk);
     history.run(&mut checkpoint, step).map_err(|error| error.to_string())?;
     drop(checkpoint);
-    let mut outcomes = Outcomes::new(history, step, &opened, Some(&disk.live()));
+    let mut outcomes = Outcomes::new(&history, step, &opened, Some(&disk.live()));
     let (old, new) = (outcomes.old(), outcomes.new_or_old());
     let log: Vec<Op> = disk.log().into_iter().filter(|op| keep(op)).collect();
     if outcomes.open(&disk)? != new {
@@ -78,7 +86,7 @@ pub fn exhaust(
     }
     let mut expanded = BTreeSet::new();
     let mut count = Count::default();
-    each_position(Medium::new(&scene.image, true), &log, 0, &mut |position, medium| {
+    each_position(Medium::new(&scene.image, true), &log, began, &mut |position, medium| {
         let (may_be_old, may_be_new) = (position < log.len(), position > started);
         let choices = without_lock(medium.choices(), medium);
         let mut failed = None;
@@ -178,7 +186,7 @@ fn every_state_of_small_steps_is_one_whole_generation() {
         let began = Instant::now();
         let scene = scene(1, shape, before, step);
         let count =
-            exhaust(&scene, step, (ONCE, TWICE), &|_| true).map_err(|error| format!("{name}, {what}: {error}"))?;
+            exhaust(&scene, &[], step, (ONCE, TWICE), &|_| true).map_err(|error| format!("{name}, {what}: {error}"))?;
         *total.lock().unwrap() += count.once + count.twice;
         println!(
             "{name}, {what}: {} states, {} after a second crash, {:.1?}",
