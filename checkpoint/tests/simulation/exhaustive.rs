@@ -17,9 +17,9 @@ use crate::world::{History, Shape, Step, World};
 
 /// After the first crash. States that differ from others only in the byte at which a sector is torn are opened, and
 /// their recovery does not crash.
-const ONCE: Plan = Plan { limit: 1024, tears: Tears::EveryByte };
+const ONCE: Plan = Plan { limit: 256, tears: Tears::EveryByte };
 /// After the second; what is torn already is not torn again here (mending that is a long search), but at random it is.
-const TWICE: Plan = Plan { limit: 16, tears: Tears::Few };
+const TWICE: Plan = Plan { limit: 8, tears: Tears::Few };
 
 /// The models. Between them: tensors of every width, on sectors' boundaries and off them, sharing a sector, crossing a
 /// block, as long as a block; one segment and one segment per piece.

@@ -110,7 +110,7 @@ fn one_sector_at_most_is_torn_at_any_byte() {
     disk.open(Path::new(FILE), Open::InPlace).unwrap().write_at(&[1; 1024], 0).unwrap();
     let changes = |image: &Image| {
         let bytes = image.get(Path::new(FILE)).unwrap();
-        let inside = |at: &usize| *at % 512 != 0 && bytes[*at] != bytes[*at - 1];
+        let inside = |at: &usize| !at.is_multiple_of(512) && bytes[*at] != bytes[*at - 1];
         (1..1024).filter(inside).collect::<Vec<_>>()
     };
     let all = seen(&image, &disk.log(), 1, changes);
