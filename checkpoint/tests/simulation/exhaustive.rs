@@ -7,13 +7,11 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use checkpoint::Options;
-
 use crate::check::{Outcomes, Scene, each_position, in_parallel, report, without_lock};
 use crate::disk::SimulatedDisk;
 use crate::medium::{Image, Medium, Op};
 use crate::states::{self, Plan, Tears};
-use crate::world::{History, Shape, Step, World};
+use crate::world::{History, Shape, Step, World, options};
 
 /// After the first crash. States that differ from others only in the byte at which a sector is torn are opened, and
 /// their recovery does not crash.
@@ -29,7 +27,7 @@ pub fn shapes() -> Vec<(&'static str, Shape)> {
         align,
         state: 700,
         rarity: 1,
-        options: Options { keep: 1, segment, threads: 1 },
+        options: options(1, segment),
     };
     vec![
         ("aligned", shape(&[("BF16", 256, 0), ("F32", 128, 1), ("U8", 512, 2)], (512, 0), 1 << 20)),

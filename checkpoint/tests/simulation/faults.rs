@@ -1,11 +1,11 @@
 //! Each fault at each operation of each kind of step: what the error leaves, for the handle and for the next open.
 
-use checkpoint::{Error, Options};
+use checkpoint::Error;
 
 use crate::check::Outcomes;
 use crate::disk::{Fault, Faults, SimulatedDisk};
 use crate::exhaustive::{STEPS, scene};
-use crate::world::{Shape, expect_known, is_uncertain};
+use crate::world::{Shape, expect_known, is_uncertain, options};
 
 fn shape() -> Shape {
     Shape {
@@ -13,7 +13,7 @@ fn shape() -> Shape {
         align: (512, 101),
         state: 700,
         rarity: 1,
-        options: Options { keep: 1, segment: 1, threads: 1 },
+        options: options(1, 1),
     }
 }
 

@@ -8,14 +8,12 @@ use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use checkpoint::Options;
-
 use crate::check::{Outcomes, Scene, in_parallel, log_around};
 use crate::common::Rng;
 use crate::disk::{Fault, Faults, SimulatedDisk};
 use crate::medium::{Image, Medium, Op};
 use crate::states;
-use crate::world::{History, Shape, Step, World, is_uncertain};
+use crate::world::{History, Shape, Step, World, is_uncertain, options};
 
 /// States that are drawn for each step.
 const DRAWN: usize = 150;
@@ -41,7 +39,7 @@ fn shape(rng: &mut Rng) -> Shape {
         align: (multiple, [0, rng.below(multiple)][rng.below(2)]),
         state: [0, 1, 700, 10_000][rng.below(4)],
         rarity: [1, 3, 50, 2000, 100_000][rng.below(5)],
-        options: Options { keep: rng.below(4) as u64, segment: [1, 5000, 60_000, 1 << 25][rng.below(4)], threads: 1 },
+        options: options(rng.below(4) as u64, [1, 5000, 60_000, 1 << 25][rng.below(4)]),
     }
 }
 

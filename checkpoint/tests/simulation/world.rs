@@ -6,7 +6,7 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use checkpoint::{Checkpoint, Error, LiveTensor, LiveWeights, Options, Progress, Result, Storage};
+use checkpoint::{Checkpoint, Error, Keep, LiveTensor, LiveWeights, Options, Progress, Result, Storage};
 
 use crate::common::Rng;
 use crate::disk::{SimulatedDisk, model_dir};
@@ -55,6 +55,12 @@ pub struct World {
     /// The tensors of each shard.
     placed: Vec<Vec<usize>>,
     pub base: Weights,
+}
+
+/// Everything on one thread, so that a seed gives the same log each time.
+pub fn options(generations: u64, segment: u64) -> Options {
+    let keep = Keep { generations, ..Keep::default() };
+    Options { keep, segment, threads: 1, ..Options::default() }
 }
 
 fn width(dtype: &str) -> usize {
