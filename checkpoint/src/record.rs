@@ -254,34 +254,46 @@ fn side_of(width: u8, sector: &mut [u8], diff: &[u8], sum: u64) -> Option<Side> 
 /// second, and of the one again. (Two crashes can leave that, one while it was written and one while it was undone.)
 fn mend(width: u8, torn: &[u8], diff: &[u8], sum: u64) -> Option<Vec<u8>> {
     let n = torn.len();
+    let mut added = torn.to_vec();
+    delta::add(width, &mut added, diff);
+    let mut new = vec![0; n];
     let once = (1..n).map(|first| (first, n));
     let twice = (1..n).flat_map(|first| (first + 1..n).map(move |second| (first, second)));
-    once.chain(twice).find_map(|(first, second)| {
-        [Side::Old, Side::New].into_iter().find_map(|outside| {
+    let found = once.chain(twice).any(|(first, second)| {
+        [Side::Old, Side::New].into_iter().any(|outside| {
             let is_old = |at: usize| (outside == Side::Old) != (first..second).contains(&at);
-            let new = mended(width, torn, diff, is_old);
-            (sector_sum(&new) == sum).then_some(new)
+            for part in [0..first, first..second, second..n] {
+                let from = if is_old(part.start) { added.as_slice() } else { torn };
+                new[part.clone()].copy_from_slice(&from[part]);
+            }
+            for tear in [first, second].into_iter().filter(|tear| *tear < n) {
+                let element = element_around(width, n, tear);
+                mend_element(&mut new, torn, diff, element, is_old);
+            }
+            sector_sum(&new) == sum
         })
-    })
+    });
+    found.then_some(new)
 }
 
-/// The new content of a sector of which each byte is known to be old or new: old + difference, byte by byte with carry.
-fn mended(width: u8, torn: &[u8], diff: &[u8], is_old: impl Fn(usize) -> bool) -> Vec<u8> {
-    let (width, whole) = (usize::from(width), torn.len() - torn.len() % usize::from(width));
+/// The bytes of the element that a byte belongs to; those after the last whole element are elements of their own.
+fn element_around(width: u8, bytes: usize, at: usize) -> Range<usize> {
+    let width = usize::from(width);
+    match at < bytes - bytes % width {
+        true => at - at % width..at - at % width + width,
+        false => at..at + 1,
+    }
+}
+
+/// The new content of an element of which each byte is known to be old or new: old + difference, byte by byte with carry.
+fn mend_element(new: &mut [u8], torn: &[u8], diff: &[u8], element: Range<usize>, is_old: impl Fn(usize) -> bool) {
     let mut carry = 0;
-    let byte = |at: usize| {
-        if at >= whole || at.is_multiple_of(width) {
-            carry = 0;
-        }
+    for at in element {
         let (is, add) = (torn[at], u16::from(diff[at]) + carry);
-        let (old, new) = match is_old(at) {
-            true => (is, is.wrapping_add(add as u8)),
-            false => (is.wrapping_sub(add as u8), is),
-        };
+        let old = if is_old(at) { is } else { is.wrapping_sub(add as u8) };
+        new[at] = if is_old(at) { is.wrapping_add(add as u8) } else { is };
         carry = (u16::from(old) + add) >> 8;
-        new
-    };
-    (0..torn.len()).map(byte).collect()
+    }
 }
 
 #[cfg(test)]

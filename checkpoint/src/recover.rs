@@ -67,9 +67,11 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -
         return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
-    // A process that died may have renamed a journal without a sync of both folders. The next journal takes its name.
-    disk.sync_dir(&paths.root.join("history"))?;
-    disk.sync_dir(&paths.root)?;
+    // A process that died may have left names that are not durable: that of this generation, before which older ones
+    // are pruned, and those of a journal that was put away, which the next journal takes.
+    for dir in [&paths.root.join("generations"), &paths.root.join("history"), &paths.root] {
+        disk.sync_dir(dir)?;
+    }
     let generation = current.generation;
     let recovery = match disk.exists(&paths.journal())? {
         true => resolve(disk, paths, &current)?,

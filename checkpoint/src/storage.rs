@@ -5,7 +5,8 @@
 //! 1. **A sector is 512 bytes** at multiples of 512. A crash leaves of each sector that was written since its file's last
 //!    [`StorageFile::sync`] any of its contents since then, whatever became of other sectors: writes may be reordered,
 //!    split and left out at will between two syncs. A sector that was being written at that moment may also be torn once:
-//!    its beginning is of one write and its end of the other. A disk that gives an I/O error for it is told by name.
+//!    its beginning is of one write and its end of the other. A write that is cut short is cut between two sectors. A disk
+//!    that gives an I/O error for a sector is told by name.
 //! 2. **The length of a file** that grew is any length between the two, and what was never written reads as zeros.
 //! 3. **`sync` that succeeds** makes everything durable that was written to that file before it began. One that fails
 //!    says nothing: what was written may be on the disk or not, later reads may show it and later syncs pass over it.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use checkpoint::{Kind, Open, Stat, Storage, StorageFile};
 
 use crate::common::Rng;
-use crate::medium::{FileId, Image, Medium, Node, Op};
+use crate::medium::{FileId, Image, Medium, Node, Op, SECTOR};
 
 /// What fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -312,6 +312,15 @@ impl StorageFile for SimulatedFile {
         let n = match fails {
             true => state.rng.below(buf.len() + 1),
             false => state.short(buf.len()),
+        };
+        // At the end of a sector, as assumption 1 says.
+        let end = (offset as usize + n) / SECTOR * SECTOR;
+        let n = match end.checked_sub(offset as usize) {
+            _ if n == buf.len() => n,
+            Some(n) if n > 0 || fails => n,
+            Some(_) => buf.len(),
+            None if fails => 0,
+            None => buf.len(),
         };
         let bytes: Arc<[u8]> = buf[..n].into();
         state.apply(Op::Write { file: self.file, path: self.path.clone(), at: offset as usize, bytes });
