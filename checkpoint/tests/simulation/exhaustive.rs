@@ -13,11 +13,15 @@ use crate::medium::{Image, Medium, Op};
 use crate::states::{self, Plan, Tears};
 use crate::world::{History, Shape, Step, World, options};
 
-/// After the first crash; with `CRASH_TEARS=every` torn at every byte, which takes a quarter of an hour. States that differ
-/// from others only in the byte at which a sector is torn are opened, and their recovery does not crash.
+/// With `CRASH_TEARS=every` sectors are torn at every byte and the largest model is tried too, which takes longer than CI has.
+fn everything() -> bool {
+    std::env::var("CRASH_TEARS").is_ok_and(|tears| tears == "every")
+}
+
+/// After the first crash. States that differ from others only in the byte at which a sector is torn are opened, and their
+/// recovery does not crash.
 fn once() -> Plan {
-    let every = std::env::var("CRASH_TEARS").is_ok_and(|tears| tears == "every");
-    Plan { limit: 256, tears: if every { Tears::EveryByte } else { Tears::Few } }
+    Plan { limit: 256, tears: if everything() { Tears::EveryByte } else { Tears::Few } }
 }
 /// After the second; what is torn already is not torn again here (mending that is a long search), but at random it is.
 const TWICE: Plan = Plan { limit: 8, tears: Tears::Few };
@@ -177,7 +181,10 @@ pub fn scene(seed: u64, shape: Shape, before: &[Step], step: Step) -> Scene {
 #[test]
 fn every_state_of_small_steps_is_one_whole_generation() {
     let began = Instant::now();
-    let shapes = shapes();
+    let mut shapes = shapes();
+    if !everything() {
+        shapes.retain(|(name, _)| *name != "whole blocks");
+    }
     let mut jobs = Vec::new();
     for (name, shape) in &shapes {
         jobs.extend(STEPS.iter().map(|step| (*name, shape.clone(), *step)));
