@@ -135,7 +135,7 @@ pub enum Error {
     },
     /// A damaged journal, and files that are no generation.
     #[error(
-        "{reason}; and the files are not of generation {generation} either ({damage}): the weights lie between two generations; nothing was touched; put the files of a known generation back (a copy made by export), remove the journal, and open again"
+        "{reason}; and the files are not of generation {generation} either ({damage}): the weights lie between two generations; the journal is kept; put the files of a known generation back (a copy made by export), remove the journal, and open again"
     )]
     Stranded {
         /// What is wrong with the journal.

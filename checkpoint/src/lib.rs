@@ -65,11 +65,11 @@
 //!
 //! # One sync
 //!
-//! 1. Write and sync `state/G` and its folder, beside the next step.
+//! 1. Write and sync `state/G`, beside the next step.
 //! 2. Begin the journal. For each segment, some tens of MiB of changed blocks: append its records, fdatasync the journal
-//!    (and fsync its folder, the first time), write its blocks into the shards, and ask the system to begin writing them out. Meanwhile
-//!    other threads compare and compress what comes next. After the last segment fdatasync every shard that was written.
-//! 3. Write and sync `sums/G` and its folder.
+//!    (and fsync its folder, the first time), write its blocks into the shards, and ask the system to begin writing them
+//!    out. Meanwhile other threads compare and compress what comes next. After the last segment fdatasync every shard that was written.
+//! 3. fsync the folder `state`; write and sync `sums/G` and its folder.
 //! 4. Append the generation and the total checksum to the journal, fdatasync.
 //! 5. Write `generations/G.json.tmp`, fdatasync, rename to `generations/G.json`, fsync the folder: **G is certain**.
 //! 6. Rename the journal to `history/G.delta`, fsync both folders. Remove what is too old.
