@@ -48,9 +48,8 @@ pub struct Part {
 /// only reads. (A write in between would be in the files or not, and found by the next sync either way, because the
 /// hashes are taken before the first read. But a generation would hold half a step.)
 ///
-/// A sync calls `tensors`, then `block_hashes` and `announce` once each, then `read` for every part that was announced,
-/// in that order.
-pub trait LiveWeights {
+/// A sync calls `tensors`, then `block_hashes` and `announce` once each, then `read` for every part that was announced.
+pub trait LiveWeights: Sync {
     /// The tensors that a sync covers. Tensors of the files that are not here stay as they are.
     fn tensors(&self) -> &[LiveTensor];
 
@@ -68,11 +67,21 @@ pub trait LiveWeights {
         None
     }
 
-    /// Tells every `read` to come, in order, so that copies from a device can be on their way while what came before
-    /// is compressed and written. Does nothing by default.
-    fn announce(&self, parts: Vec<Part>) {
+    /// Tells every part that is going to be read, so that copies from a device can be on their way while what came
+    /// before is compressed and written. Gives how `read` may be called. By default, any way.
+    fn announce(&self, parts: Vec<Part>) -> Reads {
         drop(parts);
+        Reads::Anyhow
     }
+}
+
+/// How live weights want to be read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reads {
+    /// By several threads at once, in any order; parts may be read in pieces.
+    Anyhow,
+    /// Part by part as they were announced, by one thread.
+    InOrder,
 }
 
 /// What an opener can choose.
@@ -313,7 +322,7 @@ impl Checkpoint {
     fn commit(
         &mut self,
         draft: Draft,
-        source: &mut dyn Source,
+        source: &mut dyn Source<'_>,
         state: Option<&mut commit::WriteState>,
         report: &mut dyn FnMut(u64, u64),
     ) -> Result<SyncReport> {

@@ -9,9 +9,9 @@ use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress, ShardSum, StateSum, TensorSum, VERSION, rfc3339};
 use crate::journal::{Head, HeadShard};
 use crate::layout::{Layout, Shard, Tensor};
-use crate::pass::{Compared, Pass, compare};
+use crate::pass::{Job, Pass};
+use crate::compare::{Compared, Comparer};
 use crate::pipeline::{self, Stages};
-use crate::record::Encoder;
 use crate::recover;
 use crate::segments::Segments;
 use crate::source::Source;
@@ -107,7 +107,7 @@ pub(crate) enum Files {
 pub(crate) fn write(
     place: Place,
     draft: Draft,
-    source: &mut dyn Source,
+    source: &mut dyn Source<'_>,
     state: Option<&mut WriteState>,
     done: &mut dyn FnMut(u64),
 ) -> std::result::Result<Generation, (Error, Files)> {
@@ -129,7 +129,7 @@ pub(crate) fn write(
 fn fill(
     place: Place,
     draft: Draft,
-    source: &mut dyn Source,
+    source: &mut dyn Source<'_>,
     state: Option<&mut WriteState>,
     done: &mut dyn FnMut(u64),
     applied: &mut u64,
@@ -152,9 +152,8 @@ fn fill(
             Ok(job)
         },
         worker: || {
-            let mut encoder = Encoder::new();
-            let (layout, before) = (draft.layout, &before);
-            move |job: &mut _| compare(job, &mut encoder, layout, current, before)
+            let mut comparer = Comparer::new(draft.layout, current, &before);
+            move |job: &mut Job| comparer.compare(job)
         },
         take: |compared: Compared| segments.take(compared),
     };

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::generation::{Progress, VERSION};
-use crate::piece::{CHUNK, Piece};
+use crate::piece::{BlockSet, CHUNK, Piece};
 use crate::record::Encoder;
 
 fn generation(number: u64) -> Generation {
@@ -36,7 +36,9 @@ fn a_journal_cut_anywhere_is_torn() {
     let head = Head { generation: 1, previous: 0, shards: vec![HeadShard { file: "a".into(), bytes: CHUNK * 5 }] };
     let mut writer = Writer::create(&disk, &path, &head).unwrap();
     let piece = Piece { shard: 0, width: 1, offset: 0, bytes: 600 };
-    writer.record(&Encoder::new().encode(piece, &[1; 600], &[2; 600]).unwrap().body).unwrap();
+    let mut changed = BlockSet::default();
+    changed.insert(0);
+    writer.record(&Encoder::new().encode(piece, &changed, &[1; 600], &[2; 600]).body).unwrap();
     writer.finish(&generation(1)).unwrap();
     let whole = std::fs::read(&path).unwrap();
     Reader::open(&disk, &path).and_then(Reader::scan).unwrap();

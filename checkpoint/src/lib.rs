@@ -118,6 +118,7 @@
 
 mod checkpoint;
 mod commit;
+mod compare;
 mod delta;
 mod directories;
 mod disk;
@@ -141,7 +142,7 @@ mod sums;
 mod verify;
 mod verify_history;
 
-pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, list};
+pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, Reads, list};
 pub use commit::{RollbackReport, SyncReport};
 pub use directories::Published;
 pub use error::{Error, Result};

@@ -25,6 +25,27 @@ pub(crate) fn within(range: &Range<u64>, base: u64) -> Range<usize> {
     (range.start - base) as usize..(range.end - base) as usize
 }
 
+/// Bytes of a [`BlockSet`].
+pub(crate) const BITMAP: usize = (CHUNK / BLOCK) as usize / 8;
+
+/// Some of a chunk's blocks: a bit for each, the lowest of the first byte first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct BlockSet(pub(crate) [u8; BITMAP]);
+
+impl BlockSet {
+    pub(crate) fn insert(&mut self, block: usize) {
+        self.0[block / 8] |= 1 << (block % 8);
+    }
+
+    pub(crate) fn contains(&self, block: usize) -> bool {
+        self.0[block / 8] & (1 << (block % 8)) != 0
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0 == [0; BITMAP]
+    }
+}
+
 /// Where a piece lies and how its elements are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
@@ -41,9 +62,14 @@ impl Piece {
         self.offset..self.offset + u64::from(self.bytes)
     }
 
-    /// Its blocks, each with its bit in the bitmap of a record.
+    /// Its blocks, each with its number in the chunk.
     pub(crate) fn blocks(&self) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
+        self.blocks_of(self.range())
+    }
+
+    /// The blocks of a part of it.
+    pub(crate) fn blocks_of(&self, part: Range<u64>) -> impl Iterator<Item = (usize, Range<u64>)> + use<> {
         let chunk = self.offset / CHUNK * CHUNK;
-        cut(self.range(), BLOCK).map(move |block| (((block.start - chunk) / BLOCK) as usize, block))
+        cut(part, BLOCK).map(move |block| (((block.start - chunk) / BLOCK) as usize, block))
     }
 }

@@ -7,9 +7,8 @@ use std::ops::Range;
 use zstd::zstd_safe::{self, CParameter, ParamSwitch};
 
 use crate::delta;
-use crate::piece::{BLOCK, CHUNK, Piece, SECTOR, cut, within};
+use crate::piece::{BITMAP, BlockSet, CHUNK, Piece, SECTOR, cut, within};
 
-const BITMAP: usize = (CHUNK / BLOCK) as usize / 8;
 const HEAD: usize = 16 + BITMAP;
 /// zstd, told to look for nothing but runs and to code bytes by their frequency: all that planes of differences have.
 /// Three times as fast as level 1, and smaller: 0.156 against 0.175 of the bytes (research/LOG.md).
@@ -57,21 +56,13 @@ impl Encoder {
         Encoder { zstd, old: Vec::new(), planes: Vec::new() }
     }
 
-    /// The change from `old` to `new`, both of the piece's length; none if they are equal.
-    pub(crate) fn encode(&mut self, piece: Piece, old: &[u8], new: &[u8]) -> Option<Change> {
+    /// The change from `old` to `new`, both of the piece's length, which differ in these blocks alone.
+    pub(crate) fn encode(&mut self, piece: Piece, changed: &BlockSet, old: &[u8], new: &[u8]) -> Change {
         assert!(old.len() == piece.bytes as usize && new.len() == old.len());
-        if old == new {
-            return None;
-        }
-        let mut bitmap = [0u8; BITMAP];
         let mut change = Change { piece, body: vec![0; HEAD], runs: Vec::new(), new: Vec::new(), blocks: 0 };
         self.old.clear();
-        for (bit, block) in piece.blocks() {
+        for (_, block) in piece.blocks().filter(|(number, _)| changed.contains(*number)) {
             let at = within(&block, piece.offset);
-            if old[at.clone()] == new[at.clone()] {
-                continue;
-            }
-            bitmap[bit / 8] |= 1 << (bit % 8);
             change.blocks += 1;
             self.old.extend_from_slice(&old[at.clone()]);
             change.new.extend_from_slice(&new[at]);
@@ -88,9 +79,9 @@ impl Encoder {
         change.body[2] = piece.width;
         change.body[4..8].copy_from_slice(&piece.bytes.to_le_bytes());
         change.body[8..16].copy_from_slice(&piece.offset.to_le_bytes());
-        change.body[16..HEAD].copy_from_slice(&bitmap);
+        change.body[16..HEAD].copy_from_slice(&changed.0);
         self.compress(&mut change);
-        Some(change)
+        change
     }
 
     /// Appends the compressed difference to the body.
@@ -118,7 +109,7 @@ pub(crate) enum Side {
 #[derive(Debug)]
 pub(crate) struct Record {
     pub(crate) piece: Piece,
-    bitmap: [u8; BITMAP],
+    changed: BlockSet,
     sums: Vec<u64>,
     diff: Vec<u8>,
 }
@@ -151,8 +142,8 @@ impl Decoder {
         if !one_chunk || end > file || ![1, 2, 4].contains(&piece.width) {
             return Err("a record is out of range");
         }
-        let bitmap = head[16..].try_into().expect("the head is split there");
-        let mut record = Record { piece, bitmap, sums: Vec::new(), diff: Vec::new() };
+        let changed = BlockSet(head[16..].try_into().expect("the head is split there"));
+        let mut record = Record { piece, changed, sums: Vec::new(), diff: Vec::new() };
         let sectors = record.sectors().count();
         let (sums, packed) = rest.split_at_checked(sectors * 8).ok_or("a record has too few checksums")?;
         record.sums = sums.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect();
@@ -170,8 +161,7 @@ impl Decoder {
 impl Record {
     /// The changed blocks.
     pub(crate) fn changed(&self) -> impl Iterator<Item = Range<u64>> + use<'_> {
-        let set = |bit: usize| self.bitmap[bit / 8] & (1 << (bit % 8)) != 0;
-        let changed = self.piece.blocks().filter(move |(bit, _)| set(*bit));
+        let changed = self.piece.blocks().filter(|(number, _)| self.changed.contains(*number));
         changed.map(|(_, block)| block)
     }
 

@@ -9,7 +9,7 @@ use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
 use crate::generation::Paths;
 use crate::journal::{Head, Writer};
-use crate::pass::Compared;
+use crate::compare::Compared;
 use crate::piece::within;
 use crate::record::Change;
 use crate::sums::Sum;

@@ -1,9 +1,8 @@
 //! Where the new content of the files comes from: live weights, or the files and the deltas that undo them.
 
 use std::ops::Range;
-use std::path::PathBuf;
 
-use crate::checkpoint::{LiveWeights, Part};
+use crate::checkpoint::{LiveWeights, Part, Reads};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::Paths;
@@ -14,16 +13,26 @@ use crate::piece::{CHUNK, Piece, cut};
 use crate::record::Record;
 
 /// New content, piece by piece.
-pub(crate) trait Source {
+pub(crate) trait Source<'a> {
     /// Bytes of all tensors that it covers.
     fn bytes(&self) -> u64;
     /// False if the tensor stays as it is.
     fn covers(&self, tensor: usize) -> bool;
     /// False if these bytes of the tensor are known to be what the file holds.
     fn may_differ(&self, tensor: usize, range: Range<u64>) -> bool;
-    /// Fills `new` for a piece, which starts at byte `at` of the tensor; `old` is what the file holds. Called in the
-    /// order of the files for all pieces of the tensors that it covers and that may differ.
-    fn fill(&mut self, tensor: usize, at: u64, piece: Piece, old: &[u8], new: &mut [u8]) -> Result<()>;
+    /// The new content of a piece, which starts at byte `at` of the tensor. Called in the order of the files for all
+    /// pieces of the tensors that it covers and that may differ. `used` is what was given for a piece that is done.
+    fn next(&mut self, tensor: usize, at: u64, piece: Piece, used: Option<Content<'a>>) -> Result<Content<'a>>;
+}
+
+/// The new content of a piece, or how it comes of the old. Ranges are bytes of the piece; outside them it is the old.
+pub(crate) enum Content<'a> {
+    /// In live weights, still to be read; the piece starts at byte `at` of the tensor.
+    Live { live: &'a dyn LiveWeights, tensor: usize, at: u64, parts: Vec<Range<usize>> },
+    /// The parts, one after the other.
+    Read { parts: Vec<Range<usize>>, bytes: Vec<u8> },
+    /// By undoing deltas, which come with how many undone ones they follow; `to` is the generation that is restored.
+    Undo { records: Vec<(usize, Record)>, to: u64 },
 }
 
 /// New content from live weights.
@@ -33,6 +42,7 @@ pub(crate) struct LiveSource<'a> {
     index: Vec<Option<usize>>,
     /// What has to be read; none for everything.
     changed: Option<Changed>,
+    reads: Reads,
 }
 
 impl<'a> LiveSource<'a> {
@@ -60,7 +70,7 @@ impl<'a> LiveSource<'a> {
                 return Err(refuse("it is live twice".into()));
             }
         }
-        Ok(LiveSource { live, index, changed: None })
+        Ok(LiveSource { live, index, changed: None, reads: Reads::Anyhow })
     }
 
     /// From now on only the blocks in `changed` are read, if it is known; says so to the live weights.
@@ -74,7 +84,7 @@ impl<'a> LiveSource<'a> {
                 self.each_part(live, range, |part| parts.push(part));
             }
         }
-        self.live.announce(parts);
+        self.reads = self.live.announce(parts);
     }
 
     /// The parts of a piece that have to be read.
@@ -87,7 +97,7 @@ impl<'a> LiveSource<'a> {
     }
 }
 
-impl Source for LiveSource<'_> {
+impl<'a> Source<'a> for LiveSource<'a> {
     fn bytes(&self) -> u64 {
         self.live.tensors().iter().map(|tensor| tensor.bytes).sum()
     }
@@ -101,28 +111,36 @@ impl Source for LiveSource<'_> {
         self.changed.as_ref().is_none_or(|changed| changed.within(live, range).next().is_some())
     }
 
-    fn fill(&mut self, tensor: usize, at: u64, _: Piece, old: &[u8], new: &mut [u8]) -> Result<()> {
-        let live = self.index[tensor].expect("asked for what it covers only");
-        if self.changed.is_some() {
-            new.copy_from_slice(old);
-        }
-        self.each_part(live, at..at + new.len() as u64, |part| {
+    fn next(&mut self, tensor: usize, at: u64, piece: Piece, used: Option<Content<'a>>) -> Result<Content<'a>> {
+        let tensor = self.index[tensor].expect("asked for what it covers only");
+        let mut parts = Vec::new();
+        self.each_part(tensor, at..at + u64::from(piece.bytes), |part| {
             let start = (part.offset - at) as usize;
-            self.live.read(live, part.offset, &mut new[start..start + part.bytes as usize]);
+            parts.push(start..start + part.bytes as usize);
         });
-        Ok(())
+        if self.reads == Reads::Anyhow {
+            return Ok(Content::Live { live: self.live, tensor, at, parts });
+        }
+        let mut bytes = match used {
+            Some(Content::Read { bytes, .. }) => bytes,
+            _ => Vec::new(),
+        };
+        bytes.resize(parts.iter().map(Range::len).sum(), 0);
+        let mut rest = bytes.as_mut_slice();
+        for part in &parts {
+            let (now, later) = rest.split_at_mut(part.len());
+            self.live.read(tensor, at + part.start as u64, now);
+            rest = later;
+        }
+        Ok(Content::Read { parts, bytes })
     }
 }
 
 /// New content from the files and the deltas in the history, newest first.
 pub(crate) struct UndoSource {
     deltas: Vec<(Reader, Option<Record>)>,
-    names: Vec<String>,
     bytes: u64,
     to: u64,
-    current: u64,
-    model: PathBuf,
-    files: Vec<String>,
 }
 
 impl UndoSource {
@@ -137,17 +155,13 @@ impl UndoSource {
         }
         Ok(UndoSource {
             deltas,
-            names: layout.tensors.iter().map(|t| t.name.clone()).collect(),
             bytes: layout.tensors.iter().map(|t| t.bytes).sum(),
             to,
-            current,
-            model: paths.model.clone(),
-            files: layout.shards.iter().map(|shard| shard.file.clone()).collect(),
         })
     }
 }
 
-impl Source for UndoSource {
+impl<'a> Source<'a> for UndoSource {
     fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -160,25 +174,14 @@ impl Source for UndoSource {
         true
     }
 
-    fn fill(&mut self, tensor: usize, _: u64, piece: Piece, old: &[u8], new: &mut [u8]) -> Result<()> {
-        new.copy_from_slice(old);
+    fn next(&mut self, _: usize, _: u64, piece: Piece, _: Option<Content<'a>>) -> Result<Content<'a>> {
+        let mut records = Vec::new();
         for (i, (reader, next)) in self.deltas.iter_mut().enumerate() {
-            let Some(record) = next.take_if(|record| record.piece == piece) else {
-                continue;
-            };
-            if record.undo(new).is_err() {
-                let tensor = self.names[tensor].clone();
-                return Err(match i {
-                    0 => Error::Changed {
-                        tensor,
-                        path: self.model.join(&self.files[usize::from(piece.shard)]),
-                        generation: self.current,
-                    },
-                    _ => Error::History { generation: self.to, tensor },
-                });
+            if let Some(record) = next.take_if(|record| record.piece == piece) {
+                records.push((i, record));
+                *next = reader.record()?;
             }
-            *next = reader.record()?;
         }
-        Ok(())
+        Ok(Content::Undo { records, to: self.to })
     }
 }

@@ -2,28 +2,29 @@
 
 mod common;
 
-use std::cell::{Cell, RefCell};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Reads};
 use common::*;
 
 /// Weights that count what is read of them, and check that it is what was announced.
 struct Device {
     live: Live,
-    read: Cell<u64>,
-    scans: Cell<u32>,
-    announced: RefCell<std::vec::IntoIter<Part>>,
+    read: AtomicU64,
+    scans: AtomicU32,
+    announced: Mutex<std::vec::IntoIter<Part>>,
 }
 
 impl Device {
     fn of(live: Live) -> Device {
-        Device { live, read: Cell::new(0), scans: Cell::new(0), announced: RefCell::default() }
+        Device { live, read: AtomicU64::new(0), scans: AtomicU32::new(0), announced: Mutex::default() }
     }
 
     /// Bytes read since the last call.
     fn taken(&self) -> u64 {
-        assert_eq!(self.announced.borrow_mut().next(), None, "announced and not read");
-        self.read.replace(0)
+        assert_eq!(self.announced.lock().unwrap().next(), None, "announced and not read");
+        self.read.swap(0, Relaxed)
     }
 
     fn bytes(&self) -> u64 {
@@ -43,13 +44,13 @@ impl LiveWeights for Device {
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
         let part = Part { tensor, offset, bytes: buf.len() as u64 };
         assert!(part.bytes <= 1 << 20);
-        assert_eq!(self.announced.borrow_mut().next(), Some(part), "read and not announced");
-        self.read.set(self.read.get() + part.bytes);
+        assert_eq!(self.announced.lock().unwrap().next(), Some(part), "read and not announced");
+        self.read.fetch_add(part.bytes, Relaxed);
         self.live.read(tensor, offset, buf);
     }
 
     fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
-        self.scans.set(self.scans.get() + 1);
+        self.scans.fetch_add(1, Relaxed);
         let hash = |block: &[u8]| {
             let (first, _) = blake3::hash(block).as_bytes().split_first_chunk().map(|(f, r)| (*f, r.len())).unwrap();
             u128::from_le_bytes(first)
@@ -57,8 +58,9 @@ impl LiveWeights for Device {
         Some(self.live.bytes.iter().flat_map(|bytes| bytes.chunks(block_bytes as usize).map(hash)).collect())
     }
 
-    fn announce(&self, parts: Vec<Part>) {
-        *self.announced.borrow_mut() = parts.into_iter();
+    fn announce(&self, parts: Vec<Part>) -> Reads {
+        *self.announced.lock().unwrap() = parts.into_iter();
+        Reads::InOrder
     }
 }
 
@@ -82,7 +84,7 @@ fn only_blocks_whose_hash_changed_are_read() {
         device.sync(&mut checkpoint, 4).unwrap();
         assert_eq!(device.taken(), 154);
         assert_files_are(&checkpoint, &device.live);
-        assert_eq!(device.scans.get(), 4, "one scan for a sync");
+        assert_eq!(device.scans.load(Relaxed), 4, "one scan for a sync");
     }
 }
 
@@ -107,8 +109,8 @@ fn no_changed_byte_is_missed_whatever_happens_in_between() {
                 0 => {
                     let full = &mut |_: &mut dyn std::io::Write| Err(no_space());
                     checkpoint.sync(&device, full, progress(cursor), &mut |_, _| {}).unwrap_err();
-                    device.announced.take();
-                    device.read.set(0);
+                    *device.announced.lock().unwrap() = Vec::new().into_iter();
+                    device.read.store(0, Relaxed);
                 }
                 // The files go back and live weights follow, as a trainer does it.
                 1 if checkpoint.current().generation > 0 => {

@@ -12,7 +12,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 /// Copies the next of some ranges of bytes, in their order.
-pub type ReadNext<'a> = Box<dyn FnMut(&mut [u8]) + 'a>;
+pub type ReadNext<'a> = Box<dyn FnMut(&mut [u8]) + Send + 'a>;
 
 /// A device that the daemon can train on.
 pub trait Backend: Device {

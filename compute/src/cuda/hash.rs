@@ -175,6 +175,9 @@ struct Slot {
     parts: VecDeque<(usize, usize)>,
 }
 
+// SAFETY: pinned memory and events belong to the process, and whoever uses them binds the context first.
+unsafe impl Send for Slot {}
+
 impl Slot {
     /// None where there is no memory for it.
     fn new(cuda: &Cuda) -> Option<Slot> {

@@ -12,14 +12,13 @@ use crate::protocol::{
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
 use apollo::{Gates, Optimizer, Rule};
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress, Reads};
 use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
-use std::cell::RefCell;
 use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 use weight_map::Role;
 
@@ -599,12 +598,12 @@ struct Live<'a, D: Backend> {
     weights: Vec<&'a D::Weight>,
     hash_seed: u64,
     /// What was announced, where it is read ahead.
-    ahead: RefCell<Option<ReadNext<'a>>>,
+    ahead: OnceLock<Mutex<ReadNext<'a>>>,
 }
 
 impl<'a, D: Backend> Live<'a, D> {
     fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>, hash_seed: u64) -> Live<'a, D> {
-        let (tensors, weights, ahead) = (Vec::new(), Vec::new(), RefCell::new(None));
+        let (tensors, weights, ahead) = (Vec::new(), Vec::new(), OnceLock::new());
         let mut live = Live { device: &**model.device(), tensors, weights, hash_seed, ahead };
         for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
             if spec.effective_rule() != Rule::Frozen {
@@ -634,19 +633,23 @@ impl<D: Backend> LiveWeights for Live<'_, D> {
         &self.tensors
     }
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
-        match &mut *self.ahead.borrow_mut() {
-            Some(next) => next(buf),
+        match self.ahead.get() {
+            Some(next) => next.lock().unwrap_or_else(PoisonError::into_inner)(buf),
             None => self.device.read_weight(self.weights[tensor], offset as usize, buf),
         }
     }
     fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
         self.device.block_hashes(&self.weights, block_bytes as usize, self.hash_seed)
     }
-    fn announce(&self, parts: Vec<Part>) {
+    fn announce(&self, parts: Vec<Part>) -> Reads {
         let bytes = |part: Part| {
             let start = part.offset as usize;
             (self.weights[part.tensor], start..start + part.bytes as usize)
         };
-        *self.ahead.borrow_mut() = self.device.read_ahead(parts.into_iter().map(bytes).collect());
+        let Some(ahead) = self.device.read_ahead(parts.into_iter().map(bytes).collect()) else {
+            return Reads::Anyhow;
+        };
+        assert!(self.ahead.set(Mutex::new(ahead)).is_ok(), "a sync announces its parts once");
+        Reads::InOrder
     }
 }
