@@ -17,7 +17,7 @@ use crate::recover::{self, Recovery};
 use crate::retain::{Keep, prune};
 use crate::source::{LiveSource, Source, UndoSource};
 use crate::storage::{RealStorage, Storage};
-use crate::sums;
+use crate::sums::{self, Quick};
 use crate::verify::{self, Damage, VerifyReport};
 
 /// A tensor of the live weights under its Hugging Face name.
@@ -116,6 +116,8 @@ pub struct Checkpoint {
     current: Generation,
     /// Hashes of the tensors that the last sync wrote.
     known: Option<Known>,
+    /// Of the blocks of the current generation.
+    quick: Quick,
     /// Why this handle must not be used any more.
     unusable: Option<String>,
     _lock: DiskFile,
@@ -150,7 +152,8 @@ impl Checkpoint {
         }
         let (current, recovery) = recover::recover(&disk, &paths, &layout, options.keep)?;
         drop(readers);
-        let checkpoint = Checkpoint { paths, options, disk, current, known: None, unusable: None, _lock: lock };
+        let quick = Quick::unknown(&current.tensors);
+        let checkpoint = Checkpoint { paths, options, disk, current, known: None, quick, unusable: None, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
@@ -224,6 +227,7 @@ impl Checkpoint {
         let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
         // Whether it has its name is for the next open to see.
         self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
+        self.quick = Quick::unknown(&self.current.tensors);
         if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
             self.unusable = Some(source.to_string());
             return Err(Error::Interrupted { generation: number, source: Box::new(source) });
@@ -330,9 +334,9 @@ impl Checkpoint {
         let (disk, paths, total) = (&self.disk, &self.paths, source.bytes());
         // All of it is said when it is durable.
         let mut compared = |done: u64| report(done.min(total.saturating_sub(1)), total);
-        let place = Place { disk, paths, current: &self.current };
-        let generation = match commit::write(place, draft, source, state, &mut compared) {
-            Ok(generation) => generation,
+        let place = Place { disk, paths, current: &self.current, quick: &self.quick };
+        let (generation, quick) = match commit::write(place, draft, source, state, &mut compared) {
+            Ok(written) => written,
             Err((error, Files::AsBefore)) => return Err(error),
             Err((error, Files::Unknown)) => return Err(self.interrupted(error)),
         };
@@ -343,7 +347,7 @@ impl Checkpoint {
         if let Err(error) = finished {
             return Err(self.interrupted(error));
         }
-        self.current = generation;
+        (self.current, self.quick) = (generation, quick);
         report(total, total);
         Ok(SyncReport {
             generation: number,

@@ -15,7 +15,7 @@ use crate::pipeline::{self, Stages};
 use crate::recover;
 use crate::segments::Segments;
 use crate::source::Source;
-use crate::sums::{self, Sum};
+use crate::sums::{self, Quick, Sum};
 
 /// What a sync did.
 #[derive(Debug, Clone, PartialEq)]
@@ -91,6 +91,7 @@ pub(crate) struct Place<'a> {
     pub(crate) paths: &'a Paths,
     /// The generation before it.
     pub(crate) current: &'a Generation,
+    pub(crate) quick: &'a Quick,
 }
 
 /// What an error in [`write`] leaves.
@@ -102,7 +103,8 @@ pub(crate) enum Files {
     Unknown,
 }
 
-/// Journal, blocks, optimizer state and sums, all durable; gives the generation, which is not published yet.
+/// Journal, blocks, optimizer state and sums, all durable; gives the generation, which is not published yet, and what is
+/// known of its blocks.
 /// `done` is told the bytes that were compared. An error undoes what was written, where that is possible.
 pub(crate) fn write(
     place: Place,
@@ -110,8 +112,8 @@ pub(crate) fn write(
     source: &mut dyn Source<'_>,
     state: Option<&mut WriteState>,
     done: &mut dyn FnMut(u64),
-) -> std::result::Result<Generation, (Error, Files)> {
-    let Place { disk, paths, current } = place;
+) -> std::result::Result<(Generation, Quick), (Error, Files)> {
+    let Place { disk, paths, current, .. } = place;
     let mut applied = 0;
     fill(place, draft, source, state, done, &mut applied).map_err(|error| {
         if matches!(error, Error::Sync { .. }) {
@@ -133,8 +135,8 @@ fn fill(
     state: Option<&mut WriteState>,
     done: &mut dyn FnMut(u64),
     applied: &mut u64,
-) -> Result<Generation> {
-    let Place { disk, paths, current } = place;
+) -> Result<(Generation, Quick)> {
+    let Place { disk, paths, current, quick } = place;
     let number = current.generation + 1;
     check_space(disk, paths, space_needed(current, source.bytes()))?;
     let before = sums::load_or_rebuild(disk, paths, current)?;
@@ -143,7 +145,7 @@ fn fill(
         previous: current.generation,
         shards: draft.layout.shards.iter().map(head_shard).collect(),
     };
-    let mut segments = Segments::begin(disk, paths, &head, before.clone(), draft.segment, applied)?;
+    let mut segments = Segments::begin(disk, paths, &head, (before.clone(), quick.clone()), draft.segment, applied)?;
     let mut pass = Pass::new(disk, draft.layout, source);
     let stages = Stages {
         next: |used| {
@@ -152,7 +154,7 @@ fn fill(
             Ok(job)
         },
         worker: || {
-            let mut comparer = Comparer::new(draft.layout, current, &before);
+            let mut comparer = Comparer::new(draft.layout, current, &before, quick);
             move |job: &mut Job| comparer.compare(job)
         },
         take: |compared: Compared| segments.take(compared),
@@ -165,7 +167,7 @@ fn fill(
     disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
     let created_unix = disk.now_unix();
-    let Segments { writer, blocks_total, blocks_changed, bytes_changed, .. } = segments;
+    let Segments { writer, quick, blocks_total, blocks_changed, bytes_changed, .. } = segments;
     let generation = Generation {
         version: VERSION,
         generation: number,
@@ -190,7 +192,7 @@ fn fill(
         restorable: true,
     };
     writer.finish(&generation)?;
-    Ok(generation)
+    Ok((generation, quick))
 }
 
 /// The tensors with their new checksums, which must be the expected ones where something is expected.
@@ -326,16 +328,24 @@ fn check_space(disk: &Disk, paths: &Paths, need: u64) -> Result<()> {
     Ok(())
 }
 
-/// Counts and hashes what passes through to the state file.
+/// Counts and hashes what passes through to the state file, of which only the last of it stays in memory.
 struct HashingWriter {
     file: DiskFile,
     hasher: blake3::Hasher,
 }
 
+/// Bytes of the state that are written at once, and that are on their way to the disk while the next are.
+const STATE_STEP: usize = 1 << 20;
+const STATE_AHEAD: u64 = 16 << 20;
+
 impl Write for HashingWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
-        let n = self.file.write(buf)?;
-        self.file.start_writing(self.hasher.count(), n as u64);
+        let n = self.file.write(&buf[..buf.len().min(STATE_STEP)])?;
+        let at = self.hasher.count();
+        self.file.start_writing(at, n as u64);
+        if let Some(done) = at.checked_sub(STATE_AHEAD) {
+            self.file.let_go(done, n as u64);
+        }
         self.hasher.update(&buf[..n]);
         Ok(n)
     }
@@ -349,7 +359,7 @@ impl Write for HashingWriter {
 fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) -> Result<StateSum> {
     let path = paths.state(number);
     let inner = HashingWriter { file: disk.create(&path)?, hasher: blake3::Hasher::new() };
-    let mut out = BufWriter::with_capacity(1 << 20, inner);
+    let mut out = BufWriter::with_capacity(STATE_STEP, inner);
     write(&mut out).map_err(Error::io("write", &path))?;
     let HashingWriter { file, hasher } =
         out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;

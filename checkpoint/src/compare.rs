@@ -7,7 +7,7 @@ use crate::pass::Job;
 use crate::piece::{BlockSet, Piece, cut, within};
 use crate::record::{Change, Encoder};
 use crate::source::Content;
-use crate::sums::{self, Sum};
+use crate::sums::{self, Quick, Sum};
 
 /// Bytes that are read and compared at once: twice as many fit into a core's second cache.
 const STEP: u64 = 128 << 10;
@@ -19,8 +19,17 @@ pub(crate) struct Compared {
     /// 4 KiB blocks in it.
     pub(crate) blocks: u64,
     pub(crate) change: Option<Change>,
-    /// The sums that are others now, with their indices in the tensor.
-    pub(crate) sums: Vec<(usize, Sum)>,
+    /// The sums that are others now.
+    pub(crate) sums: Vec<NewSum>,
+}
+
+/// The sums of a block that has changed.
+#[derive(Debug)]
+pub(crate) struct NewSum {
+    /// Its index in the tensor.
+    pub(crate) block: usize,
+    pub(crate) sum: Sum,
+    pub(crate) quick: u64,
 }
 
 /// Compares pieces, on one thread.
@@ -29,14 +38,20 @@ pub(crate) struct Comparer<'p> {
     current: &'p Generation,
     /// The sums of the blocks of every tensor of the current generation.
     before: &'p [Vec<Sum>],
+    quick: &'p Quick,
     encoder: Encoder,
     old: Vec<u8>,
     new: Vec<u8>,
 }
 
 impl<'p> Comparer<'p> {
-    pub(crate) fn new(layout: &'p Layout, current: &'p Generation, before: &'p [Vec<Sum>]) -> Comparer<'p> {
-        Comparer { layout, current, before, encoder: Encoder::new(), old: Vec::new(), new: Vec::new() }
+    pub(crate) fn new(
+        layout: &'p Layout,
+        current: &'p Generation,
+        before: &'p [Vec<Sum>],
+        quick: &'p Quick,
+    ) -> Comparer<'p> {
+        Comparer { layout, current, before, quick, encoder: Encoder::new(), old: Vec::new(), new: Vec::new() }
     }
 
     /// Reads and compares a piece.
@@ -114,17 +129,22 @@ impl<'p> Comparer<'p> {
     ///
     /// They must be what the current generation says. One that does not differ keeps its sum, so that no damage ever
     /// becomes the truth.
-    fn sums(&self, job: &Job, changed: &BlockSet) -> Result<Vec<(usize, Sum)>> {
+    fn sums(&self, job: &Job, changed: &BlockSet) -> Result<Vec<NewSum>> {
         let mut sums = Vec::new();
         for (i, block) in sums::blocks(job.piece.range()).enumerate() {
             if !job.piece.blocks_of(block.clone()).any(|(number, _)| changed.contains(number)) {
                 continue;
             }
-            let (i, at) = (job.first_sum + i, within(&block, job.piece.offset));
-            if sums::sum(&self.old[at.clone()]) != self.before[job.tensor][i] {
+            let (block, at) = (job.first_sum + i, within(&block, job.piece.offset));
+            let (old, new) = (&self.old[at.clone()], &self.new[at]);
+            let as_it_was = match self.quick.get(job.tensor, block) {
+                Some(quick) => sums::quick_sum(old) == quick,
+                None => sums::sum(old) == self.before[job.tensor][block],
+            };
+            if !as_it_was {
                 return Err(self.changed(job));
             }
-            sums.push((i, sums::sum(&self.new[at])));
+            sums.push(NewSum { block, sum: sums::sum(new), quick: sums::quick_sum(new) });
         }
         Ok(sums)
     }

@@ -179,6 +179,11 @@ impl DiskFile {
         self.file.start_writing(offset, bytes);
     }
 
+    /// Gives the memory back that holds what was written there, once that is on the disk.
+    pub(crate) fn let_go(&self, offset: u64, bytes: u64) {
+        self.file.let_go(offset, bytes);
+    }
+
     /// fdatasync. Never called twice after it failed.
     pub(crate) fn sync(&self) -> Result<()> {
         self.file.sync().map_err(|source| Error::Sync { path: self.path.clone(), source })

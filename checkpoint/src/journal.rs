@@ -43,6 +43,8 @@ pub(crate) struct Writer {
     /// Over the checksums of the frames.
     total: blake3::Hasher,
     bytes: u64,
+    /// Of them, durable.
+    synced: u64,
 }
 
 impl Writer {
@@ -53,6 +55,7 @@ impl Writer {
             path: path.to_path_buf(),
             total: blake3::Hasher::new(),
             bytes: 0,
+            synced: 0,
         };
         writer.write(MAGIC)?;
         let head = serde_json::to_vec(head).expect("a head has no maps");
@@ -68,7 +71,12 @@ impl Writer {
     /// Makes durable what was added so far.
     pub(crate) fn sync(&mut self) -> Result<()> {
         self.out.flush().map_err(Error::io("write", &self.path))?;
-        self.out.get_ref().sync()
+        let file = self.out.get_ref();
+        file.sync()?;
+        // Recovery alone would read it again, and the server has better use for the memory.
+        file.let_go(self.synced, self.bytes - self.synced);
+        self.synced = self.bytes;
+        Ok(())
     }
 
     /// Adds the generation and the total checksum, and makes all of it durable.

@@ -2,6 +2,7 @@
 //!
 //! The byte layout is in the crate's documentation.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use zstd::zstd_safe::{self, CParameter, ParamSwitch};
@@ -43,8 +44,8 @@ pub(crate) struct Change {
 /// Makes records.
 pub(crate) struct Encoder {
     zstd: zstd::bulk::Compressor<'static>,
-    old: Vec<u8>,
     planes: Vec<u8>,
+    packed: Vec<u8>,
 }
 
 impl Encoder {
@@ -53,19 +54,15 @@ impl Encoder {
         for parameter in PARAMETERS {
             zstd.set_parameter(parameter).expect("zstd has this parameter");
         }
-        Encoder { zstd, old: Vec::new(), planes: Vec::new() }
+        Encoder { zstd, planes: Vec::new(), packed: Vec::new() }
     }
 
     /// The change from `old` to `new`, both of the piece's length, which differ in these blocks alone.
     pub(crate) fn encode(&mut self, piece: Piece, changed: &BlockSet, old: &[u8], new: &[u8]) -> Change {
         assert!(old.len() == piece.bytes as usize && new.len() == old.len());
         let mut change = Change { piece, body: vec![0; HEAD], runs: Vec::new(), new: Vec::new(), blocks: 0 };
-        self.old.clear();
         for (_, block) in piece.blocks().filter(|(number, _)| changed.contains(*number)) {
-            let at = within(&block, piece.offset);
             change.blocks += 1;
-            self.old.extend_from_slice(&old[at.clone()]);
-            change.new.extend_from_slice(&new[at]);
             for sector in cut(block.clone(), SECTOR) {
                 let sum = sector_sum(&new[within(&sector, piece.offset)]);
                 change.body.extend_from_slice(&sum.to_le_bytes());
@@ -80,19 +77,28 @@ impl Encoder {
         change.body[4..8].copy_from_slice(&piece.bytes.to_le_bytes());
         change.body[8..16].copy_from_slice(&piece.offset.to_le_bytes());
         change.body[16..HEAD].copy_from_slice(&changed.0);
-        self.compress(&mut change);
+        change.new = gathered(&change.runs, piece, new).into_owned();
+        self.compress(&mut change.body, piece.width, &gathered(&change.runs, piece, old), &change.new);
         change
     }
 
     /// Appends the compressed difference to the body.
-    fn compress(&mut self, change: &mut Change) {
-        self.planes.resize(change.new.len(), 0);
-        delta::to_planes(change.piece.width, &self.old, &change.new, &mut self.planes);
-        let at = change.body.len();
-        change.body.resize(at + zstd_safe::compress_bound(self.planes.len()), 0);
-        let packed = self.zstd.compress_to_buffer(&self.planes, &mut change.body[at..]);
-        let packed = packed.expect("the buffer holds compress_bound bytes");
-        change.body.truncate(at + packed);
+    fn compress(&mut self, body: &mut Vec<u8>, width: u8, old: &[u8], new: &[u8]) {
+        self.planes.resize(new.len(), 0);
+        delta::to_planes(width, old, new, &mut self.planes);
+        let most = zstd_safe::compress_bound(self.planes.len());
+        self.packed.resize(self.packed.len().max(most), 0);
+        let packed = self.zstd.compress_to_buffer(&self.planes, self.packed.as_mut_slice());
+        body.extend_from_slice(&self.packed[..packed.expect("the buffer holds compress_bound bytes")]);
+    }
+}
+
+/// These parts of a piece's content, one after the other.
+fn gathered<'a>(runs: &[Range<u64>], piece: Piece, content: &'a [u8]) -> Cow<'a, [u8]> {
+    let part = |run: &Range<u64>| &content[within(run, piece.offset)];
+    match runs {
+        [one] => Cow::Borrowed(part(one)),
+        several => Cow::Owned(several.iter().map(part).collect::<Vec<_>>().concat()),
     }
 }
 

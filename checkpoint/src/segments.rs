@@ -9,10 +9,10 @@ use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
 use crate::generation::Paths;
 use crate::journal::{Head, Writer};
-use crate::compare::Compared;
+use crate::compare::{Compared, NewSum};
 use crate::piece::within;
 use crate::record::Change;
-use crate::sums::Sum;
+use crate::sums::{Quick, Sum};
 
 /// What a sync has done so far.
 #[derive(Debug)]
@@ -30,6 +30,7 @@ pub(crate) struct Segments<'a> {
     applied: &'a mut u64,
     /// The block sums of all tensors as they will be, and which tensors have changed.
     pub(crate) sums: Vec<Vec<Sum>>,
+    pub(crate) quick: Quick,
     pub(crate) changed: Vec<bool>,
     pub(crate) blocks_total: u64,
     pub(crate) blocks_changed: u64,
@@ -42,7 +43,7 @@ impl<'a> Segments<'a> {
         disk: &'a Disk,
         paths: &'a Paths,
         head: &Head,
-        sums: Vec<Vec<Sum>>,
+        (sums, quick): (Vec<Vec<Sum>>, Quick),
         limit: u64,
         applied: &'a mut u64,
     ) -> Result<Segments<'a>> {
@@ -57,6 +58,7 @@ impl<'a> Segments<'a> {
             applied,
             changed: vec![false; sums.len()],
             sums,
+            quick,
             blocks_total: 0,
             blocks_changed: 0,
             bytes_changed: 0,
@@ -69,8 +71,9 @@ impl<'a> Segments<'a> {
         let Some(change) = compared.change else { return Ok(()) };
         self.writer.record(&change.body)?;
         self.changed[compared.tensor] = true;
-        for (i, sum) in compared.sums {
-            self.sums[compared.tensor][i] = sum;
+        for NewSum { block, sum, quick } in compared.sums {
+            self.sums[compared.tensor][block] = sum;
+            self.quick.set(compared.tensor, block, quick);
         }
         self.blocks_changed += change.blocks;
         self.bytes_changed += change.new.len() as u64;

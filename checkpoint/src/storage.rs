@@ -105,6 +105,12 @@ pub trait StorageFile: fmt::Debug + Send + Sync {
         let _ = (offset, bytes);
     }
 
+    /// What was written there is not read again soon: waits until it was brought to the disk, then gives its memory in
+    /// the page cache back. A hint, which promises nothing.
+    fn let_go(&self, offset: u64, bytes: u64) {
+        let _ = (offset, bytes);
+    }
+
     /// fdatasync: content and length are durable. Never called again after it failed.
     fn sync(&self) -> io::Result<()>;
 
@@ -183,13 +189,18 @@ impl StorageFile for File {
     }
 
     #[cfg(target_os = "linux")]
-    #[allow(unsafe_code)]
     fn start_writing(&self, offset: u64, bytes: u64) {
-        use std::os::fd::AsRawFd;
-        let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else { return };
-        // SAFETY: the call takes a descriptor, which is open while `self` lives, and three numbers; it touches no memory
-        // of this process. That it fails where a file system cannot do it is of no consequence: `sync` follows.
-        unsafe { libc::sync_file_range(self.as_raw_fd(), offset, bytes, libc::SYNC_FILE_RANGE_WRITE) };
+        sync_file_range(self, offset, bytes, libc::SYNC_FILE_RANGE_WRITE);
+    }
+
+    #[cfg(target_os = "linux")]
+    fn let_go(&self, offset: u64, bytes: u64) {
+        use libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE};
+        let all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+        sync_file_range(self, offset, bytes, all);
+        if let Some(bytes) = std::num::NonZeroU64::new(bytes) {
+            let _ = rustix::fs::fadvise(self, offset, Some(bytes), rustix::fs::Advice::DontNeed);
+        }
     }
 
     fn sync(&self) -> io::Result<()> {
@@ -211,4 +222,15 @@ impl StorageFile for File {
             Err(errno) => Err(errno.into()),
         }
     }
+}
+
+/// Begins to bring a part of a file to the disk, or waits for it, as the flags say.
+#[cfg(target_os = "linux")]
+#[allow(unsafe_code)]
+fn sync_file_range(file: &File, offset: u64, bytes: u64, flags: libc::c_uint) {
+    use std::os::fd::AsRawFd;
+    let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else { return };
+    // SAFETY: the call takes a descriptor, which is open while `file` lives, and numbers; it touches no memory of this
+    // process. That it fails where a file system cannot do it is of no consequence: `sync` follows.
+    unsafe { libc::sync_file_range(file.as_raw_fd(), offset, bytes, flags) };
 }

@@ -17,6 +17,34 @@ pub(crate) const SUM_BLOCK: u64 = 16 << 10;
 /// BLAKE3 of a block.
 pub(crate) type Sum = [u8; 32];
 
+/// What a handle knows of the blocks that it wrote itself: XXH3 of them, which takes a quarter of BLAKE3's time. It tells
+/// as well whether somebody else has changed one by accident; on purpose is for `verify`. In memory only: 8 bytes for
+/// 16 KiB, as a number that is 0 where nothing is known.
+#[derive(Debug, Clone)]
+pub(crate) struct Quick(Vec<Vec<u64>>);
+
+impl Quick {
+    /// Nothing is known of the blocks of these tensors.
+    pub(crate) fn unknown(tensors: &[TensorSum]) -> Quick {
+        Quick(tensors.iter().map(|tensor| vec![0; count(&tensor.range())]).collect())
+    }
+
+    /// Notes the sum of a block.
+    pub(crate) fn set(&mut self, tensor: usize, block: usize, sum: u64) {
+        self.0[tensor][block] = sum;
+    }
+
+    /// The sum of a block; none if it is not known.
+    pub(crate) fn get(&self, tensor: usize, block: usize) -> Option<u64> {
+        Some(self.0[tensor][block]).filter(|sum| *sum != 0)
+    }
+}
+
+/// The quick sum of a block.
+pub(crate) fn quick_sum(block: &[u8]) -> u64 {
+    xxhash_rust::xxh3::xxh3_64(block)
+}
+
 /// The blocks of a tensor that lies at `range` of its file.
 pub(crate) fn blocks(range: Range<u64>) -> impl Iterator<Item = Range<u64>> {
     cut(range, SUM_BLOCK)
