@@ -13,7 +13,7 @@ use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Device, Factors, Limiter, NORM_SLOTS, NORM_UPDATE,
     Stream, Write,
 };
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fmt;
 use std::sync::Arc;
 
@@ -37,6 +37,19 @@ pub struct Optimizer<D: Device> {
     projections: HashMap<(usize, usize), (u64, D::Buffer)>,
     source: Option<ProjectionSource>,
     lookup_bytes: usize,
+    written: Vec<Written>,
+}
+
+/// What steps have written of a tensor.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub enum Written {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// These rows at most.
+    Rows(BTreeSet<u32>),
+    /// All of it, perhaps.
+    Everything,
 }
 
 /// What a step did.
@@ -119,6 +132,7 @@ impl<D: Device> Optimizer<D> {
     pub fn new(device: Arc<D>, tensors: Vec<Tensor>, settings: Settings) -> Optimizer<D> {
         let states = tensors.iter().map(|t| State::new(&*device, t, &settings)).collect();
         let norms = device.zeros(tensors.len() * NORM_SLOTS);
+        let written = vec![Written::Nothing; tensors.len()];
         Optimizer {
             device,
             settings,
@@ -129,6 +143,7 @@ impl<D: Device> Optimizer<D> {
             projections: HashMap::new(),
             source: None,
             lookup_bytes: LOOKUP_BYTES,
+            written,
         }
     }
 
@@ -151,6 +166,16 @@ impl<D: Device> Optimizer<D> {
     pub fn with_lookup_bytes(mut self, bytes: usize) -> Optimizer<D> {
         self.lookup_bytes = bytes;
         self
+    }
+
+    /// What steps have written of each tensor since this optimizer was made, or [`Optimizer::forget_written`].
+    pub fn written(&self) -> &[Written] {
+        &self.written
+    }
+
+    /// Counts what is written from now on.
+    pub fn forget_written(&mut self) {
+        self.written.fill(Written::Nothing);
     }
 
     /// Applied steps.
@@ -397,6 +422,7 @@ impl<D: Device> Optimizer<D> {
         // Both are in the order of the tensors.
         for (item, rows) in ready.iter().zip(&rows) {
             let tensor = item.tensor();
+            self.written[tensor].add(item, rows);
             let State { exp_avg, exp_avg_sq, .. } = states.find(|(i, _)| *i == tensor).expect("one state per tensor").1;
             let (w, spec) = (&weights[tensor], &self.tensors[tensor]);
             match item {
@@ -434,6 +460,20 @@ impl<D: Device> Optimizer<D> {
             }
         };
         ready.iter().map(rows).collect()
+    }
+}
+
+impl Written {
+    /// Adds what a step writes.
+    fn add<D: Device>(&mut self, item: &Ready<D>, rows: &[AdamRow]) {
+        match (item, &mut *self) {
+            (_, Written::Everything) => {}
+            (Ready::Lookup { .. }, Written::Rows(written)) => written.extend(rows.iter().map(|row| row.row)),
+            (Ready::Lookup { .. }, Written::Nothing) => {
+                *self = Written::Rows(rows.iter().map(|row| row.row).collect());
+            }
+            _ => *self = Written::Everything,
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io::{self, BufReader, Read, Write};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,7 +11,7 @@ use crate::commit::{self, Draft, Files, Place, RollbackReport, SyncReport};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress};
-use crate::known::{Hashes, Known};
+use crate::known::Known;
 use crate::layout::Layout;
 use crate::readers::keep_out;
 use crate::recover::{self, Recovery};
@@ -48,7 +49,7 @@ pub struct Part {
 /// only reads. (A write in between would be in the files or not, and found by the next sync either way, because the
 /// hashes are taken before the first read. But a generation would hold half a step.)
 ///
-/// A sync calls `tensors`, then `block_hashes` and `announce` once each, then `read` for every part that was announced.
+/// A sync calls `tensors`, then `block_hashes`, `written` and `announce` once each at most, then `read` for every part that was announced.
 pub trait LiveWeights: Sync {
     /// The tensors that a sync covers. Tensors of the files that are not here stay as they are.
     fn tensors(&self) -> &[LiveTensor];
@@ -64,6 +65,13 @@ pub trait LiveWeights: Sync {
     /// last sync is not read. None, the default, from weights that are as cheap to read as to hash.
     fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
         let _ = block_bytes;
+        None
+    }
+
+    /// The bytes of each tensor, ascending and apart, that may have been written since the last sync of these weights
+    /// that succeeded, or since [`Checkpoint::assume_equal`]: without hashes, nothing else is read. None, the default, if
+    /// that is not known.
+    fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
         None
     }
 
@@ -114,7 +122,7 @@ pub struct Checkpoint {
     options: Options,
     disk: Disk,
     current: Generation,
-    /// Hashes of the tensors that the last sync wrote.
+    /// Of the live tensors that the last sync wrote.
     known: Option<Known>,
     /// Of the blocks of the current generation.
     quick: Quick,
@@ -164,7 +172,7 @@ impl Checkpoint {
     /// Whoever loads the model ([`crate::Reading`]) is waited for, and kept waiting until the generation is published.
     ///
     /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
-    /// not that of the last sync through this handle. On an error that is not [`Error::Interrupted`]
+    /// not that of the last sync through this handle; if it knows what was written since, only that. On an error that is not [`Error::Interrupted`]
     /// the files are those of the current generation.
     pub fn sync(
         &mut self,
@@ -177,20 +185,20 @@ impl Checkpoint {
         let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
         let layout = self.layout()?;
         let mut source = LiveSource::new(&layout, live)?;
-        let hashes = Hashes::of(live);
-        source.announce(&layout, Known::changed(self.known.as_ref(), self.current.generation, hashes.as_ref()));
+        let current = self.current.generation;
+        let known = Known::of(live, current + 1);
+        source.announce(&layout, known.changed_since(self.known.as_ref(), current, live));
         let draft = self.draft(&layout, progress);
         let done = self.commit(draft, &mut source, Some(state), report)?;
-        self.known = hashes.map(|hashes| Known { generation: done.generation, hashes });
+        self.known = Some(known);
         Ok(done)
     }
 
-    /// Takes the hashes of live weights that equal the files in every byte, so that the next sync need not read them
-    /// all. Only for a caller who has just compared or restored every one of these tensors: where that is not so, the
-    /// difference stays out of the files. Does nothing for weights without hashes.
+    /// Takes it that live weights equal the files in every byte, so that the next sync need not read them all where they
+    /// have hashes or know what was written. Only for a caller who has just compared or restored every one of these
+    /// tensors: where that is not so, the difference stays out of the files.
     pub fn assume_equal(&mut self, live: &dyn LiveWeights) {
-        let generation = self.current.generation;
-        self.known = Hashes::of(live).map(|hashes| Known { generation, hashes });
+        self.known = Some(Known::of(live, self.current.generation));
     }
 
     /// Makes files, optimizer state and progress those of generation `to`, as a new generation, by the

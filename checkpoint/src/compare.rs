@@ -1,13 +1,15 @@
 //! What became of a piece: which of its blocks differ, and the checksums and the record of those.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::generation::Generation;
 use crate::layout::Layout;
 use crate::pass::Job;
 use crate::piece::{BlockSet, Piece, cut, within};
-use crate::record::{Change, Encoder};
+use crate::record::{Change, Encoder, Record};
 use crate::source::Content;
-use crate::sums::{self, Quick, Sum};
+use crate::sums::{self, Quick, SUM_BLOCK, Sum};
 
 /// Bytes that are read and compared at once: twice as many fit into a core's second cache.
 const STEP: u64 = 128 << 10;
@@ -68,58 +70,43 @@ impl<'p> Comparer<'p> {
         Ok(Compared { tensor, blocks: piece.blocks().count() as u64, change, sums })
     }
 
-    /// Fills `old` from the file and `new` with the new content; gives the blocks that differ.
+    /// Fills `old` from the file and `new` with the new content, where they may differ; gives the blocks that do.
     fn load(&mut self, job: &Job) -> Result<BlockSet> {
-        let (piece, range) = (job.piece, job.piece.range());
-        let (old, new) = (self.old.as_mut_slice(), self.new.as_mut_slice());
-        let mut changed = BlockSet::default();
+        let (piece, mut changed) = (job.piece, BlockSet::default());
         match &job.content {
-            Content::Live { live, tensor, at, parts } if *parts == [0..new.len()] => {
-                for step in cut(range, STEP) {
-                    let within = within(&step, piece.offset);
-                    job.file.read_at(&mut old[within.clone()], step.start)?;
-                    live.read(*tensor, at + within.start as u64, &mut new[within.clone()]);
-                    if old[within.clone()] != new[within] {
-                        insert_differing(&mut changed, piece, step, old, new);
+            Content::Live { parts, .. } | Content::Read { parts, .. } => {
+                for step in windows(piece, parts).flat_map(|window| cut(window, STEP)) {
+                    let at = within(&step, piece.offset);
+                    let (old, new) = (&mut self.old[at.clone()], &mut self.new[at.clone()]);
+                    job.file.read_at(old, step.start)?;
+                    if !parts.iter().any(|part| part.start <= at.start && at.end <= part.end) {
+                        new.copy_from_slice(old);
                     }
-                }
-                return Ok(changed);
-            }
-            content => {
-                job.file.read_at(old, range.start)?;
-                new.copy_from_slice(old);
-                self.turn(job, content)?;
-            }
-        }
-        insert_differing(&mut changed, piece, range, &self.old, &self.new);
-        Ok(changed)
-    }
-
-    /// Makes `new`, which is the old content, the new one.
-    fn turn(&mut self, job: &Job, content: &Content) -> Result<()> {
-        let new = self.new.as_mut_slice();
-        match content {
-            Content::Live { live, tensor, at, parts } => {
-                parts.iter().for_each(|part| live.read(*tensor, at + part.start as u64, &mut new[part.clone()]));
-            }
-            Content::Read { parts, bytes } => {
-                let mut rest = bytes.as_slice();
-                for part in parts {
-                    let (now, later) = rest.split_at(part.len());
-                    new[part.clone()].copy_from_slice(now);
-                    rest = later;
+                    fill(&job.content, at, new);
+                    if old != new {
+                        insert_differing(&mut changed, piece, step, &self.old, &self.new);
+                    }
                 }
             }
             Content::Undo { records, to } => {
-                for (delta, record) in records {
-                    if record.undo(new).is_err() {
-                        let tensor = self.layout.tensors[job.tensor].name.clone();
-                        return Err(match delta {
-                            0 => self.changed(job),
-                            _ => Error::History { generation: *to, tensor },
-                        });
-                    }
-                }
+                job.file.read_at(&mut self.old, piece.offset)?;
+                self.new.copy_from_slice(&self.old);
+                self.undo(job, records, *to)?;
+                insert_differing(&mut changed, piece, piece.range(), &self.old, &self.new);
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Turns `new`, which is the old content, back by deltas.
+    fn undo(&mut self, job: &Job, records: &[(usize, Record)], to: u64) -> Result<()> {
+        for (delta, record) in records {
+            if record.undo(&mut self.new).is_err() {
+                let tensor = self.layout.tensors[job.tensor].name.clone();
+                return Err(match delta {
+                    0 => self.changed(job),
+                    _ => Error::History { generation: to, tensor },
+                });
             }
         }
         Ok(())
@@ -156,8 +143,47 @@ impl<'p> Comparer<'p> {
     }
 }
 
+/// The ranges of the file to be read for parts of a piece: blocks that have a sum, as long as possible.
+fn windows(piece: Piece, parts: &[Range<usize>]) -> impl Iterator<Item = Range<u64>> {
+    let range = piece.range();
+    let mut parts = parts.iter().map(move |part| {
+        let (start, end) = (piece.offset + part.start as u64, piece.offset + part.end as u64);
+        (start / SUM_BLOCK * SUM_BLOCK).max(range.start)..end.next_multiple_of(SUM_BLOCK).min(range.end)
+    });
+    let mut next = parts.next();
+    std::iter::from_fn(move || {
+        let mut window = next.take()?;
+        next = parts.find(|part| {
+            let apart = part.start > window.end;
+            if !apart {
+                window.end = part.end;
+            }
+            apart
+        });
+        Some(window)
+    })
+}
+
+/// Fills a range of the piece with those parts of its new content that lie in it.
+fn fill(content: &Content, range: Range<usize>, new: &mut [u8]) {
+    let (Content::Live { parts, .. } | Content::Read { parts, .. }) = content else { return };
+    let mut before = 0;
+    for part in parts {
+        let (start, end) = (part.start.max(range.start), part.end.min(range.end));
+        if start < end {
+            let new = &mut new[start - range.start..end - range.start];
+            match content {
+                Content::Live { live, tensor, at, .. } => live.read(*tensor, at + start as u64, new),
+                Content::Read { bytes, .. } => new.copy_from_slice(&bytes[before + start - part.start..][..end - start]),
+                Content::Undo { .. } => {}
+            }
+        }
+        before += part.len();
+    }
+}
+
 /// Adds the blocks of a part of the piece in which its contents differ.
-fn insert_differing(set: &mut BlockSet, piece: Piece, part: std::ops::Range<u64>, old: &[u8], new: &[u8]) {
+fn insert_differing(set: &mut BlockSet, piece: Piece, part: Range<u64>, old: &[u8], new: &[u8]) {
     for (number, block) in piece.blocks_of(part) {
         let at = within(&block, piece.offset);
         if old[at.clone()] != new[at] {

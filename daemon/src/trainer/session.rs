@@ -11,12 +11,13 @@ use crate::protocol::{
 };
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
-use apollo::{Gates, Optimizer, Rule};
+use apollo::{Gates, Optimizer, Rule, Written};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress, Reads};
 use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Cache, Example, Extent, Model, Report, Timings};
 use std::hash::{BuildHasher, RandomState};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -379,6 +380,8 @@ impl<D: Backend> Session<D> {
         let optimizer = &self.optimizer;
         let report =
             self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
+        drop(live);
+        self.optimizer.forget_written();
         tracing::info!(reason, "{report}");
         self.unpublished = true;
         Ok(FromTrainer::Synced(Synced {
@@ -596,27 +599,29 @@ struct Live<'a, D: Backend> {
     device: &'a D,
     tensors: Vec<LiveTensor>,
     weights: Vec<&'a D::Weight>,
+    written: Vec<&'a Written>,
     hash_seed: u64,
     /// What was announced, where it is read ahead.
     ahead: OnceLock<Mutex<ReadNext<'a>>>,
 }
 
 impl<'a, D: Backend> Live<'a, D> {
-    fn new(model: &'a Model<D>, optimizer: &Optimizer<D>, head_copy: Option<&str>, hash_seed: u64) -> Live<'a, D> {
-        let (tensors, weights, ahead) = (Vec::new(), Vec::new(), OnceLock::new());
-        let mut live = Live { device: &**model.device(), tensors, weights, hash_seed, ahead };
-        for ((tensor, weight), spec) in model.tensors().iter().zip(model.weights()).zip(optimizer.tensors()) {
+    fn new(model: &'a Model<D>, optimizer: &'a Optimizer<D>, head_copy: Option<&str>, hash_seed: u64) -> Live<'a, D> {
+        let (tensors, weights, written, ahead) = (Vec::new(), Vec::new(), Vec::new(), OnceLock::new());
+        let mut live = Live { device: &**model.device(), tensors, weights, written, hash_seed, ahead };
+        let specs = optimizer.tensors().iter().zip(optimizer.written());
+        for ((tensor, weight), (spec, written)) in model.tensors().iter().zip(model.weights()).zip(specs) {
             if spec.effective_rule() != Rule::Frozen {
-                live.push(&tensor.name, &tensor.shape, weight);
+                live.push(&tensor.name, &tensor.shape, weight, written);
                 if let (Role::Embedding, Some(head)) = (tensor.role, head_copy) {
-                    live.push(head, &tensor.shape, weight);
+                    live.push(head, &tensor.shape, weight, written);
                 }
             }
         }
         live
     }
 
-    fn push(&mut self, name: &str, shape: &[usize], weight: &'a D::Weight) {
+    fn push(&mut self, name: &str, shape: &[usize], weight: &'a D::Weight, written: &'a Written) {
         let dtype = self.device.dtype(weight);
         self.tensors.push(LiveTensor {
             name: name.into(),
@@ -625,6 +630,18 @@ impl<'a, D: Backend> Live<'a, D> {
             bytes: (shape.iter().product::<usize>() * dtype.size()) as u64,
         });
         self.weights.push(weight);
+        self.written.push(written);
+    }
+
+    /// The bytes of a tensor that steps have written.
+    fn written_bytes(&self, tensor: usize) -> Vec<Range<u64>> {
+        let LiveTensor { shape, bytes, .. } = &self.tensors[tensor];
+        let row = bytes / shape.first().map_or(1, |rows| *rows as u64).max(1);
+        match self.written[tensor] {
+            Written::Nothing => Vec::new(),
+            Written::Everything => vec![0..*bytes],
+            Written::Rows(rows) => rows.iter().map(|&r| u64::from(r) * row..(u64::from(r) + 1) * row).collect(),
+        }
     }
 }
 
@@ -640,6 +657,9 @@ impl<D: Backend> LiveWeights for Live<'_, D> {
     }
     fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
         self.device.block_hashes(&self.weights, block_bytes as usize, self.hash_seed)
+    }
+    fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
+        Some((0..self.tensors.len()).map(|tensor| self.written_bytes(tensor)).collect())
     }
     fn announce(&self, parts: Vec<Part>) -> Reads {
         let bytes = |part: Part| {

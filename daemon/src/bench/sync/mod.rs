@@ -110,6 +110,9 @@ fn measure(options: &Options, rsync: &str) -> Result<Figures> {
     let keep = Keep { generations: KEPT, ..Keep::default() };
     let (mut checkpoint, _) = Checkpoint::open_with(&model, checkpoint::Options { keep, ..Default::default() })?;
 
+    // As the trainer says at its start, when it has compared the files with what the server holds.
+    checkpoint.assume_equal(&weights);
+
     let (mut synced, mut save_new, mut save_over) = (Vec::new(), Vec::new(), Vec::new());
     let mut copies = rsync.as_ref().map(|_| Copies::default());
     let mut report = None;

@@ -48,6 +48,8 @@ pub struct Weights {
     pub shards: Vec<Shard>,
     side: usize,
     seed: u64,
+    /// By the last step.
+    written: Vec<Vec<Range<u64>>>,
 }
 
 /// What a step moves: ranges of bytes of every matrix.
@@ -81,7 +83,7 @@ impl Weights {
             bytes: bytes_each,
         };
         let (tensors, shards) = ((0..count).map(tensor).collect(), (0..files).map(shard).collect());
-        let mut weights = Weights { tensors, shards, side, seed };
+        let mut weights = Weights { tensors, shards, side, seed, written: Vec::new() };
         weights.each_matrix(|i, matrix| {
             let mut rng = Rng::new(seed, 0, i);
             for element in matrix.as_chunks_mut().0 {
@@ -189,6 +191,8 @@ impl Weights {
                 }
             }
         });
+        let bytes = |range: &Range<usize>| range.start as u64..range.end as u64;
+        self.written = dirty.ranges.iter().map(|ranges| ranges.iter().map(bytes).collect()).collect();
     }
 
     fn matrix_bytes(&self) -> usize {
@@ -252,6 +256,11 @@ impl LiveWeights for Weights {
         let (shard, at) = self.place(tensor);
         let at = at + offset as usize;
         buf.copy_from_slice(&shard.bytes[at..at + buf.len()]);
+    }
+
+    /// The daemon's trainer knows it too: of a matrix whether steps wrote it, of an embedding which rows.
+    fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
+        Some(self.written.clone())
     }
 }
 
