@@ -383,11 +383,16 @@ pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
     Paths::new(model_dir).list(&Disk::real())
 }
 
+/// How long who takes the lock may need to say so in it.
+const SAYS_WHO: Duration = Duration::from_millis(100);
+
 /// Locks the directory for this process until the file is dropped.
 fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
     let path = paths.lock();
     let mut file = disk.open_lock(&path)?;
     if !file.try_lock(true)? {
+        // What is there until its holder has written may be of one that died.
+        std::thread::sleep(SAYS_WHO);
         let pid = String::from_utf8_lossy(&disk.read(&path)?).trim().into();
         return Err(Error::Locked { dir: paths.model.clone(), pid });
     }

@@ -513,6 +513,25 @@ fn of_fifty_threads_that_open_at_once_one_wins_and_the_others_are_told_who() {
     assert_files_are(&Checkpoint::open(dir).unwrap().0, &base);
 }
 
+#[test]
+fn who_has_the_lock_and_has_not_said_so_yet_is_not_mistaken_for_who_had_it_before() {
+    let dir = tempfile::tempdir().unwrap();
+    make_model(dir.path(), true, 0, 140);
+    stale_lock(dir.path());
+    let lock = dir.path().join(".apollod/lock");
+    let file = fs::File::open(&lock).unwrap();
+    file.lock().unwrap();
+    std::thread::scope(|scope| {
+        let opened = scope.spawn(|| Checkpoint::open(dir.path()));
+        std::thread::sleep(Duration::from_millis(20));
+        fs::write(&lock, "7\n").unwrap();
+        match opened.join().unwrap().unwrap_err() {
+            Error::Locked { pid, .. } => assert_eq!(pid, "7"),
+            other => panic!("{other}"),
+        }
+    });
+}
+
 const DIR: &str = "CHECKPOINT_TEST_DIR";
 
 /// The child's part: opens when it is told to, says what came of it, and holds on until its input ends.
