@@ -130,6 +130,8 @@ impl Checkpoint {
         let (disk, paths) = (Disk::new(storage), Paths::new(model_dir));
         let layout = Layout::load(&disk, model_dir)?;
         disk.create_dir(&paths.root)?;
+        // Where it was there: whoever made it may have died before its name was durable.
+        disk.sync_dir(model_dir)?;
         let lock = take_lock(&disk, &paths)?;
         // It is there from now on, so that readers who may not create it can lock it.
         let mut readers = disk.open_lock(&paths.readers())?;

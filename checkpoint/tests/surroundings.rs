@@ -112,9 +112,10 @@ fn a_shard_that_is_not_what_it_was_stops_a_sync_and_a_rollback_with_nothing_writ
     }
 }
 
-/// Weights that do something when a byte of their second shard is read first.
+/// Weights that do something when one of their tensors from here on is read first.
 struct Meddling<'a> {
     live: &'a Live,
+    from: usize,
     meddle: &'a (dyn Fn() + Sync),
     done: AtomicBool,
 }
@@ -124,44 +125,48 @@ impl LiveWeights for Meddling<'_> {
         self.live.tensors()
     }
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
-        if tensor >= 2 && !self.done.swap(true, Ordering::SeqCst) {
+        if tensor >= self.from && !self.done.swap(true, Ordering::SeqCst) {
             (self.meddle)();
         }
         self.live.read(tensor, offset, buf);
     }
 }
 
-fn sync_meddled(checkpoint: &mut Checkpoint, live: &Live, meddle: &(dyn Fn() + Sync)) -> Error {
-    let live = Meddling { live, meddle, done: AtomicBool::new(false) };
+fn sync_meddled(checkpoint: &mut Checkpoint, live: &Live, from: usize, meddle: &(dyn Fn() + Sync)) -> Error {
+    let live = Meddling { live, from, meddle, done: AtomicBool::new(false) };
     let write = &mut |out: &mut dyn Write| out.write_all(&state_of(2));
     checkpoint.sync(&live, write, progress(2), &mut |_, _| {}).unwrap_err()
 }
 
 #[test]
 fn a_shard_cut_in_the_middle_of_a_sync_is_said_and_what_was_written_is_undone() {
-    let dir = tempfile::tempdir().unwrap();
-    let base = make_model(dir.path(), true, 0, 10);
-    let one = trained(&base, 11);
-    let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), options()).unwrap();
-    sync(&mut checkpoint, &one, 1);
-    let (whole, two) = (tree(dir.path()), trained(&one, 12));
-    let shard = dir.path().join(SECOND);
-    let good = fs::read(&shard).unwrap();
+    // Before any of its blocks was written, and after: then they lie in what is cut off.
+    for (from, bytes, at_once) in [(2, 3000, true), (4, 100, false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = make_model(dir.path(), true, 0, 10);
+        let one = trained(&base, 11);
+        let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), options()).unwrap();
+        sync(&mut checkpoint, &one, 1);
+        let (whole, two) = (tree(dir.path()), trained(&one, 12));
+        let shard = dir.path().join(SECOND);
+        let good = fs::read(&shard).unwrap();
 
-    let error = sync_meddled(&mut checkpoint, &two, &|| resize(&shard, |_| 3000));
-    assert!(error.to_string().contains(SECOND), "{error}");
-    assert_eq!(fs::metadata(&shard).unwrap().len(), 3000, "a file that was cut is not grown again");
-    if checkpoint.unusable().is_some() {
-        // Some of it was being written into the file that was cut: the journal stays until the file is back.
-        drop(checkpoint);
-        assert!(Checkpoint::open(dir.path()).unwrap_err().to_string().contains(SECOND));
+        let error = sync_meddled(&mut checkpoint, &two, from, &|| resize(&shard, |_| bytes));
+        assert!(error.to_string().contains(SECOND), "{error}");
+        assert!(fs::metadata(&shard).unwrap().len() < good.len() as u64);
+        assert_eq!(checkpoint.unusable().is_none(), at_once, "{error}");
+        if !at_once {
+            // The journal stays until the file is back.
+            drop(checkpoint);
+            assert!(Checkpoint::open(dir.path()).unwrap_err().to_string().contains(SECOND));
+            fs::write(&shard, &good).unwrap();
+            (checkpoint, _) = Checkpoint::open_with(dir.path(), options()).unwrap();
+        }
         fs::write(&shard, &good).unwrap();
-        (checkpoint, _) = Checkpoint::open_with(dir.path(), options()).unwrap();
+        assert!(tree(dir.path()) == whole);
+        sync(&mut checkpoint, &two, 2);
+        assert_files_are(&checkpoint, &two);
     }
-    fs::write(&shard, &good).unwrap();
-    assert!(tree(dir.path()) == whole);
-    sync(&mut checkpoint, &two, 2);
-    assert_files_are(&checkpoint, &two);
 }
 
 #[test]
@@ -251,7 +256,7 @@ fn a_read_only_directory_is_said_at_open_and_at_sync_and_nothing_is_written() {
         // In the middle of a sync, as when the kernel has met an error of the disk.
         storage.mend();
         let (mut checkpoint, _) = open_on(&storage, dir.path()).unwrap();
-        let error = sync_meddled(&mut checkpoint, &trained(&base, 42), &|| storage.seal(errno));
+        let error = sync_meddled(&mut checkpoint, &trained(&base, 42), 2, &|| storage.seal(errno));
         assert!(matches!(error, Error::Interrupted { .. }), "{error}");
         drop(checkpoint);
         storage.mend();
@@ -530,6 +535,16 @@ fn who_has_the_lock_and_has_not_said_so_yet_is_not_mistaken_for_who_had_it_befor
             other => panic!("{other}"),
         }
     });
+}
+
+#[test]
+fn the_folder_of_an_opener_that_died_is_made_durable_by_the_next() {
+    let dir = tempfile::tempdir().unwrap();
+    make_model(dir.path(), true, 0, 150);
+    fs::create_dir(dir.path().join(".apollod")).unwrap();
+    let storage = Failing::new();
+    open_on(&storage, dir.path()).unwrap();
+    assert!(storage.synced().iter().any(|folder| folder == dir.path()), "{:?}", storage.synced());
 }
 
 const DIR: &str = "CHECKPOINT_TEST_DIR";
