@@ -216,7 +216,7 @@ impl Checkpoint {
         let number = self.current.generation + 1;
         let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
         // Whether it has its name is for the next open to see.
-        self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
+        self.current = adopted.map_err(|error| self.interrupted(error))?;
         if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
             self.unusable = Some(source.to_string());
             return Err(Error::Interrupted { generation: number, source: Box::new(source) });

@@ -392,6 +392,18 @@ fn a_failed_fsync_is_never_retried_by_the_same_handle() {
     }
 }
 
+#[test]
+fn an_adoption_that_may_have_happened_says_that_it_was_under_way() {
+    let scene = Scene::new(false, 120);
+    let (storage, mut checkpoint) = on_failing(&scene);
+    storage.fail(Operation::Sync, "generations", EIO);
+    let error = checkpoint.adopt(progress(2)).unwrap_err();
+    assert!(matches!(error, Error::Interrupted { generation: 2, .. }), "{error}");
+    assert!(matches!(checkpoint.adopt(progress(2)), Err(Error::Unusable { .. })));
+    drop(checkpoint);
+    assert_eq!(open(scene.path()).0.current().generation, 2, "its name was there");
+}
+
 /// After an fsync that failed, a page can read as it should be and not be on the disk.
 #[test]
 fn recovery_writes_also_what_reads_as_old() {
