@@ -57,6 +57,7 @@ impl Running {
 
     /// What it says on stderr until it ends, which must be without success.
     fn refused(mut self) -> String {
+        until("it ends", || self.0.try_wait().unwrap().is_some());
         let mut said = String::new();
         self.0.stderr.as_mut().unwrap().read_to_string(&mut said).unwrap();
         assert_eq!(self.0.wait().unwrap().code(), Some(1), "{said}");
