@@ -149,6 +149,8 @@ impl Checkpoint {
         let (disk, paths) = (Disk::new(storage), Paths::new(model_dir));
         let layout = Layout::load(&disk, model_dir)?;
         disk.create_dir(&paths.root)?;
+        // Where it was there: whoever made it may have died before its name was durable.
+        disk.sync_dir(model_dir)?;
         let lock = take_lock(&disk, &paths)?;
         // It is there from now on, so that readers who may not create it can lock it.
         let mut readers = disk.open_lock(&paths.readers())?;
@@ -234,7 +236,7 @@ impl Checkpoint {
         let number = self.current.generation + 1;
         let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
         // Whether it has its name is for the next open to see.
-        self.current = adopted.inspect_err(|error| self.unusable = Some(error.to_string()))?;
+        self.current = adopted.map_err(|error| self.interrupted(error))?;
         self.quick = Quick::unknown(&self.current.tensors);
         if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
             self.unusable = Some(source.to_string());
@@ -404,11 +406,16 @@ pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
     Paths::new(model_dir).list(&Disk::real())
 }
 
+/// How long who takes the lock may need to say so in it.
+const SAYS_WHO: Duration = Duration::from_millis(100);
+
 /// Locks the directory for this process until the file is dropped.
 fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
     let path = paths.lock();
     let mut file = disk.open_lock(&path)?;
     if !file.try_lock(true)? {
+        // What is there until its holder has written may be of one that died.
+        std::thread::sleep(SAYS_WHO);
         let pid = String::from_utf8_lossy(&disk.read(&path)?).trim().into();
         return Err(Error::Locked { dir: paths.model.clone(), pid });
     }

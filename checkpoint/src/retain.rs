@@ -10,7 +10,8 @@
 //! Clocks jump, and a wrong one must not cost a history. So:
 //! - Age is counted between two stamps: how much earlier than the current generation another was made. The clock itself
 //!   is not asked: a machine that was off for a year, or whose clock is wrong while nothing is synced, loses nothing.
-//! - What lies after the current generation, because the clock went back, is of age 0.
+//! - What lies after the current generation, because the clock went back, is of age 0. What was made while it was back
+//!   is as old as its stamp says, and goes when everything before it has gone.
 //! - Only a sync removes by age, not an open, and never more than two at once, the oldest: the history then gets shorter
 //!   by one. A clock that jumps ahead and is set right again has cost as many generations as there were syncs meanwhile.
 //!

@@ -2,6 +2,7 @@
 //! have odd lengths, 16-bit and 32-bit and other elements, one shard or two, aligned or not.
 #![allow(dead_code)] // each test file uses a part of this
 
+pub mod failing;
 mod stopping;
 
 #[allow(unused_imports)] // each test file uses a part of this

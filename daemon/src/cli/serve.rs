@@ -182,14 +182,21 @@ fn write_private(path: &Path, text: &str) -> Result<()> {
 /// process, which is not a trainer yet.
 fn lock(path: &Path) -> Result<File> {
     let file = File::options().write(true).create(true).truncate(false).open(path);
-    let file = file.with_context(|| format!("cannot open {}", path.display()))?;
+    let mut file = file.with_context(|| format!("cannot open {}", path.display()))?;
     let patience = Instant::now() + LOCK_PATIENCE;
     loop {
         match file.try_lock() {
-            Ok(()) => return Ok(file),
+            Ok(()) => {
+                let said = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+                said.with_context(|| format!("cannot write {}", path.display()))?;
+                return Ok(file);
+            }
             Err(TryLockError::WouldBlock) if Instant::now() < patience => std::thread::sleep(LOCK_PATIENCE / 100),
             Err(TryLockError::WouldBlock) => {
-                bail!("another apollod serves this model directory ({} is locked)", path.display())
+                // It has said so for as long as this one has waited.
+                let holder = std::fs::read_to_string(path).unwrap_or_default();
+                let (holder, path) = (holder.trim(), path.display());
+                bail!("another apollod serves this model directory: process {holder} holds {path}")
             }
             Err(TryLockError::Error(error)) => {
                 return Err(error).with_context(|| format!("cannot lock {}", path.display()));

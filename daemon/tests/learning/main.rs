@@ -1,6 +1,7 @@
 //! A served model learns: engine, daemon, trainer and checkpoint together, and what survives when one
 //! of them is killed.
 
+mod damage;
 mod gguf;
 mod gpu;
 mod harness;
