@@ -4,13 +4,13 @@
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 
+use crate::compare::{Compared, Comparer};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress, ShardSum, StateSum, TensorSum, VERSION, rfc3339};
 use crate::journal::{Head, HeadShard};
 use crate::layout::{Layout, Shard, Tensor};
 use crate::pass::{Job, Pass};
-use crate::compare::{Compared, Comparer};
 use crate::pipeline::{self, Stages};
 use crate::recover;
 use crate::segments::Segments;

@@ -139,7 +139,11 @@ impl<'p> Comparer<'p> {
     /// Somebody else changed the file.
     fn changed(&self, job: &Job) -> Error {
         let path = self.layout.shards[usize::from(job.piece.shard)].path.clone();
-        Error::Changed { tensor: self.layout.tensors[job.tensor].name.clone(), path, generation: self.current.generation }
+        Error::Changed {
+            tensor: self.layout.tensors[job.tensor].name.clone(),
+            path,
+            generation: self.current.generation,
+        }
     }
 }
 
@@ -174,7 +178,9 @@ fn fill(content: &Content, range: Range<usize>, new: &mut [u8]) {
             let new = &mut new[start - range.start..end - range.start];
             match content {
                 Content::Live { live, tensor, at, .. } => live.read(*tensor, at + start as u64, new),
-                Content::Read { bytes, .. } => new.copy_from_slice(&bytes[before + start - part.start..][..end - start]),
+                Content::Read { bytes, .. } => {
+                    new.copy_from_slice(&bytes[before + start - part.start..][..end - start])
+                }
                 Content::Undo { .. } => {}
             }
         }

@@ -39,7 +39,12 @@ impl Known {
 
     /// What differs in `live`, whose next generation `self` is of, from `before`, if that is of the generation `current`
     /// and of the same tensors: blocks whose hash is another one, or that were written since.
-    pub(crate) fn changed_since(&self, before: Option<&Known>, current: u64, live: &dyn LiveWeights) -> Option<Changed> {
+    pub(crate) fn changed_since(
+        &self,
+        before: Option<&Known>,
+        current: u64,
+        live: &dyn LiveWeights,
+    ) -> Option<Changed> {
         let before = before.filter(|before| before.generation == current && before.tensors == self.tensors)?;
         match (&before.hashes, &self.hashes) {
             (Some(before), Some(now)) => {
@@ -177,6 +182,9 @@ mod tests {
         }
         let live = Live { tensors: tensors(), hashes: None, written: None };
         let known = Known::of(&live, 3);
-        assert!(Known::of(&live, 4).changed_since(Some(&known), 3, &live).is_none(), "nothing is known of what was written");
+        assert!(
+            Known::of(&live, 4).changed_since(Some(&known), 3, &live).is_none(),
+            "nothing is known of what was written"
+        );
     }
 }

@@ -5,11 +5,11 @@
 
 use std::path::PathBuf;
 
+use crate::compare::{Compared, NewSum};
 use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
 use crate::generation::Paths;
 use crate::journal::{Head, Writer};
-use crate::compare::{Compared, NewSum};
 use crate::piece::within;
 use crate::record::Change;
 use crate::sums::{Quick, Sum};

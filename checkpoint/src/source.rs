@@ -153,11 +153,7 @@ impl UndoSource {
             let first = reader.record()?;
             deltas.push((reader, first));
         }
-        Ok(UndoSource {
-            deltas,
-            bytes: layout.tensors.iter().map(|t| t.bytes).sum(),
-            to,
-        })
+        Ok(UndoSource { deltas, bytes: layout.tensors.iter().map(|t| t.bytes).sum(), to })
     }
 }
 

@@ -3,8 +3,9 @@
 use crate::common::{
     EMBED, FROZEN, HEAD, NORM, Random, Rig, TALL, TIED, WIDE, distance, linear, one_matrix, settings, tensor, tensors,
 };
-use apollo::{Convention, Gates, Outcome, Rule, ScaleType, Settings, TensorKind};
+use apollo::{Convention, Gates, Outcome, Rule, ScaleType, Settings, TensorKind, Written};
 use compute::{Dtype, Sink};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 /// Moves are read from f32 weights of size 1 that move about 1e-2: three digits and a half.
@@ -220,4 +221,39 @@ fn the_projection_is_renewed_every_update_proj_gap_steps() {
         assert!(three[i] != never[i], "tensor {i} kept its projection");
     }
     [NORM, HEAD, EMBED].into_iter().for_each(|i| assert_eq!(three[i], never[i], "tensor {i} has no projection"));
+}
+
+#[test]
+fn nothing_moves_that_is_not_said_to_be_written() {
+    let mut r = Random::new("written");
+    let mut rig = Rig::new(tensors(), settings(), Dtype::F32);
+    for _ in 0..3 {
+        let before = rig.values();
+        // Two steps of all tensors add up.
+        for t in [2, 3] {
+            let g = rig.gradients(&mut r, t);
+            rig.apply(&g);
+        }
+        let written = rig.optimizer.written();
+        for (i, (old, new)) in before.iter().zip(&rig.values()).enumerate() {
+            let cols = rig.optimizer.tensors()[i].cols;
+            let moved = (0..old.len()).filter(|&at| old[at] != new[at]).map(|at| (at / cols) as u32).collect();
+            match &written[i] {
+                Written::Rows(rows) => assert_eq!(*rows, moved, "tensor {i}"),
+                Written::Nothing => assert_eq!(moved, BTreeSet::new(), "tensor {i}"),
+                Written::Everything => {}
+            }
+        }
+        let everything = |i: usize| written[i] == Written::Everything;
+        assert!([TALL, WIDE, NORM, HEAD, TIED].into_iter().all(everything), "{written:?}");
+        assert!(matches!(&written[EMBED], Written::Rows(rows) if (1..=5).contains(&rows.len())), "{written:?}");
+        assert_eq!(written[FROZEN], Written::Nothing);
+        rig.optimizer.forget_written();
+        assert!(rig.optimizer.written().iter().all(|written| *written == Written::Nothing));
+    }
+    let mut g = rig.optimizer.gradients();
+    g.dense(NORM, &Arc::new(r.normals(24)));
+    rig.apply(&g);
+    let all = rig.optimizer.written().iter().enumerate();
+    all.for_each(|(i, written)| assert_eq!(*written == Written::Everything, i == NORM, "tensor {i}: {written:?}"));
 }

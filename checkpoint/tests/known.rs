@@ -1,7 +1,9 @@
-//! Live weights that are hashed where they are: what is read, and that nothing is missed.
+//! Live weights of which it is known what may differ, by their hashes or by who writes them: what is read, and that
+//! nothing is missed.
 
 mod common;
 
+use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
@@ -14,16 +16,34 @@ struct Device {
     read: AtomicU64,
     scans: AtomicU32,
     announced: Mutex<std::vec::IntoIter<Part>>,
+    /// What was written since the last sync; none for weights that are hashed.
+    written: Option<Vec<Vec<Range<u64>>>>,
 }
 
 impl Device {
     fn of(live: Live) -> Device {
-        Device { live, read: AtomicU64::new(0), scans: AtomicU32::new(0), announced: Mutex::default() }
+        Device { live, read: AtomicU64::new(0), scans: AtomicU32::new(0), announced: Mutex::default(), written: None }
+    }
+
+    /// Weights without hashes.
+    fn written(live: Live) -> Device {
+        let nothing = vec![Vec::new(); live.bytes.len()];
+        Device { written: Some(nothing), ..Device::of(live) }
+    }
+
+    /// Flips bits of a byte.
+    fn write(&mut self, tensor: usize, at: usize, bits: u8) {
+        self.live.bytes[tensor][at] ^= bits;
+        if let Some(written) = &mut self.written {
+            written[tensor].push(at as u64..at as u64 + 1);
+        }
     }
 
     /// Bytes read since the last call.
     fn taken(&self) -> u64 {
-        assert_eq!(self.announced.lock().unwrap().next(), None, "announced and not read");
+        if self.written.is_none() {
+            assert_eq!(self.announced.lock().unwrap().next(), None, "announced and not read");
+        }
         self.read.swap(0, Relaxed)
     }
 
@@ -31,8 +51,11 @@ impl Device {
         self.live.tensors.iter().map(|tensor| tensor.bytes).sum()
     }
 
-    fn sync(&self, checkpoint: &mut Checkpoint, cursor: u64) -> checkpoint::Result<checkpoint::SyncReport> {
-        checkpoint.sync(self, &mut |out| out.write_all(&state_of(cursor)), progress(cursor), &mut |_, _| {})
+    fn sync(&mut self, checkpoint: &mut Checkpoint, cursor: u64) -> checkpoint::Result<checkpoint::SyncReport> {
+        let done =
+            checkpoint.sync(self, &mut |out| out.write_all(&state_of(cursor)), progress(cursor), &mut |_, _| {})?;
+        self.written.iter_mut().flatten().for_each(Vec::clear);
+        Ok(done)
     }
 }
 
@@ -44,12 +67,25 @@ impl LiveWeights for Device {
     fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
         let part = Part { tensor, offset, bytes: buf.len() as u64 };
         assert!(part.bytes <= 1 << 20);
-        assert_eq!(self.announced.lock().unwrap().next(), Some(part), "read and not announced");
+        let mut announced = self.announced.lock().unwrap();
+        if self.written.is_none() {
+            assert_eq!(announced.next(), Some(part), "read and not announced");
+        } else {
+            let holds = |whole: &Part| {
+                let (start, end) = (whole.offset, whole.offset + whole.bytes);
+                whole.tensor == tensor && start <= offset && offset + part.bytes <= end
+            };
+            assert!(announced.as_slice().iter().any(holds), "read and not announced: {part:?}");
+        }
+        drop(announced);
         self.read.fetch_add(part.bytes, Relaxed);
         self.live.read(tensor, offset, buf);
     }
 
     fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
+        if self.written.is_some() {
+            return None;
+        }
         self.scans.fetch_add(1, Relaxed);
         let hash = |block: &[u8]| {
             let (first, _) = blake3::hash(block).as_bytes().split_first_chunk().map(|(f, r)| (*f, r.len())).unwrap();
@@ -60,7 +96,14 @@ impl LiveWeights for Device {
 
     fn announce(&self, parts: Vec<Part>) -> Reads {
         *self.announced.lock().unwrap() = parts.into_iter();
-        Reads::InOrder
+        match self.written {
+            Some(_) => Reads::Anyhow,
+            None => Reads::InOrder,
+        }
+    }
+
+    fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
+        self.written.clone()
     }
 }
 
@@ -93,16 +136,17 @@ fn no_changed_byte_is_missed_whatever_happens_in_between() {
     let seed = 0x5eed;
     println!("seed {seed:#x}");
     let mut rng = Rng(seed);
-    for (sharded, pad) in [(false, 1), (true, 0)] {
+    for (sharded, pad, kind) in [(false, 1, 0), (true, 0, 0), (false, 1, 1), (true, 0, 1)] {
         let dir = tempfile::tempdir().unwrap();
-        let mut device = Device::of(make_model(dir.path(), sharded, pad, seed));
+        let mut device =
+            [Device::of as fn(Live) -> Device, Device::written][kind](make_model(dir.path(), sharded, pad, seed));
         let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
         let mut all = 0;
         for cursor in 1..=40 {
             for _ in 0..rng.below(6) {
                 let tensor = rng.below(device.live.bytes.len());
                 let at = rng.below(device.live.bytes[tensor].len());
-                device.live.bytes[tensor][at] ^= 1 << rng.below(8);
+                device.write(tensor, at, 1 << rng.below(8));
             }
             match rng.below(8) {
                 // Fails, and the same weights are synced again.
@@ -134,26 +178,28 @@ fn no_changed_byte_is_missed_whatever_happens_in_between() {
             all += device.taken();
             assert_files_are(&checkpoint, &device.live);
         }
-        assert!(all < 30 * device.bytes(), "{all} bytes were read: hashes were of no use");
+        assert!(all < 30 * device.bytes(), "{all} bytes were read: what is known was of no use");
     }
 }
 
 #[test]
 fn weights_that_are_known_to_equal_the_files_are_not_read_at_the_first_sync() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut device = Device::of(make_model(dir.path(), false, 0, 2));
-    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
-    checkpoint.assume_equal(&device);
-    device.live.bytes[0][5000] ^= 1;
-    device.sync(&mut checkpoint, 1).unwrap();
-    assert_eq!(device.taken(), 4096);
-    assert_files_are(&checkpoint, &device.live);
+    for kind in [Device::of as fn(Live) -> Device, Device::written] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = kind(make_model(dir.path(), false, 0, 2));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        checkpoint.assume_equal(&device);
+        device.write(0, 5000, 1);
+        device.sync(&mut checkpoint, 1).unwrap();
+        assert_eq!(device.taken(), 4096);
+        assert_files_are(&checkpoint, &device.live);
 
-    // A rollback makes it untrue, whether live weights follow or not.
-    checkpoint.rollback(0).unwrap();
-    device.sync(&mut checkpoint, 2).unwrap();
-    assert_eq!(device.taken(), device.bytes());
-    assert_files_are(&checkpoint, &device.live);
+        // A rollback makes it untrue, whether live weights follow or not.
+        checkpoint.rollback(0).unwrap();
+        device.sync(&mut checkpoint, 2).unwrap();
+        assert_eq!(device.taken(), device.bytes());
+        assert_files_are(&checkpoint, &device.live);
+    }
 }
 
 #[test]
@@ -192,4 +238,25 @@ fn damage_in_files_that_are_not_read_never_becomes_the_truth() {
     device.live.bytes[lookup].iter_mut().for_each(|byte| *byte ^= 2);
     let error = device.sync(&mut checkpoint, 3).unwrap_err();
     assert!(matches!(error, checkpoint::Error::Changed { .. }), "{error}");
+}
+
+#[test]
+fn a_block_that_somebody_else_changed_after_this_handle_wrote_it_is_refused() {
+    for kind in [Device::of as fn(Live) -> Device, Device::written] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = kind(make_model(dir.path(), false, 0, 5));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        let lookup = device.live.index("lookup");
+        device.write(lookup, 4000, 1);
+        device.sync(&mut checkpoint, 1).unwrap();
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.len() - 10;
+        bytes[at] ^= 1;
+        std::fs::write(&path, &bytes).unwrap();
+        device.write(lookup, 4001, 1);
+        let error = device.sync(&mut checkpoint, 2).unwrap_err();
+        assert!(matches!(&error, checkpoint::Error::Changed { tensor, .. } if tensor == "lookup"), "{error}");
+        assert!(std::fs::read(&path).unwrap() == bytes, "nothing was written");
+    }
 }
