@@ -99,17 +99,23 @@
 //! But then nothing can be written while there is still something to compress, and a sync of everything takes as long as
 //! both together. What undo gives up is one sync's work, which the queue trains again.
 //!
-//! # Weights that are dear to read
+//! # What a sync reads
 //!
 //! Live weights on a GPU are hashed there, block by block, and a sync reads the blocks whose hash differs from that
-//! of the last sync ([`LiveWeights::block_hashes`], `known.rs`); everything else of it is as above. Live weights in
-//! the machine's memory are compared byte by byte, as reading them is what hashing them would cost.
+//! of the last sync ([`LiveWeights::block_hashes`], `known.rs`). Live weights in the machine's memory cost as much to hash
+//! as to compare; of them a sync reads what was written since the last one ([`LiveWeights::written`]). Where neither is
+//! known everything is read. What is read is compared with the file byte by byte, by the thread that has just read both,
+//! in pieces that stay in its core's cache.
+//!
+//! Nobody reads a journal or a state soon: as soon as their pages are on the disk the page cache gives them back, because
+//! the server has better use for them, and because fresh pages are dear where a hypervisor has to find them first.
 //!
 //! # Why these checksums
 //!
 //! A generation holds a checksum of every tensor and of every shard's header, so every byte of every shard is covered.
 //! A tensor's is made of those of its blocks of 16 KiB, so a sync hashes only blocks that differ: their old
-//! content against the sum (somebody else's change is noticed before it is written over) and their new. A block
+//! content against the sum (somebody else's change is noticed before it is written over) and their new. The old content
+//! of a block that the same handle wrote is checked by an XXH3-64 that it remembers: four times as fast. A block
 //! that does not differ keeps its sum, so that damage never becomes the truth. The sums take 0.2% of the weights.
 //! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors in the journal,
 //! where BLAKE3 of so short an input would cost more than the compression and nobody has to be kept from forging.

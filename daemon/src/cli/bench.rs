@@ -35,7 +35,7 @@ is killed leaves it: apollod-bench-sync-*. Memory: the weights and the state onc
 
 Examples:
   apollod bench sync --gib 4 --dirty 0.1 --json
-  apollod bench sync --gib 4 --dirty 1 --pattern tensors --dir /models")]
+  apollod bench sync --gib 4 --dirty 0.1 --pattern blocks --dir /models")]
 pub struct SyncArgs {
     /// GiB of bf16 weights.
     #[arg(long, default_value_t = 4.0)]
@@ -43,8 +43,9 @@ pub struct SyncArgs {
     /// Share of the weights that changes before each sync, above 0 and at most 1.
     #[arg(long, default_value_t = 0.1)]
     dirty: f64,
-    /// What changes.
-    #[arg(long, value_enum, default_value_t = Pattern::Blocks)]
+    /// What changes. Training writes whole matrices, and whole rows of an embedding; single blocks drawn at random are the
+    /// worst that a disk can meet.
+    #[arg(long, value_enum, default_value_t = Pattern::Tensors)]
     pattern: Pattern,
     /// Rank of the optimizer.
     #[arg(long, default_value_t = TrainConfig::default().rank)]
