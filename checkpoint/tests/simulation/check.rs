@@ -4,8 +4,10 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
+use crate::choices::{Choices, Pick};
 use crate::disk::{Faults, SimulatedDisk, model_dir};
-use crate::medium::{Choices, Image, Medium, Op, Pick};
+use crate::image::Image;
+use crate::medium::{Medium, Op};
 use crate::states;
 use crate::world::{History, Known, Step, expect_known};
 
@@ -181,7 +183,7 @@ pub fn report(error: &str, medium: &Medium, choices: &Choices, pick: &Pick, log:
 /// Sets what is not worth visiting: the lock's content.
 pub fn without_lock(mut choices: Choices, medium: &Medium) -> Choices {
     let lock = medium.node(&lock());
-    choices.files.retain(|file| Some(crate::medium::Node::File(file.file)) != lock);
+    choices.files.retain(|file| Some(crate::image::Node::File(file.file)) != lock);
     choices
 }
 

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use checkpoint::{Kind, Open, Stat, Storage, StorageFile};
 
 use crate::common::Rng;
-use crate::medium::{FileId, Image, Medium, Node, Op, SECTOR};
+use crate::image::{FileId, Image, Node, SECTOR};
+use crate::medium::{Medium, Op};
 
 /// What fails.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,7 +9,8 @@ use std::time::Instant;
 
 use crate::check::{Outcomes, Scene, each_position, in_parallel, report, without_lock};
 use crate::disk::SimulatedDisk;
-use crate::medium::{Image, Medium, Op};
+use crate::image::Image;
+use crate::medium::{Medium, Op};
 use crate::states::{self, Plan, Tears};
 use crate::world::{History, Shape, Step, World, options};
 

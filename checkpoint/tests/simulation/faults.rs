@@ -87,7 +87,7 @@ fn a_fault_at_any_operation_leaves_one_generation_and_a_handle_that_works_or_ref
 }
 
 /// The directory after a first open without faults.
-fn world_after_open(scene: &crate::check::Scene) -> crate::medium::Image {
+fn world_after_open(scene: &crate::check::Scene) -> crate::image::Image {
     let disk = SimulatedDisk::new(&scene.image);
     drop(scene.history.world.open(&disk).unwrap());
     disk.live()

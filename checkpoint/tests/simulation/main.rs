@@ -5,9 +5,11 @@ mod common;
 
 mod barriers;
 mod check;
+mod choices;
 mod disk;
 mod exhaustive;
 mod faults;
+mod image;
 mod medium;
 mod medium_tests;
 mod random;

@@ -4,95 +4,13 @@
 //! [`Medium`] follows the operations of a log. At any position it knows of every sector, length and name all values
 //! that a crash may leave; a [`Pick`] chooses one of each, and [`Medium::image`] is the disk after that crash.
 
-use std::borrow::Borrow;
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
-use std::ops::Deref;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
-/// Bytes that a disk writes whole, or tears once.
-pub const SECTOR: usize = 512;
-type Sector = [u8; SECTOR];
-/// Index of a file's content; a name is not the file.
-pub type FileId = usize;
-
-/// A content, which knows its checksum once somebody asked.
-#[derive(Debug, Default)]
-pub struct Blob {
-    bytes: Vec<u8>,
-    hash: OnceLock<[u8; 32]>,
-}
-
-impl Blob {
-    pub fn new(bytes: Vec<u8>) -> Arc<Blob> {
-        Arc::new(Blob { bytes, hash: OnceLock::new() })
-    }
-
-    fn hash(&self) -> &[u8; 32] {
-        self.hash.get_or_init(|| *blake3::hash(&self.bytes).as_bytes())
-    }
-
-    /// The content for changing it; others keep it as it is.
-    fn edit(blob: &mut Arc<Blob>) -> &mut Vec<u8> {
-        let blob = Arc::make_mut(blob);
-        blob.hash.take();
-        &mut blob.bytes
-    }
-}
-
-impl Clone for Blob {
-    fn clone(&self) -> Blob {
-        Blob { bytes: self.bytes.clone(), hash: OnceLock::new() }
-    }
-}
-
-impl Deref for Blob {
-    type Target = Vec<u8>;
-
-    fn deref(&self) -> &Vec<u8> {
-        &self.bytes
-    }
-}
-
-/// A path that is compared byte by byte, which is much faster than part by part.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Key(OsString);
-
-impl Key {
-    pub fn path(&self) -> &Path {
-        Path::new(&self.0)
-    }
-
-    /// True if it is directly in the folder.
-    pub fn is_in(&self, dir: &Path) -> bool {
-        let rest = self.0.as_encoded_bytes().strip_prefix(dir.as_os_str().as_encoded_bytes());
-        rest.and_then(|rest| rest.strip_prefix(b"/")).is_some_and(|name| !name.contains(&b'/'))
-    }
-}
-
-impl From<&Path> for Key {
-    fn from(path: &Path) -> Key {
-        Key(path.into())
-    }
-}
-
-impl Borrow<OsStr> for Key {
-    fn borrow(&self) -> &OsStr {
-        &self.0
-    }
-}
-
-/// Something for each name.
-pub type Names<T> = BTreeMap<Key, T>;
-
-/// What a name stands for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Node {
-    Dir,
-    File(FileId),
-}
+use crate::choices::{Choices, FileChoice, FilePick, Link, NameChoice, Pick, Torn};
+use crate::image::{Blob, FileId, Image, Key, Names, Node, SECTOR, Sector};
 
 /// One operation that changed something, or a barrier. Names are as they were when the file was opened.
 #[derive(Debug, Clone)]
@@ -172,53 +90,6 @@ impl std::fmt::Display for Op {
         }
     }
 }
-
-/// A disk at rest: names and contents. Two names may share a content.
-#[derive(Debug, Clone, Default)]
-pub struct Image {
-    pub names: Names<Node>,
-    pub files: Vec<Arc<Blob>>,
-}
-
-impl Image {
-    /// What a name stands for.
-    pub fn node(&self, path: &Path) -> Option<Node> {
-        self.names.get(path.as_os_str()).copied()
-    }
-
-    /// Adds a file, and the folders above it.
-    pub fn put(&mut self, path: &Path, bytes: Vec<u8>) {
-        for dir in path.ancestors().skip(1).filter(|dir| *dir != Path::new("")) {
-            self.names.insert(dir.into(), Node::Dir);
-        }
-        self.names.insert(path.into(), Node::File(self.files.len()));
-        self.files.push(Blob::new(bytes));
-    }
-
-    /// A file's content.
-    pub fn get(&self, path: &Path) -> Option<&Arc<Blob>> {
-        match self.node(path)? {
-            Node::Dir => None,
-            Node::File(file) => Some(&self.files[file]),
-        }
-    }
-
-    /// A checksum of everything that can be reached by a name but `except`; which names share a content counts.
-    pub fn hash(&self, except: Option<&Path>) -> [u8; 32] {
-        let mut hasher = blake3::Hasher::new();
-        let mut first: BTreeMap<FileId, usize> = BTreeMap::new();
-        for (i, (path, node)) in self.names.iter().filter(|(path, _)| Some(path.path()) != except).enumerate() {
-            hasher.update(path.0.as_encoded_bytes()).update(&[0]);
-            let Node::File(file) = node else { continue };
-            match *first.entry(*file).or_insert(i) {
-                same if same < i => hasher.update(&[2]).update(&(same as u64).to_le_bytes()),
-                _ => hasher.update(&[1]).update(self.files[*file].hash()),
-            };
-        }
-        *hasher.finalize().as_bytes()
-    }
-}
-
 #[derive(Debug, Clone)]
 struct Dirty {
     /// Contents since the last barrier, oldest first.
@@ -264,100 +135,6 @@ pub struct Medium {
     /// False for a disk that will not crash: saves the versions.
     track: bool,
 }
-
-/// One choice for everything that is not certain.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Pick {
-    /// For each name of [`Choices::names`] the index of a version.
-    pub names: Vec<usize>,
-    /// For each file of [`Choices::files`].
-    pub files: Vec<FilePick>,
-}
-
-impl Pick {
-    /// True if a sector is torn.
-    pub fn is_torn(&self) -> bool {
-        self.files.iter().any(|file| file.torn.is_some())
-    }
-}
-
-/// One choice for one file.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct FilePick {
-    /// For each sector of [`FileChoice::sectors`] the index of a version.
-    pub sectors: Vec<usize>,
-    pub len: usize,
-    pub torn: Option<Torn>,
-}
-
-/// The sector of this choice begins as one version and ends as another.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Torn {
-    pub sector: usize,
-    pub head: usize,
-    pub tail: usize,
-    pub at: usize,
-}
-
-/// What is not certain at a position.
-pub struct Choices {
-    pub names: Vec<NameChoice>,
-    pub files: Vec<FileChoice>,
-    /// Files that a certain name leads to.
-    pub held: BTreeSet<FileId>,
-    links: Vec<Link>,
-}
-
-/// A rename that is pending: if `from` has its version or a later one, then `to` has.
-struct Link {
-    /// None if the old name is certain to be gone.
-    from: Option<(usize, usize)>,
-    to: (usize, usize),
-}
-
-pub struct NameChoice {
-    pub path: PathBuf,
-    pub versions: Vec<Option<Node>>,
-}
-
-pub struct FileChoice {
-    pub file: FileId,
-    /// One of the model's own files.
-    pub is_model: bool,
-    /// Index of the sector and its different contents, the durable one first.
-    pub sectors: Vec<(usize, Vec<Sector>)>,
-    /// The lengths that it went through, the durable one first; while it grew, any length in between.
-    pub lens: Vec<usize>,
-}
-
-impl Choices {
-    /// False if a rename would have lost the file.
-    pub fn allows(&self, names: &[usize]) -> bool {
-        let gone = |from: Option<(usize, usize)>| from.is_none_or(|(name, version)| names[name] >= version);
-        self.links.iter().all(|link| !gone(link.from) || names[link.to.0] >= link.to.1)
-    }
-
-    /// The choice in which nothing since the last barriers has happened, or everything.
-    pub fn extreme(&self, new: bool) -> Pick {
-        let names = self.names.iter().map(|name| if new { name.versions.len() - 1 } else { 0 }).collect();
-        Pick { names, files: self.files.iter().map(|file| file.extreme(new)).collect() }
-    }
-}
-
-impl FileChoice {
-    /// Nothing written, or everything.
-    pub fn extreme(&self, new: bool) -> FilePick {
-        let sectors = self.sectors.iter().map(|(_, versions)| if new { versions.len() - 1 } else { 0 }).collect();
-        let len = if new { self.lens[self.lens.len() - 1] } else { self.lens[0] };
-        FilePick { sectors, len, torn: None }
-    }
-
-    /// The longest that it may be.
-    pub fn longest(&self) -> usize {
-        *self.lens.iter().max().expect("the durable one is there")
-    }
-}
-
 fn sector_of(bytes: &[u8], index: usize) -> Sector {
     let mut sector = [0; SECTOR];
     let from = (index * SECTOR).min(bytes.len());
@@ -546,7 +323,7 @@ impl Medium {
         let mut names = Names::new();
         let mut picked = choices.names.iter().zip(&pick.names).peekable();
         for (path, name) in &self.names {
-            let node = match picked.next_if(|(choice, _)| choice.path.as_os_str() == path.0) {
+            let node = match picked.next_if(|(choice, _)| choice.path == path.path()) {
                 Some((choice, version)) => choice.versions[*version],
                 None => name.versions[0].1,
             };

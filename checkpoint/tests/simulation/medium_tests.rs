@@ -7,7 +7,8 @@ use checkpoint::{Open, Storage};
 
 use crate::common::Rng;
 use crate::disk::{Fault, Faults, SimulatedDisk};
-use crate::medium::{Image, Medium, Op};
+use crate::image::Image;
+use crate::medium::{Medium, Op};
 use crate::states::{self, Plan, Tears};
 
 const FILE: &str = "/d/file.safetensors";

@@ -15,8 +15,10 @@
 use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
+use crate::choices::{Choices, FileChoice, FilePick, Pick, Torn};
 use crate::common::Rng;
-use crate::medium::{Choices, FileChoice, FilePick, Node, Op, Pick, SECTOR, Torn};
+use crate::image::{Node, SECTOR};
+use crate::medium::Op;
 
 /// Positions in a log whose states hold all others, but for the end the states before a barrier.
 pub fn positions(log: &[Op]) -> Vec<usize> {

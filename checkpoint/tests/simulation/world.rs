@@ -10,7 +10,7 @@ use checkpoint::{Checkpoint, Error, Keep, LiveTensor, LiveWeights, Options, Prog
 
 use crate::common::Rng;
 use crate::disk::{SimulatedDisk, model_dir};
-use crate::medium::{Blob, Image, Node};
+use crate::image::{Blob, Image, Node};
 
 /// Weights in memory, tensor by tensor.
 #[derive(Debug, Clone, PartialEq)]
