@@ -46,10 +46,11 @@ pub struct Part {
 }
 
 /// Live weights as a sync sees them. Nothing writes them while the sync runs: training stands still, and a server
-/// only reads. (A write in between would be in the files or not, and found by the next sync either way, because the
-/// hashes are taken before the first read. But a generation would hold half a step.)
+/// only reads. (A write in between would be in the files or not; weights with hashes, which are taken before the first
+/// read, would have it found by the next sync. But a generation would hold half a step.)
 ///
-/// A sync calls `tensors`, then `block_hashes`, `written` and `announce` once each at most, then `read` for every part that was announced.
+/// A sync calls `tensors`, then `block_hashes`, `written` and `announce` once each at most, then `read` for every part
+/// that was announced.
 pub trait LiveWeights: Sync {
     /// The tensors that a sync covers. Tensors of the files that are not here stay as they are.
     fn tensors(&self) -> &[LiveTensor];
@@ -68,9 +69,9 @@ pub trait LiveWeights: Sync {
         None
     }
 
-    /// The bytes of each tensor, ascending and apart, that may have been written since the last sync of these weights
-    /// that succeeded, or since [`Checkpoint::assume_equal`]: without hashes, nothing else is read. None, the default, if
-    /// that is not known.
+    /// Ranges of the bytes of each tensor, which together hold all that may have been written since the last sync of
+    /// these weights that succeeded, or since [`Checkpoint::assume_equal`]: without hashes, nothing else is read. None,
+    /// the default, if that is not known.
     fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
         None
     }
@@ -103,7 +104,7 @@ pub struct Options {
     /// Bytes of changed blocks that are journalled together before they go into the files. They are held in memory
     /// until then. Default 32 MiB.
     pub segment: u64,
-    /// Threads that compare and compress; with 1 a sync does one thing after the other. Default: as many as the
+    /// Threads that read, compare and compress; with 1 a sync does one thing after the other. Default: as many as the
     /// machine has cores.
     pub threads: usize,
 }
@@ -167,15 +168,14 @@ impl Checkpoint {
         Ok((checkpoint, recovery))
     }
 
-    /// Writes the live weights that differ into the files, with the optimizer state that `state` writes on
-    /// another thread,
+    /// Writes the live weights that differ into the files, with the optimizer state that `state` writes on another thread,
     /// as a new generation. `report` is told done and total, in bytes of weights; done is total when all of it is durable.
     ///
     /// Whoever loads the model ([`crate::Reading`]) is waited for, and kept waiting until the generation is published.
     ///
     /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
-    /// not that of the last sync through this handle; if it knows what was written since, only that. On an error that is not [`Error::Interrupted`]
-    /// the files are those of the current generation.
+    /// not that of the last sync through this handle; if it knows what was written since, only that. On an error that is
+    /// not [`Error::Interrupted`] the files are those of the current generation.
     pub fn sync(
         &mut self,
         live: &dyn LiveWeights,

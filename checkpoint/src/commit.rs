@@ -328,7 +328,7 @@ fn check_space(disk: &Disk, paths: &Paths, need: u64) -> Result<()> {
     Ok(())
 }
 
-/// Counts and hashes what passes through to the state file, of which only the last of it stays in memory.
+/// Counts and hashes what passes through to the state file, of which only the last stays in memory.
 struct HashingWriter {
     file: DiskFile,
     hasher: blake3::Hasher,
@@ -336,7 +336,7 @@ struct HashingWriter {
 
 /// Bytes of the state that are written at once, and that are on their way to the disk while the next are.
 const STATE_STEP: usize = 1 << 20;
-const STATE_AHEAD: u64 = 16 << 20;
+const STATE_AHEAD: u64 = 64 << 20;
 
 impl Write for HashingWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
@@ -364,6 +364,7 @@ fn write_state(disk: &Disk, paths: &Paths, number: u64, write: &mut WriteState) 
     let HashingWriter { file, hasher } =
         out.into_inner().map_err(|error| Error::io("write", &path)(error.into_error()))?;
     file.sync()?;
+    file.let_go(0, hasher.count());
     Ok(StateSum { bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
 }
 

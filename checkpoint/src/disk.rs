@@ -179,7 +179,7 @@ impl DiskFile {
         self.file.start_writing(offset, bytes);
     }
 
-    /// Gives the memory back that holds what was written there, once that is on the disk.
+    /// Gives the memory back that holds what was written there, where that is on the disk already.
     pub(crate) fn let_go(&self, offset: u64, bytes: u64) {
         self.file.let_go(offset, bytes);
     }

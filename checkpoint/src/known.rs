@@ -10,7 +10,7 @@
 //!
 //! Both say what a tensor in the files of *one generation* is, so they are kept with its number and with the list of
 //! tensors. After a rollback, an adoption, or for another list of trained tensors they are of something else, and
-//! everything is read once. Nobody has to remember to forget them. They are in memory only: 16 bytes for 4096.
+//! everything is read once. Nobody has to remember to forget them. Hashes are in memory only: 16 bytes for 4096.
 
 use std::ops::Range;
 
@@ -80,11 +80,13 @@ impl Changed {
 
     /// The blocks that ranges of bytes of each tensor lie in.
     fn of_ranges(tensors: &[LiveTensor], ranges: &[Vec<Range<u64>>]) -> Changed {
+        assert_eq!(ranges.len(), tensors.len(), "what was written of every tensor");
         let count: u64 = tensors.iter().map(block_count).sum();
         let mut changed = Changed::new(tensors, vec![false; count as usize]);
         for ((tensor, first), ranges) in tensors.iter().zip(&changed.first).zip(ranges) {
-            for range in ranges.iter().filter(|range| !range.is_empty()) {
-                assert!(range.end <= tensor.bytes, "{range:?} of the {} bytes of {}", tensor.bytes, tensor.name);
+            for range in ranges.iter().filter(|range| range.start != range.end) {
+                let fits = range.start < range.end && range.end <= tensor.bytes;
+                assert!(fits, "{range:?} of the {} bytes of {}", tensor.bytes, tensor.name);
                 let blocks = (range.start / BLOCK) as usize..=((range.end - 1) / BLOCK) as usize;
                 changed.blocks[first + blocks.start()..=first + blocks.end()].fill(true);
             }

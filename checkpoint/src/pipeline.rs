@@ -1,6 +1,7 @@
 //! Work in order on several threads: one makes jobs, some do them, one takes the results in the order of the jobs.
 
 use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -19,7 +20,7 @@ pub(crate) fn both<A: Send, B>(
     thread::scope(|scope| {
         let first = scope.spawn(first);
         let second = second();
-        let first = first.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let first = first.join().unwrap_or_else(|panic| resume_unwind(panic));
         Ok((first?, second?))
     })
 }
@@ -78,13 +79,13 @@ where
         let made = make_jobs(&jobs, &used, &mut stages.next);
         // Workers end when there is nothing more to come, and the taker after them.
         drop(jobs);
-        let taken = taker.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let taken = taker.join().unwrap_or_else(|panic| resume_unwind(panic));
         taken.and(made)
     })
 }
 
-/// A job's number, itself, and what came of it.
-type Answer<Job, Done> = (usize, Job, Result<Done>);
+/// A job's number, itself, and what came of it, which may be a panic.
+type Answer<Job, Done> = (usize, Job, thread::Result<Result<Done>>);
 
 fn make_jobs<Job>(
     jobs: &SyncSender<(usize, Job)>,
@@ -110,7 +111,8 @@ fn do_jobs<Job, Done>(
     loop {
         let job = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((number, mut job)) = job else { break };
-        let done = work(&mut job);
+        // After a panic nobody works on: the taker passes it on, and all stages end.
+        let done = catch_unwind(AssertUnwindSafe(|| work(&mut job)));
         if results.send((number, job, done)).is_err() {
             break;
         }
@@ -126,7 +128,7 @@ fn take_in_order<Job, Done>(
     for (number, job, result) in done {
         waiting.insert(number, (job, result));
         while let Some((job, result)) = waiting.remove(&next) {
-            take(result?)?;
+            take(result.unwrap_or_else(|panic| resume_unwind(panic))?)?;
             // The maker may have ended already.
             let _ = free.send(Some(job));
             next += 1;
@@ -183,6 +185,34 @@ mod tests {
             let (result, taken) = squares(threads, 500, "", 0);
             result.unwrap();
             assert!(taken.iter().copied().eq((0..500).map(|n| n * n)), "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_any_stage_ends_all_of_them() {
+        for threads in [1, 2, 5] {
+            for panics in ["next", "work", "take"] {
+                let mut made = 0;
+                let stages = Stages {
+                    next: |_: Option<usize>| {
+                        made += 1;
+                        assert!(panics != "next" || made < 100, "next");
+                        Ok((made < 500).then_some(made))
+                    },
+                    worker: || {
+                        |job: &mut usize| {
+                            assert!(panics != "work" || *job < 100, "work");
+                            Ok(*job)
+                        }
+                    },
+                    take: |job| {
+                        assert!(panics != "take" || job < 100, "take");
+                        Ok(())
+                    },
+                };
+                let panic = catch_unwind(AssertUnwindSafe(|| run(threads, stages))).unwrap_err();
+                assert_eq!(panic.downcast_ref(), Some(&panics), "{threads} threads");
+            }
         }
     }
 

@@ -105,8 +105,9 @@ pub trait StorageFile: fmt::Debug + Send + Sync {
         let _ = (offset, bytes);
     }
 
-    /// What was written there is not read again soon: waits until it was brought to the disk, then gives its memory in
-    /// the page cache back. A hint, which promises nothing.
+    /// What was written there is not read again soon: gives its memory in the page cache back where it is on the disk
+    /// already. A hint, which promises nothing. It must not wait for the disk: an error that a wait is told of is not told
+    /// to [`StorageFile::sync`] any more.
     fn let_go(&self, offset: u64, bytes: u64) {
         let _ = (offset, bytes);
     }
@@ -189,15 +190,17 @@ impl StorageFile for File {
     }
 
     #[cfg(target_os = "linux")]
+    #[allow(unsafe_code)]
     fn start_writing(&self, offset: u64, bytes: u64) {
-        sync_file_range(self, offset, bytes, libc::SYNC_FILE_RANGE_WRITE);
+        use std::os::fd::AsRawFd;
+        let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else { return };
+        // SAFETY: the call takes a descriptor, which is open while `self` lives, and three numbers; it touches no memory
+        // of this process. That it fails where a file system cannot do it is of no consequence: `sync` follows.
+        unsafe { libc::sync_file_range(self.as_raw_fd(), offset, bytes, libc::SYNC_FILE_RANGE_WRITE) };
     }
 
     #[cfg(target_os = "linux")]
     fn let_go(&self, offset: u64, bytes: u64) {
-        use libc::{SYNC_FILE_RANGE_WAIT_AFTER, SYNC_FILE_RANGE_WAIT_BEFORE, SYNC_FILE_RANGE_WRITE};
-        let all = SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-        sync_file_range(self, offset, bytes, all);
         if let Some(bytes) = std::num::NonZeroU64::new(bytes) {
             let _ = rustix::fs::fadvise(self, offset, Some(bytes), rustix::fs::Advice::DontNeed);
         }
@@ -222,15 +225,4 @@ impl StorageFile for File {
             Err(errno) => Err(errno.into()),
         }
     }
-}
-
-/// Begins to bring a part of a file to the disk, or waits for it, as the flags say.
-#[cfg(target_os = "linux")]
-#[allow(unsafe_code)]
-fn sync_file_range(file: &File, offset: u64, bytes: u64, flags: libc::c_uint) {
-    use std::os::fd::AsRawFd;
-    let (Ok(offset), Ok(bytes)) = (offset.try_into(), bytes.try_into()) else { return };
-    // SAFETY: the call takes a descriptor, which is open while `file` lives, and numbers; it touches no memory of this
-    // process. That it fails where a file system cannot do it is of no consequence: `sync` follows.
-    unsafe { libc::sync_file_range(file.as_raw_fd(), offset, bytes, flags) };
 }

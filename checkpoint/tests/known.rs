@@ -220,24 +220,26 @@ fn other_trained_tensors_are_read_in_full() {
 
 #[test]
 fn damage_in_files_that_are_not_read_never_becomes_the_truth() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut device = Device::of(make_model(dir.path(), false, 0, 4));
-    let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
-    device.sync(&mut checkpoint, 1).unwrap();
-    device.taken();
-    let path = dir.path().join("model.safetensors");
-    let mut bytes = std::fs::read(&path).unwrap();
-    let at = bytes.len() - 2000;
-    bytes[at] ^= 1;
-    std::fs::write(&path, bytes).unwrap();
-    device.sync(&mut checkpoint, 2).unwrap();
-    let report = checkpoint.verify().unwrap();
-    assert!(report.to_string().contains("lookup"), "{report}");
-    // A block beside it is read, and the sync refused.
-    let lookup = device.live.index("lookup");
-    device.live.bytes[lookup].iter_mut().for_each(|byte| *byte ^= 2);
-    let error = device.sync(&mut checkpoint, 3).unwrap_err();
-    assert!(matches!(error, checkpoint::Error::Changed { .. }), "{error}");
+    for kind in [Device::of as fn(Live) -> Device, Device::written] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = kind(make_model(dir.path(), false, 0, 4));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        device.sync(&mut checkpoint, 1).unwrap();
+        device.taken();
+        let path = dir.path().join("model.safetensors");
+        let mut bytes = std::fs::read(&path).unwrap();
+        let at = bytes.len() - 2000;
+        bytes[at] ^= 1;
+        std::fs::write(&path, bytes).unwrap();
+        device.sync(&mut checkpoint, 2).unwrap();
+        let report = checkpoint.verify().unwrap();
+        assert!(report.to_string().contains("lookup"), "{report}");
+        // A block beside it is read, and the sync refused.
+        let lookup = device.live.index("lookup");
+        (0..device.live.bytes[lookup].len()).for_each(|at| device.write(lookup, at, 2));
+        let error = device.sync(&mut checkpoint, 3).unwrap_err();
+        assert!(matches!(error, checkpoint::Error::Changed { .. }), "{error}");
+    }
 }
 
 #[test]

@@ -204,6 +204,12 @@ impl StorageFile for File {
         }
     }
 
+    fn let_go(&self, offset: u64, bytes: u64) {
+        if self.of.0.hints.load(Ordering::SeqCst) {
+            self.file.let_go(offset, bytes);
+        }
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.of.check(Operation::Sync, &self.path)?;
         self.of.0.synced.lock().unwrap().push(self.path.clone());

@@ -48,8 +48,8 @@ pub struct Weights {
     pub shards: Vec<Shard>,
     side: usize,
     seed: u64,
-    /// By the last step.
-    written: Vec<Vec<Range<u64>>>,
+    /// Which matrices the last step wrote.
+    written: Vec<bool>,
 }
 
 /// What a step moves: ranges of bytes of every matrix.
@@ -191,8 +191,7 @@ impl Weights {
                 }
             }
         });
-        let bytes = |range: &Range<usize>| range.start as u64..range.end as u64;
-        self.written = dirty.ranges.iter().map(|ranges| ranges.iter().map(bytes).collect()).collect();
+        self.written = dirty.ranges.iter().map(|ranges| !ranges.is_empty()).collect();
     }
 
     fn matrix_bytes(&self) -> usize {
@@ -258,9 +257,10 @@ impl LiveWeights for Weights {
         buf.copy_from_slice(&shard.bytes[at..at + buf.len()]);
     }
 
-    /// The daemon's trainer knows it too: of a matrix whether steps wrote it, of an embedding which rows.
+    /// As much as the daemon's trainer knows: which matrices were written, not where.
     fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
-        Some(self.written.clone())
+        let bytes = self.matrix_bytes() as u64;
+        Some(self.written.iter().map(|written| if *written { vec![0..bytes] } else { Vec::new() }).collect())
     }
 }
 
