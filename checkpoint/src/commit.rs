@@ -336,16 +336,15 @@ struct HashingWriter {
 
 /// Bytes of the state that are written at once, and that are on their way to the disk while the next are.
 const STATE_STEP: usize = 1 << 20;
-const STATE_AHEAD: u64 = 64 << 20;
+const STATE_AHEAD: u64 = 16 << 20;
 
 impl Write for HashingWriter {
     fn write(&mut self, buf: &[u8]) -> io::Result<usize> {
         let n = self.file.write(&buf[..buf.len().min(STATE_STEP)])?;
         let at = self.hasher.count();
         self.file.start_writing(at, n as u64);
-        if let Some(done) = at.checked_sub(STATE_AHEAD) {
-            self.file.let_go(done, n as u64);
-        }
+        // All of it each time: what was still on its way to the disk the last time may be there now.
+        self.file.let_go(0, at.saturating_sub(STATE_AHEAD));
         self.hasher.update(&buf[..n]);
         Ok(n)
     }
