@@ -54,7 +54,7 @@ pub fn replay(file: &SafeTensors, settings: Settings) -> Result<Vec<Vec<f32>>> {
         let (dy_rows, dy_cols, dy) = matrix(file, &format!("dy.{t}"))?;
         ensure!((dy_rows, dy_cols, x_cols) == (rows, m, n), "x.{t} and dy.{t} do not belong to w ({m},{n})");
         let mut gradients = optimizer.gradients();
-        gradients.linear(0, &Arc::new(x), &Arc::new(dy), rows);
+        gradients.linear(0, &Arc::new(x.into()), &Arc::new(dy.into()), rows);
         match device.run(|| optimizer.step(&weights, &gradients, 0.0, 1.0, &Gates::default())) {
             Outcome::Applied(_) => after.push(weights[0].values()),
             Outcome::Skipped(why) => bail!("step {t} was skipped: {why}"),

@@ -1,6 +1,7 @@
 //! A small model with one tensor of every kind, and random gradients for it.
 
 use apollo::{Gates, Gradients, Optimizer, Outcome, Rule, Settings, Tensor, TensorKind};
+use compute::cpu::Buffer;
 use compute::{Cpu, Device, Dtype, Sink, Stream, cpu::Weight};
 use std::sync::Arc;
 
@@ -28,8 +29,8 @@ impl Random {
     pub fn normal(&mut self) -> f32 {
         ((0..12).map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64).sum::<f64>() - 6.0) as f32
     }
-    pub fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
+    pub fn normals(&mut self, n: usize) -> Buffer {
+        (0..n).map(|_| self.normal()).collect::<Vec<_>>().into()
     }
 }
 
@@ -154,9 +155,9 @@ pub fn one_matrix(m: usize, n: usize, settings: Settings) -> Rig {
 }
 
 /// The gradient dyᵀx of tensor 0.
-pub fn linear(rig: &Rig, x: Vec<f32>, dy: Vec<f32>, t: usize) -> Gradients<Cpu> {
+pub fn linear(rig: &Rig, x: impl Into<Buffer>, dy: impl Into<Buffer>, t: usize) -> Gradients<Cpu> {
     let mut g = rig.optimizer.gradients();
-    g.linear(0, &Arc::new(x), &Arc::new(dy), t);
+    g.linear(0, &Arc::new(x.into()), &Arc::new(dy.into()), t);
     g
 }
 

@@ -13,7 +13,7 @@ fn settings(growth: Option<f32>, floor: f32) -> Settings {
 
 /// One step with gradients of a size; the distance moved.
 fn step(rig: &mut Rig, r: &mut Random, size: f32) -> f64 {
-    let dy = (0..T * M).map(|_| size * r.normal()).collect();
+    let dy = (0..T * M).map(|_| size * r.normal()).collect::<Vec<_>>();
     let g = linear(rig, r.normals(T * N), dy, T);
     rig.apply(&g)[0]
 }

@@ -2,6 +2,7 @@
 
 use crate::common::{EMBED, FROZEN, HEAD, NORM, Random, Rig, TALL, TIED, WIDE, settings, tensors};
 use apollo::{Gates, Gradients, Outcome, Settings, Skip};
+use compute::cpu::Buffer;
 use compute::{Cpu, Dtype, Sink};
 use std::sync::Arc;
 
@@ -18,7 +19,7 @@ fn warm(rig: &mut Rig, r: &mut Random) {
 }
 
 /// `values` with element `at` replaced.
-fn with(mut values: Vec<f32>, at: usize, value: f32) -> Arc<Vec<f32>> {
+fn with(mut values: Buffer, at: usize, value: f32) -> Arc<Buffer> {
     values[at] = value;
     Arc::new(values)
 }
@@ -63,10 +64,10 @@ fn overflowing_gradients(rig: &Rig, r: &mut Random) -> Vec<(String, Gradients<Cp
     }
     for (name, size, times) in [("sum", 3e38f32, 2), ("square", 1e25, 1)] {
         let mut g = rig.gradients(r, 2);
-        (0..times).for_each(|_| g.dense(NORM, &with(vec![0.0; 24], 4, size)));
+        (0..times).for_each(|_| g.dense(NORM, &with(vec![0.0; 24].into(), 4, size)));
         all.push((format!("{name} of a vector"), g));
         let mut g = rig.gradients(r, 2);
-        (0..times).for_each(|_| g.rows(EMBED, &[9], &with(vec![0.0; 24], 4, size)));
+        (0..times).for_each(|_| g.rows(EMBED, &[9], &with(vec![0.0; 24].into(), 4, size)));
         all.push((format!("{name} of a row"), g));
     }
     all
@@ -112,7 +113,7 @@ fn the_number_of_bad_values_is_reported() {
     (x[0], x[47]) = (f32::NAN, f32::INFINITY);
     // A third one beyond the two rows that count, as a padded buffer may hold.
     x.push(f32::NAN);
-    g.linear(TALL, &Arc::new(x), &Arc::new(vec![1.0; 160]), 2);
+    g.linear(TALL, &Arc::new(x.into()), &Arc::new(vec![1.0; 160].into()), 2);
     let outcome = rig.step(&g);
     assert_eq!(outcome, Outcome::Skipped(Skip::NotFinite { values: 2 }));
     let Outcome::Skipped(skip) = outcome else { unreachable!() };
@@ -193,7 +194,7 @@ fn a_step_without_gradients_is_reported_as_empty() {
     let before = rig.snapshot();
     assert_eq!(rig.step(&g), Outcome::Skipped(Skip::Empty));
     assert!(!g.wants(FROZEN) && g.wants(TALL) && g.wants(EMBED));
-    g.linear(FROZEN, &Arc::new(vec![1.0; 24]), &Arc::new(vec![1.0; 5]), 1);
+    g.linear(FROZEN, &Arc::new(vec![1.0; 24].into()), &Arc::new(vec![1.0; 5].into()), 1);
     assert_eq!(rig.step(&g), Outcome::Skipped(Skip::Empty));
     assert!(before == rig.snapshot());
 }

@@ -139,7 +139,7 @@ fn a_first_mini_step_is_the_gradient_scaled_as_a_whole() {
     let p = r.normals(n);
     let given = p.clone();
     let optimizer = apollo::Optimizer::new(rig.device.clone(), rig.optimizer.tensors().to_vec(), settings);
-    rig.optimizer = optimizer.with_projections(Box::new(move |_, _, _| given.clone()));
+    rig.optimizer = optimizer.with_projections(Box::new(move |_, _, _| given.to_vec()));
     let (x, dy, before) = (r.normals(t * n), r.normals(t * m), rig.values().remove(0));
     let g = linear(&rig, x.clone(), dy.clone(), t);
     rig.apply(&g);

@@ -224,6 +224,22 @@ impl Weight {
         self.parts(row, col, out.len(), |base, range| self.read_part(base, &mut out[range]));
     }
 
+    /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
+    /// there are not are nobody's mistake.
+    pub fn prefetch(&self, row: usize, col: usize, len: usize) {
+        #[cfg(target_arch = "x86_64")]
+        if row < self.rows {
+            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            const LINE: usize = 64;
+            self.parts(row, col, len, |base, range| {
+                for at in (0..range.len() * self.dtype.size()).step_by(LINE) {
+                    // SAFETY: a prefetch never faults, and this address is in the weight.
+                    unsafe { _mm_prefetch(base.as_ptr().add(at).cast::<i8>(), _MM_HINT_T0) };
+                }
+            });
+        }
+    }
+
     /// `base` is in the weight, and so are the elements of `out` from there.
     fn read_part(&self, base: NonNull<u8>, out: &mut [f32]) {
         if self.dtype == Dtype::F32 {

@@ -63,9 +63,15 @@ impl<'a> Shared<'a> {
     /// No other task uses an overlapping part while the slice lives.
     #[allow(clippy::mut_from_ref)]
     pub unsafe fn slice(&self, at: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: inside the buffer, which is borrowed for 'a; disjoint by the caller's promise.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer(at, len), len) }
+    }
+
+    /// Element `at`, with as many as `len` from there inside the buffer.
+    pub fn pointer(&self, at: usize, len: usize) -> *mut f32 {
         assert!(at + len <= self.len, "{at}+{len} outside a buffer of {}", self.len);
-        // SAFETY: inside the buffer as asserted, which is borrowed for 'a; disjoint by the caller's promise.
-        unsafe { std::slice::from_raw_parts_mut(self.data.add(at), len) }
+        // SAFETY: inside the buffer as asserted.
+        unsafe { self.data.add(at) }
     }
 
     /// The (a.rows, b.cols) block at element `at` with rows `stride` apart becomes scale·a·b, or

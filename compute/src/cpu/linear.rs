@@ -1,45 +1,70 @@
 //! Products with foreign weights: y = x Wᵀ + b and dx = dy W.
 //!
 //! x (t,n) · W (m,n) · y (t,m). A block of W is widened to f32 in a scratch that stays in the
-//! second-level cache and goes into the product from there; no f32 copy of a whole weight exists.
+//! second-level cache and is multiplied from there; no f32 copy of a whole weight exists.
 
-use super::gemm::{Shared, View, product};
+use super::gemm::Shared;
+use super::kernel::{self, Panels, Rows};
 use super::{Weight, simd, with_scratch};
 use rayon::prelude::*;
 
-/// Rows of W in one task of `linear`, and depth of one product of `linear_dx`.
-const ROWS: usize = 256;
-/// Columns of W in one piece.
+/// Rows of W in one task of `linear`.
+const ROWS: usize = 16 * kernel::ROWS;
+/// Columns of W in one piece: with 16 tokens they fill the first-level cache.
 const COLS: usize = 512;
+/// Rows of W that are asked for before they are read: the memory's latency in time.
+const AHEAD: usize = 8;
+/// Rows of W in one piece of `linear_dx`, and the most columns of one task.
+const DX_ROWS: usize = 128;
+const DX_COLS: usize = 256;
 
-/// y (t,m) = x (t,n) Wᵀ + bias.
+/// One product of [`linear_group`].
+pub struct Output<'a> {
+    /// (t,m)
+    pub y: &'a mut [f32],
+    /// (m,n)
+    pub w: &'a Weight,
+    /// (m)
+    pub bias: Option<&'a Weight>,
+}
+
+/// y (t,m) = x (t,n) Wᵀ + bias of several W with one x.
 ///
-/// Computed as yᵀ = W xᵀ from a transposed x: the product then walks along W as it lies and packs
-/// nothing, which is four times as fast for few rows.
-pub fn linear(y: &mut [f32], x: &[f32], w: &Weight, bias: Option<&Weight>, t: usize) {
-    let (m, n) = (w.rows(), w.cols());
-    assert!(y.len() >= t * m && x.len() >= t * n);
-    let mut columns = vec![0.0; n * t];
-    simd::transpose(x, t, n, n, &mut columns, t);
-    let y = Shared::new(&mut y[..t * m]);
-    (0..m.div_ceil(ROWS)).into_par_iter().for_each(|block| {
-        let first = block * ROWS;
-        let rows = ROWS.min(m - first);
-        with_scratch(ROWS * COLS + rows * t, |scratch| {
-            let (w_block, result) = scratch.split_at_mut(ROWS * COLS);
-            fill_bias(result, bias, first, t);
+/// Computed as yᵀ = W xᵀ from a transposed x, so that W is read as it lies.
+pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
+    let Some(n) = outputs.first().map(|output| output.w.cols()) else { return };
+    let tokens = Panels::new(n, t);
+    let columns = tokens.of_columns(&x[..t * n], n);
+    let blocks = |rows: usize| (0..rows).step_by(ROWS);
+    let places: Vec<_> = outputs
+        .iter_mut()
+        .map(|Output { y, w, bias }| {
+            assert_eq!(w.cols(), n, "weights of one group have one input");
+            (Shared::new(&mut y[..t * w.rows()]), *w, *bias)
+        })
+        .collect();
+    let tasks: Vec<_> =
+        places.iter().flat_map(|place| blocks(place.1.rows()).map(move |first| (place, first))).collect();
+    tasks.into_par_iter().for_each(|((y, w, bias), first)| {
+        let (m, rows) = (w.rows(), ROWS.min(w.rows() - first));
+        with_scratch(rows * (COLS + tokens.padded()), |scratch| {
+            let (w_block, result) = scratch.split_at_mut(rows * COLS);
+            fill_bias(result, *bias, first, tokens.padded());
+            let result = Shared::new(result);
             for col in (0..n).step_by(COLS) {
                 let cols = COLS.min(n - col);
                 read_block(w, first, rows, col, cols, w_block);
-                let a = View::dense(w_block, rows, cols);
-                let b = View::dense(&columns[col * t..], cols, t);
-                product(result, a, b, 1.0, true);
+                let a = Rows::new(w_block, rows, cols);
+                // SAFETY: the scratch is this task's own.
+                unsafe { kernel::product(&result, 0, tokens.padded(), a, tokens, &columns, col..col + cols, true) };
             }
             // Back to rows of tokens, through the scratch that W needs no more.
+            // SAFETY: as above.
+            let result = unsafe { result.slice(0, rows * tokens.padded()) };
             for token in (0..t).step_by(COLS) {
-                let tokens = COLS.min(t - token);
-                simd::transpose(&result[token..], rows, tokens, t, w_block, rows);
-                for (i, line) in w_block.chunks_exact(rows).take(tokens).enumerate() {
+                let some = COLS.min(t - token);
+                simd::transpose(&result[token..], rows, some, tokens.padded(), w_block, rows);
+                for (i, line) in w_block.chunks_exact(rows).take(some).enumerate() {
                     // SAFETY: columns first..first + rows of y belong to this task.
                     unsafe { y.slice((token + i) * m + first, rows) }.copy_from_slice(line);
                 }
@@ -48,14 +73,14 @@ pub fn linear(y: &mut [f32], x: &[f32], w: &Weight, bias: Option<&Weight>, t: us
     });
 }
 
-/// Every row of `out` (rows, t) becomes its bias, or 0 without one.
-fn fill_bias(out: &mut [f32], bias: Option<&Weight>, first: usize, t: usize) {
+/// Every row of `out` (rows, width) becomes its bias, or 0 without one.
+fn fill_bias(out: &mut [f32], bias: Option<&Weight>, first: usize, width: usize) {
     out.fill(0.0);
     if let Some(bias) = bias {
         let mut values = [0.0; ROWS];
-        let values = &mut values[..out.len() / t];
+        let values = &mut values[..out.len() / width];
         bias.read(0, first, values);
-        out.chunks_exact_mut(t).zip(values).for_each(|(row, b)| row.fill(*b));
+        out.chunks_exact_mut(width).zip(values).for_each(|(row, b)| row.fill(*b));
     }
 }
 
@@ -64,19 +89,21 @@ pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: b
     let (m, n) = (w.rows(), w.cols());
     assert!(dx.len() >= t * n && dy.len() >= t * m);
     let dx = Shared::new(&mut dx[..t * n]);
-    // Half the width of a forward block, so that a hidden size of 1024 still makes four tasks.
-    let width = COLS / 2;
-    (0..n.div_ceil(width)).into_par_iter().for_each(|block| {
-        let first = block * width;
-        let cols = width.min(n - first);
-        with_scratch(ROWS * width, |scratch| {
-            for row in (0..m).step_by(ROWS) {
-                let rows = ROWS.min(m - row);
-                read_block(w, row, rows, first, cols, scratch);
-                let a = View::new(&dy[row..], t, rows, m);
-                let b = View::dense(scratch, rows, cols);
+    (0..n.div_ceil(DX_COLS)).into_par_iter().for_each(|block| {
+        let first = block * DX_COLS;
+        let cols = DX_COLS.min(n - first);
+        with_scratch(DX_ROWS * (cols + kernel::Vectors::best().width()) + cols, |scratch| {
+            let (line, packed) = scratch.split_at_mut(cols);
+            for row in (0..m).step_by(DX_ROWS) {
+                let panels = Panels::new(DX_ROWS.min(m - row), cols);
+                for k in 0..panels.k {
+                    w.prefetch(row + k + 2 * AHEAD, first, cols);
+                    w.read(row + k, first, line);
+                    panels.set_row(packed, k, 0, line);
+                }
+                let a = Rows::new(&dy[row..], t, m);
                 // SAFETY: columns first..first + cols of dx belong to this task.
-                unsafe { dx.product(first, n, a, b, 1.0, accumulate || row > 0) };
+                unsafe { kernel::product(&dx, first, n, a, panels, packed, 0..panels.k, accumulate || row > 0) };
             }
         });
     });
@@ -85,6 +112,7 @@ pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: b
 /// Widens W\[row..row + rows, col..col + cols\] into the front of `out`, dense.
 fn read_block(w: &Weight, row: usize, rows: usize, col: usize, cols: usize, out: &mut [f32]) {
     for (i, line) in out.chunks_exact_mut(cols).take(rows).enumerate() {
+        w.prefetch(row + i + AHEAD, col, cols);
         w.read(row + i, col, line);
     }
 }

@@ -5,27 +5,29 @@
 //! threads: every parallel operation cuts its work into blocks by shape and reduces in order.
 
 mod attention;
+mod buffer;
 mod foreign;
 mod gemm;
+mod kernel;
 mod linear;
 mod optimizer;
 mod pointwise;
 pub(crate) mod simd;
 
+pub use buffer::Buffer;
 pub use foreign::Weight;
 
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
-    Moments, Past, Stream, Write,
+    LinearOutput, Moments, Past, Stream, Write,
 };
 use std::cell::RefCell;
-
-/// f32 elements on the CPU.
-pub type Buffer = Vec<f32>;
+use std::sync::Arc;
 
 /// The CPU as a [`Device`].
 pub struct Cpu {
-    pool: rayon::ThreadPool,
+    threads: rayon::ThreadPool,
+    memory: Arc<buffer::Pool>,
 }
 
 /// The thread pool could not be started.
@@ -40,12 +42,13 @@ impl Cpu {
     /// A backend with its own pool; `threads` 0 means one per core.
     pub fn new(threads: usize) -> Result<Cpu, PoolError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}")).build();
-        Ok(Cpu { pool: pool.map_err(|e| PoolError { threads, reason: e.to_string() })? })
+        let pool = pool.map_err(|e| PoolError { threads, reason: e.to_string() })?;
+        Ok(Cpu { threads: pool, memory: Arc::default() })
     }
 
     /// Number of threads.
     pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+        self.threads.current_num_threads()
     }
 }
 
@@ -72,7 +75,7 @@ impl Device for Cpu {
     type Graph = std::convert::Infallible;
 
     fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
-        self.pool.install(f)
+        self.threads.install(f)
     }
     fn synchronize(&self) {}
     fn bucket(&self, _: usize) -> Option<usize> {
@@ -86,11 +89,15 @@ impl Device for Cpu {
     }
 
     fn zeros(&self, len: usize) -> Buffer {
-        vec![0.0; len]
+        self.memory.zeros(len)
     }
     fn uninit(&self, len: usize) -> Buffer {
-        // Pages of zeros cost nothing until they are written; tests find who relies on them.
-        if cfg!(debug_assertions) { vec![f32::NAN; len] } else { vec![0.0; len] }
+        let mut buffer = self.memory.take(len);
+        if cfg!(debug_assertions) {
+            // Tests find who relies on what is there.
+            buffer.fill(f32::NAN);
+        }
+        buffer
     }
     fn len(&self, buffer: &Buffer) -> usize {
         buffer.len()
@@ -130,7 +137,11 @@ impl Device for Cpu {
         pointwise::embed(x, w, ids);
     }
     fn linear(&self, y: &mut Buffer, x: &Buffer, w: &Weight, bias: Option<&Weight>, t: usize) {
-        linear::linear(y, x, w, bias, t);
+        linear::linear_group(&mut [linear::Output { y, w, bias }], x, t);
+    }
+    fn linear_group(&self, outputs: &mut [LinearOutput<Cpu>], x: &Buffer, t: usize) {
+        let mut outputs: Vec<_> = outputs.iter_mut().map(|o| linear::Output { y: o.y, w: o.w, bias: o.bias }).collect();
+        linear::linear_group(&mut outputs, x, t);
     }
     fn linear_dx(&self, dx: &mut Buffer, dy: &Buffer, w: &Weight, t: usize, accumulate: bool) {
         linear::linear_dx(dx, dy, w, t, accumulate);

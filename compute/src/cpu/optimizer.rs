@@ -9,7 +9,8 @@
 //! Two passes: `prepare` writes nothing but s and ‖U‖, so that a step can still be refused;
 //! `commit` recomputes R, which is cheap, and writes moments and W, each once.
 
-use super::gemm::{Shared, View, product};
+use super::gemm::Shared;
+use super::kernel::{self, Panels, Rows};
 use super::simd::{self, LANES, multiversion};
 use super::{Weight, with_scratch};
 use crate::{
@@ -17,40 +18,52 @@ use crate::{
     NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType, Write,
 };
 use rayon::prelude::*;
+use std::ops::Range;
 
 type Buffer = super::Buffer;
 
 /// Channels handled by one task of the compressed step.
 const CHANNELS: usize = 256;
-/// Elements of G formed at a time.
-const BLOCK: usize = 1 << 16;
+/// Rows and columns of G formed at a time; whole panels.
+const PIECE_ROWS: usize = 8 * kernel::ROWS;
+const PIECE_COLUMNS: usize = 512;
 
 fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
     (f.m.max(f.n), f.m.min(f.n))
 }
 
-/// small Pᵀ (t,r), computed as P smallᵀ, one block of ranks per task.
-fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> Vec<f32> {
-    const RANKS: usize = 64;
+/// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
+fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Vec<f32>) {
+    const RANKS: usize = 8 * kernel::ROWS;
     let (_, d) = channels_of(f);
-    let mut small = vec![0.0; d * f.t];
-    simd::transpose(f.small(), f.t, d, d, &mut small, f.t);
-    let mut columns = vec![0.0; c.rank * f.t];
-    columns.par_chunks_mut(RANKS * f.t).enumerate().for_each(|(block, out)| {
-        let ranks = out.len() / f.t;
-        let p = View::dense(&c.projection[block * RANKS * d..], ranks, d);
-        product(out, p, View::dense(&small, d, f.t), 1.0, false);
+    let tokens = Panels::new(d, f.t);
+    let small = tokens.of_columns(&f.small()[..f.t * d], d);
+    let width = tokens.padded();
+    let mut columns = vec![0.0; c.rank * width];
+    columns.par_chunks_mut(RANKS * width).enumerate().for_each(|(block, out)| {
+        let ranks = out.len() / width;
+        let p = Rows::new(&c.projection[block * RANKS * d..], ranks, d);
+        // SAFETY: this task's own part.
+        unsafe { kernel::product(&Shared::new(out), 0, width, p, tokens, &small, 0..d, false) };
     });
-    let mut out = vec![0.0; f.t * c.rank];
-    simd::transpose(&columns, c.rank, f.t, f.t, &mut out, c.rank);
-    out
+    let ranks = Panels::new(f.t, c.rank);
+    (ranks, ranks.of_columns(&columns, width))
 }
 
-/// R of channels first..first + n into `out` (n,r).
-fn compress(out: &mut [f32], f: &Factors<Buffer>, q: &[f32], rank: usize, first: usize, n: usize) {
-    let (channels, _) = channels_of(f);
-    let big = View::new(&f.big()[first..], f.t, n, channels).t();
-    product(&mut out[..n * rank], big, View::dense(q, f.t, rank), 1.0, false);
+/// R of channels first..first + n into `out` (n,r); `big` is the larger factor, transposed.
+fn compress(out: &mut [f32], big: &[f32], (ranks, q): &(Panels, Vec<f32>), first: usize, n: usize) {
+    let big = Rows::new(&big[first * ranks.k..], n, ranks.k);
+    // SAFETY: `out` is borrowed mutably, so nobody else uses it.
+    unsafe { kernel::product(&Shared::new(out), 0, ranks.columns, big, *ranks, q, 0..ranks.k, false) };
+}
+
+/// xᵀ (c,t) of x (t,c), on all threads.
+fn transposed(x: &[f32], t: usize, c: usize) -> Vec<f32> {
+    let mut out = vec![0.0; t * c];
+    out.par_chunks_mut(CHANNELS * t).enumerate().for_each(|(block, out)| {
+        simd::transpose(&x[block * CHANNELS..], t, out.len() / t, c, out, t);
+    });
+    out
 }
 
 /// See [`crate::Device::apollo_prepare`].
@@ -58,12 +71,12 @@ pub fn prepare(norms: &mut [f32], tensor: &mut ApolloPrepare<Buffer>) {
     let ApolloPrepare { s, at, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
     let at = *at;
     let (channels, _) = channels_of(f);
-    let q = project(f, c);
+    let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
     let mut squares = vec![[0.0f32; 2]; channels];
     squares.par_chunks_mut(CHANNELS).enumerate().for_each(|(block, squares)| {
         let first = block * CHANNELS;
         with_scratch(CHANNELS * c.rank, |r| {
-            compress(r, f, &q, c.rank, first, squares.len());
+            compress(r, &big, &q, first, squares.len());
             for (i, (square, r)) in squares.iter_mut().zip(r.chunks_exact(c.rank)).enumerate() {
                 let state = (first + i) * c.rank..(first + i + 1) * c.rank;
                 *square = channel_squares(r, &exp_avg[state.clone()], &exp_avg_sq[state], c.moments);
@@ -197,37 +210,62 @@ fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
     out
 }
 
-/// Rows of G that one task forms.
-fn block_rows(n: usize) -> usize {
-    (BLOCK / n).clamp(1, 256)
+/// G = dyᵀ x, formed piece by piece: dy transposed, x in panels.
+struct Formed {
+    dy: Vec<f32>,
+    panels: Panels,
+    x: Vec<f32>,
 }
 
-/// Rows first..first + rows of G into `out` (rows, n).
-fn form(out: &mut [f32], f: &Factors<Buffer>, first: usize, rows: usize) {
-    let dy = View::new(&f.dy[first..], f.t, rows, f.m).t();
-    product(&mut out[..rows * f.n], dy, View::dense(f.x, f.t, f.n), 1.0, false);
+/// A piece of G: rows and columns.
+type Piece = (Range<usize>, Range<usize>);
+
+impl Formed {
+    fn new(f: &Factors<Buffer>) -> Formed {
+        let panels = Panels::new(f.t, f.n);
+        let mut x = vec![0.0; panels.len()];
+        panels.pack_rows(&mut x, f.x, f.n);
+        Formed { dy: transposed(f.dy, f.t, f.m), panels, x }
+    }
+
+    /// Pieces that stay in the second-level cache, row by row.
+    fn pieces(&self) -> Vec<Piece> {
+        let (m, n) = (self.dy.len() / self.panels.k, self.panels.columns);
+        let rows = (0..m).step_by(PIECE_ROWS).map(|first| first..(first + PIECE_ROWS).min(m));
+        let columns = || (0..n).step_by(PIECE_COLUMNS).map(|first| first..(first + PIECE_COLUMNS).min(n));
+        rows.flat_map(|rows| columns().map(move |columns| (rows.clone(), columns))).collect()
+    }
+
+    /// A piece of G, dense, into the front of `out`.
+    fn form(&self, out: &mut [f32], (rows, columns): &Piece) {
+        let t = self.panels.k;
+        let dy = Rows::new(&self.dy[rows.start * t..], rows.len(), t);
+        // A piece begins at a whole panel, and those before it have all their columns.
+        let panels = Panels { columns: columns.len(), ..self.panels };
+        // SAFETY: `out` is borrowed mutably, so nobody else uses it.
+        unsafe {
+            let x = &self.x[columns.start * t..];
+            kernel::product(&Shared::new(out), 0, columns.len(), dy, panels, x, 0..t, false)
+        };
+    }
 }
 
 fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
-    let rows = block_rows(f.n);
-    let channels = f.channels();
-    let parts: Vec<f64> = (0..f.m.div_ceil(rows))
-        .into_par_iter()
-        .map(|block| {
-            let first = block * rows;
-            let n = rows.min(f.m - first);
-            with_scratch(n * f.n, |g| {
-                form(g, f, first, n);
-                let factor = |i: usize, j: usize| match (s, channels) {
-                    (None, _) => 1.0,
-                    (Some(s), Channels::Rows) => s[first + i] as f64,
-                    (Some(s), Channels::Columns) => s[j] as f64,
-                };
-                let square = |(k, v): (usize, &f32)| (*v as f64 * factor(k / f.n, k % f.n)).powi(2);
-                g.iter().enumerate().map(square).sum()
-            })
+    let (formed, channels) = (Formed::new(f), f.channels());
+    let square = |piece: &Piece| {
+        let (rows, columns) = piece;
+        with_scratch(rows.len() * columns.len(), |g| {
+            formed.form(g, piece);
+            let factor = |i: usize, j: usize| match (s, channels) {
+                (None, _) => 1.0,
+                (Some(s), Channels::Rows) => s[rows.start + i] as f64,
+                (Some(s), Channels::Columns) => s[columns.start + j] as f64,
+            };
+            let square = |(k, v): (usize, &f32)| (*v as f64 * factor(k / columns.len(), k % columns.len())).powi(2);
+            g.iter().enumerate().map(square).sum()
         })
-        .collect();
+    };
+    let parts: Vec<f64> = formed.pieces().par_iter().map(square).collect();
     parts.iter().sum::<f64>().sqrt() as f32
 }
 
@@ -247,13 +285,14 @@ pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
 pub fn commit(norms: &mut [f32], tensor: &mut ApolloCommit<Cpu>) {
     let ApolloCommit { w, s, at, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
     let (at, s) = (*at, &**s);
-    let q = project(f, c);
-    let len = channels_of(f).0 * c.rank;
+    let (channels, _) = channels_of(f);
+    let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
+    let len = channels * c.rank;
     let (exp_avg, exp_avg_sq) = (&mut exp_avg[..len], &mut exp_avg_sq[..len]);
     exp_avg.par_chunks_mut(CHANNELS * c.rank).zip(exp_avg_sq.par_chunks_mut(CHANNELS * c.rank)).enumerate().for_each(
         |(block, (exp_avg, exp_avg_sq))| {
             with_scratch(exp_avg.len(), |r| {
-                compress(r, f, &q, c.rank, block * CHANNELS, exp_avg.len() / c.rank);
+                compress(r, &big, &q, block * CHANNELS, exp_avg.len() / c.rank);
                 update_moments(r, exp_avg, exp_avg_sq, c.moments);
             });
         },
@@ -261,28 +300,33 @@ pub fn commit(norms: &mut [f32], tensor: &mut ApolloCommit<Cpu>) {
     let step = write.step * norms[at + NORM_FACTOR];
     norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
     let keep = 1.0 - write.decay;
-    update_rows(w, f, write, |row, w, g| match (c.scale_type, f.channels()) {
+    update_rows(w, f, write, |row, col, w, g| match (c.scale_type, f.channels()) {
         (ScaleType::Tensor, _) => scale_subtract(w, g, step * s[0], keep),
         (ScaleType::Channel, Channels::Rows) => scale_subtract(w, g, step * s[row], keep),
-        (ScaleType::Channel, Channels::Columns) => scale_subtract_columns(w, g, s, step, keep),
+        (ScaleType::Channel, Channels::Columns) => scale_subtract_columns(w, g, &s[col..], step, keep),
     });
 }
 
-/// Forms G block by block and hands (row number, row of W, row of G) to `update`, which
-/// changes the row of W; writes it back. Every row of W is read and written once.
-fn update_rows(w: &Weight, f: &Factors<Buffer>, write: &Write, update: impl Fn(usize, &mut [f32], &[f32]) + Sync) {
+/// Forms G piece by piece and hands (row, first column, that part of W, that part of G) to `update`, which
+/// changes the part of W; writes it back. Every element of W is read and written once.
+fn update_rows(
+    w: &Weight,
+    f: &Factors<Buffer>,
+    write: &Write,
+    update: impl Fn(usize, usize, &mut [f32], &[f32]) + Sync,
+) {
     assert_eq!((w.rows(), w.cols()), (f.m, f.n));
-    let rows = block_rows(f.n);
-    (0..f.m.div_ceil(rows)).into_par_iter().for_each(|block| {
-        let first = block * rows;
-        let n = rows.min(f.m - first);
-        with_scratch((n + 1) * f.n, |scratch| {
-            let (line, g) = scratch.split_at_mut(f.n);
-            form(g, f, first, n);
-            for (i, g) in g.chunks_exact(f.n).take(n).enumerate() {
-                w.read(first + i, 0, line);
-                update(first + i, line, g);
-                w.write(first + i, 0, line, &write.stream);
+    let formed = Formed::new(f);
+    formed.pieces().par_iter().for_each(|piece| {
+        let (rows, columns) = piece;
+        with_scratch((rows.len() + 1) * columns.len(), |scratch| {
+            let (line, g) = scratch.split_at_mut(columns.len());
+            rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
+            formed.form(g, piece);
+            for (row, g) in rows.clone().zip(g.chunks_exact(columns.len())) {
+                w.read(row, columns.start, line);
+                update(row, columns.start, line, g);
+                w.write(row, columns.start, line, &write.stream);
             }
         });
     });
@@ -326,9 +370,10 @@ pub fn adamw_factors(
 ) {
     assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
     let (exp_avg, exp_avg_sq) = (Shared::new(exp_avg), Shared::new(exp_avg_sq));
-    update_rows(w, f, &write, |row, w, g| {
-        // SAFETY: row `row` of the moments belongs to the task that writes row `row` of W.
-        let (m, v) = unsafe { (exp_avg.slice(row * f.n, f.n), exp_avg_sq.slice(row * f.n, f.n)) };
+    update_rows(w, f, &write, |row, col, w, g| {
+        let at = row * f.n + col;
+        // SAFETY: these elements of the moments belong to the task that writes the same ones of W.
+        let (m, v) = unsafe { (exp_avg.slice(at, g.len()), exp_avg_sq.slice(at, g.len())) };
         adamw(w, g, m, v, moments, write.step, 1.0 - write.decay);
     });
 }

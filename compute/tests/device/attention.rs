@@ -108,14 +108,14 @@ impl Case {
     fn inputs_with_room(&self, r: &mut Random, room: usize) -> Inputs {
         let row = self.kv_heads * self.head_dim;
         let past = |r: &mut Random| {
-            let mut rows = r.normals(self.past * row);
+            let mut rows = r.normals(self.past * row).to_vec();
             rows.extend(poison(room * row));
             rows
         };
         Inputs {
             q: (0..self.queries()).map(|_| 2.0 * r.normal()).collect(),
-            k: r.normals(self.own()),
-            v: r.normals(self.own()),
+            k: r.normals(self.own()).to_vec(),
+            v: r.normals(self.own()).to_vec(),
             past_k: past(r),
             past_v: past(r),
         }

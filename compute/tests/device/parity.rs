@@ -9,7 +9,7 @@ use crate::random::{F32, Random, assert_close, wide};
 use crate::reference;
 use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Cuda, Device, Dtype, Factors, Limiter,
-    LinearOutput, Moments, NORM_SLOTS, ScaleType, Stream, Write,
+    LinearOutput, Moments, NORM_SLOTS, ScaleType, Stream, Write, cpu::Buffer,
 };
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ struct Tensor {
     scale_type: ScaleType,
     w: Vec<f32>,
     p: Vec<f32>,
-    factors: Vec<(Vec<f32>, Vec<f32>)>,
+    factors: Vec<(Buffer, Buffer)>,
 }
 
 /// What a device makes of a tensor: moments, norms and the bytes of W.
@@ -256,7 +256,7 @@ fn grouped_products_are_the_products_one_by_one<D: Machine>(device: &Arc<D>) {
                 let want = reference::linear(&D::seen(dtype, &x), &weights[i].1, bias, t, ms[i], n);
                 assert_close(&device.download(y), &want, F32, &format!("({t},{},{n}) {dtype}", ms[i]));
             }
-            let dys: Vec<Vec<f32>> = ms.iter().map(|m| r.normals(t * m)).collect();
+            let dys: Vec<Buffer> = ms.iter().map(|m| r.normals(t * m)).collect();
             let buffers: Vec<D::Buffer> = dys.iter().map(|dy| device.upload(dy)).collect();
             let inputs: Vec<(&D::Buffer, &D::Weight)> =
                 buffers.iter().zip(&weights).map(|(dy, (w, _))| (dy, w)).collect();

@@ -39,8 +39,8 @@ impl Random {
         ((0..12).map(|_| (self.next() >> 11) as f64 / (1u64 << 53) as f64).sum::<f64>() - 6.0) as f32
     }
 
-    pub fn normals(&mut self, n: usize) -> Vec<f32> {
-        (0..n).map(|_| self.normal()).collect()
+    pub fn normals(&mut self, n: usize) -> cpu::Buffer {
+        (0..n).map(|_| self.normal()).collect::<Vec<_>>().into()
     }
 
     pub fn ids(&mut self, n: usize, below: usize) -> Vec<u32> {

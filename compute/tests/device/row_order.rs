@@ -123,7 +123,7 @@ fn products_and_steps_are_the_same_to_the_bit() {
                 }],
                 MOMENTS,
             );
-            [y, dx, avg, avg_sq, exp_avg, w.values(), bias.values()]
+            [y, dx, avg, avg_sq, exp_avg, w.values().into(), bias.values().into()]
         };
         assert_eq!(run(&live, &live_bias), run(&plain, &plain_bias), "{dtype}");
     }

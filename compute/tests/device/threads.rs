@@ -3,7 +3,8 @@
 use crate::random::{DTYPES, Random};
 use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
-    Device, Factors, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write, cpu::Weight,
+    Device, Factors, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write,
+    cpu::{Buffer, Weight},
 };
 use std::sync::Arc;
 
@@ -65,11 +66,11 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
     d.swiglu_backward(&mut h, &mut dup, &dh, &x, &g, len);
     out.keep("swiglu_backward dgate", &h);
     out.keep("swiglu_backward dup", &dup);
-    let mut rotated = x[..t * 1024].to_vec();
+    let mut rotated = Buffer::from(x[..t * 1024].to_vec());
     d.rope(&mut rotated, &r.normals(t * 64), &vec![0], t, 16, 64, false);
     out.keep("rope", &rotated);
     let (mut losses, mut logits) = (d.zeros(t), x.clone());
-    d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, &vec![0.5]);
+    d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, &vec![0.5].into());
     out.keep("losses", &losses);
     out.keep("logits", &logits);
     let (mut sums, mut product, mut counter) = (d.zeros(m), d.zeros(m * n), d.zeros(1));
@@ -161,7 +162,7 @@ fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
     }
 }
 
-fn keep_step(out: &mut Results, name: &str, w: &Weight, state: &[&Vec<f32>]) {
+fn keep_step(out: &mut Results, name: &str, w: &Weight, state: &[&Buffer]) {
     out.keep(&format!("{name} weights"), &w.values());
     state.iter().enumerate().for_each(|(i, values)| out.keep(&format!("{name} state {i}"), values));
 }

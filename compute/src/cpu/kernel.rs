@@ -1,0 +1,428 @@
+//! C (M,N) += A (M,K) · B (K,N) in f32, one tile of C in registers at a time.
+//!
+//! A lies row by row; B is packed into panels, in which the columns of one tile lie together for each k. A tile has up to
+//! [`ROWS`] rows and two vectors of columns: 12 sums, 2 vectors of B and one element of A broadcast fill the 16
+//! registers of AVX2, and 8 loads feed 12 multiply-adds, so that the multipliers are what limits it (Goto and van de Geijn,
+//! "Anatomy of high-performance matrix multiplication", ACM TOMS 2008; Van Zee and van de Geijn, "BLIS", ACM TOMS 2015).
+//! Unlike the `gemm` crate it packs nothing by itself: whoever reads a foreign weight widens it into the layout that is
+//! wanted here, and packs what several products share once.
+//!
+//! Every element of C is one chain of fused multiply-adds in the order of k that starts from what C holds: its bits do not
+//! depend on how a product is cut into blocks, nor on the width of the vectors. Without fused multiply-adds (no AVX2) they differ.
+
+use super::gemm::Shared;
+use super::simd;
+use std::ops::Range;
+
+/// Rows of a tile.
+pub const ROWS: usize = 6;
+
+/// A vector of f32.
+///
+/// # Safety
+/// Whoever uses it has the processor's features that its functions need, and valid pointers to [`Lanes::N`]
+/// elements (`splat`: one).
+unsafe trait Lanes: Copy {
+    const N: usize;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn splat(from: *const f32) -> Self;
+    /// self·b + c.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    unsafe fn store(self, to: *mut f32);
+}
+
+/// For processors without AVX2.
+#[derive(Clone, Copy)]
+struct Portable([f32; 8]);
+
+// SAFETY: ordinary loads and stores of 8 elements.
+unsafe impl Lanes for Portable {
+    const N: usize = 8;
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Portable(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Portable([unsafe { *from }; 8])
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Portable(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::Lanes;
+    use std::arch::x86_64::*;
+
+    // SAFETY: the intrinsics need AVX2 and FMA and read or write 8 elements.
+    unsafe impl Lanes for __m256 {
+        const N: usize = 8;
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the caller's promise, as below.
+            unsafe { _mm256_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn splat(from: *const f32) -> Self {
+            // SAFETY: as above.
+            unsafe { _mm256_broadcast_ss(&*from) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { _mm256_fmadd_ps(self, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+    }
+
+    // SAFETY: the intrinsics need AVX-512F and read or write 16 elements.
+    unsafe impl Lanes for __m512 {
+        const N: usize = 16;
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            // SAFETY: the caller's promise, as below.
+            unsafe { _mm512_loadu_ps(from) }
+        }
+        #[inline(always)]
+        unsafe fn splat(from: *const f32) -> Self {
+            // SAFETY: as above.
+            unsafe { _mm512_set1_ps(*from) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            // SAFETY: as above.
+            unsafe { _mm512_fmadd_ps(self, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            // SAFETY: as above.
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+    }
+}
+
+/// Which vectors this processor has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Vectors {
+    /// Arrays of 8.
+    Portable,
+    /// AVX2 with fused multiply-add: 8.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512: 16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Vectors {
+    /// The widest.
+    pub fn best() -> Vectors {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if simd::has_avx512() {
+                return Vectors::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                return Vectors::Avx2;
+            }
+        }
+        Vectors::Portable
+    }
+
+    /// Elements of one vector.
+    pub fn lanes(self) -> usize {
+        match self {
+            Vectors::Portable => Portable::N,
+            #[cfg(target_arch = "x86_64")]
+            Vectors::Avx2 => 8,
+            #[cfg(target_arch = "x86_64")]
+            Vectors::Avx512 => 16,
+        }
+    }
+
+    /// Columns of a whole panel.
+    pub fn width(self) -> usize {
+        2 * self.lanes()
+    }
+}
+
+/// The layout of B (k, columns) in panels of [`Vectors::width`] columns. Panel j holds its columns for k = 0, for k = 1 and so
+/// on; the last one has half the width if that is enough, and anything in the columns that there are not.
+#[derive(Clone, Copy, Debug)]
+pub struct Panels {
+    /// Vectors that this is for.
+    pub vectors: Vectors,
+    /// Rows of B.
+    pub k: usize,
+    /// Columns of B.
+    pub columns: usize,
+}
+
+impl Panels {
+    /// For this processor.
+    pub fn new(k: usize, columns: usize) -> Panels {
+        Panels { vectors: Vectors::best(), k, columns }
+    }
+
+    /// Elements that the panels take.
+    pub fn len(&self) -> usize {
+        self.k * self.padded()
+    }
+
+    /// Columns with those that fill up the last vector.
+    pub fn padded(&self) -> usize {
+        self.columns.next_multiple_of(self.vectors.lanes())
+    }
+
+    fn count(&self) -> usize {
+        self.columns.div_ceil(self.vectors.width())
+    }
+
+    /// Columns of panel j in C, width in memory.
+    fn panel(&self, j: usize) -> (Range<usize>, usize) {
+        let width = self.vectors.width();
+        let columns = j * width..((j + 1) * width).min(self.columns);
+        let padded = columns.len().next_multiple_of(self.vectors.lanes());
+        (columns, padded)
+    }
+
+    /// Writes row k of B, or a part of it that begins at a whole panel.
+    pub fn set_row(&self, packed: &mut [f32], k: usize, column: usize, row: &[f32]) {
+        let width = self.vectors.width();
+        assert!(column.is_multiple_of(width) && column + row.len() <= self.columns && k < self.k);
+        for (piece, j) in row.chunks(width).zip(column / width..) {
+            let (columns, padded) = self.panel(j);
+            let at = columns.start * self.k + k * padded;
+            packed[at..at + piece.len()].copy_from_slice(piece);
+        }
+    }
+
+    /// Packs the panels of rows `rows` of B, given as its rows `stride` apart.
+    pub fn pack_rows(&self, packed: &mut [f32], b: &[f32], stride: usize) {
+        for k in 0..self.k {
+            self.set_row(packed, k, 0, &b[k * stride..][..self.columns]);
+        }
+    }
+
+    /// Packs panel j of B, given as its columns `stride` apart, into its own memory.
+    fn pack_columns(&self, packed: &mut [f32], b: &[f32], stride: usize, j: usize) {
+        let (columns, padded) = self.panel(j);
+        simd::transpose(&b[columns.start * stride..], columns.len(), self.k, stride, packed, padded);
+    }
+
+    /// The columns of B lie `stride` apart: packs them on all threads.
+    pub fn of_columns(&self, b: &[f32], stride: usize) -> Vec<f32> {
+        use rayon::prelude::*;
+        let mut packed = vec![0.0; self.len()];
+        let whole = self.k * self.vectors.width();
+        packed.par_chunks_mut(whole.max(1)).enumerate().for_each(|(j, panel)| self.pack_columns(panel, b, stride, j));
+        packed
+    }
+}
+
+/// Rows of A: `rows` of at least as many elements as are multiplied, `stride` apart.
+#[derive(Clone, Copy)]
+pub struct Rows<'a> {
+    data: &'a [f32],
+    rows: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// The first `rows` rows of `data`.
+    pub fn new(data: &'a [f32], rows: usize, stride: usize) -> Rows<'a> {
+        Rows { data, rows, stride }
+    }
+}
+
+/// The block of C (a.rows, b.columns) at element `at`, rows `stride` apart, gets a · b\[k\] added, or becomes it. The columns of A
+/// are those `k` of the rows of B.
+///
+/// # Safety
+/// No other task uses an element of the block meanwhile.
+#[allow(clippy::too_many_arguments)]
+pub unsafe fn product(
+    c: &Shared,
+    at: usize,
+    stride: usize,
+    a: Rows,
+    b: Panels,
+    packed: &[f32],
+    k: Range<usize>,
+    accumulate: bool,
+) {
+    if a.rows == 0 || b.columns == 0 {
+        return;
+    }
+    assert!(k.start <= k.end && k.end <= b.k && packed.len() >= b.len(), "product outside its panels");
+    assert!((a.rows - 1) * a.stride + k.len() <= a.data.len(), "product outside its rows");
+    let c = c.pointer(at, (a.rows - 1) * stride + b.columns);
+    let work = Work { c, stride, a, b, packed, k, accumulate };
+    match b.vectors {
+        // SAFETY: the block is in `c`, rows and panels hold what is read, as asserted.
+        Vectors::Portable => unsafe { work.run::<Portable>() },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above; `Vectors::best` has seen the features.
+        Vectors::Avx2 => unsafe { avx2(work) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Vectors::Avx512 => unsafe { avx512(work) },
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2(work: Work) {
+    // SAFETY: the caller's promise.
+    unsafe { work.run::<std::arch::x86_64::__m256>() }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn avx512(work: Work) {
+    // SAFETY: the caller's promise.
+    unsafe { work.run::<std::arch::x86_64::__m512>() }
+}
+
+struct Work<'a> {
+    c: *mut f32,
+    stride: usize,
+    a: Rows<'a>,
+    b: Panels,
+    packed: &'a [f32],
+    k: Range<usize>,
+    accumulate: bool,
+}
+
+/// Most elements of a tile.
+const TILE: usize = ROWS * 32;
+
+impl Work<'_> {
+    /// # Safety
+    /// The processor has what V needs; C, rows and panels hold what [`product`] asserts.
+    #[inline(always)]
+    unsafe fn run<V: Lanes>(self) {
+        let tiles = self.a.rows.div_ceil(ROWS);
+        for j in 0..self.b.count() {
+            let (columns, width) = self.b.panel(j);
+            let panel = self.packed[columns.start * self.b.k + self.k.start * width..].as_ptr();
+            for tile in 0..tiles {
+                // Tiles of nearly the same number of rows: a single row left over would wait for its own sums.
+                let (first, end) = (self.a.rows * tile / tiles, self.a.rows * (tile + 1) / tiles);
+                let rows = self.a.data[first * self.a.stride..].as_ptr();
+                let block = Block { k: self.k.len(), a: rows, a_stride: self.a.stride, b: panel };
+                // SAFETY: the caller's promise: the tile's first element is in C.
+                unsafe {
+                    let c = self.c.add(first * self.stride + columns.start);
+                    if columns.len() == width {
+                        block.tile::<V>(end - first, width, c, self.stride, self.accumulate);
+                    } else {
+                        self.part::<V>(&block, end - first, columns.len(), width, c);
+                    }
+                }
+            }
+        }
+    }
+
+    /// A tile of `n` columns of C, fewer than it has itself, by way of a buffer.
+    ///
+    /// # Safety
+    /// As for [`Work::run`]; c is the tile's first element.
+    #[inline(always)]
+    unsafe fn part<V: Lanes>(&self, block: &Block, rows: usize, n: usize, width: usize, c: *mut f32) {
+        let mut whole = [0.0; TILE];
+        for i in 0..if self.accumulate { rows } else { 0 } {
+            // SAFETY: these rows of C have n elements here, and n < width.
+            unsafe { std::ptr::copy_nonoverlapping(c.add(i * self.stride), whole[i * width..].as_mut_ptr(), n) };
+        }
+        // SAFETY: the buffer holds ROWS rows of the widest panel.
+        unsafe { block.tile::<V>(rows, width, whole.as_mut_ptr(), width, self.accumulate) };
+        for i in 0..rows {
+            // SAFETY: as above.
+            unsafe { std::ptr::copy_nonoverlapping(whole[i * width..].as_ptr(), c.add(i * self.stride), n) };
+        }
+    }
+}
+
+/// What the tiles of one panel and one group of rows are made of.
+struct Block {
+    k: usize,
+    a: *const f32,
+    a_stride: usize,
+    b: *const f32,
+}
+
+impl Block {
+    /// # Safety
+    /// The processor has what V needs; `rows` rows of A and the panel hold k elements and lines; c holds `rows` rows of `width`.
+    #[inline(always)]
+    unsafe fn tile<V: Lanes>(&self, rows: usize, width: usize, c: *mut f32, stride: usize, accumulate: bool) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match (rows, width == V::N) {
+                (1, false) => self.sums::<V, 1, 2>(c, stride, accumulate),
+                (2, false) => self.sums::<V, 2, 2>(c, stride, accumulate),
+                (3, false) => self.sums::<V, 3, 2>(c, stride, accumulate),
+                (4, false) => self.sums::<V, 4, 2>(c, stride, accumulate),
+                (5, false) => self.sums::<V, 5, 2>(c, stride, accumulate),
+                (6, false) => self.sums::<V, 6, 2>(c, stride, accumulate),
+                (1, true) => self.sums::<V, 1, 1>(c, stride, accumulate),
+                (2, true) => self.sums::<V, 2, 1>(c, stride, accumulate),
+                (3, true) => self.sums::<V, 3, 1>(c, stride, accumulate),
+                (4, true) => self.sums::<V, 4, 1>(c, stride, accumulate),
+                (5, true) => self.sums::<V, 5, 1>(c, stride, accumulate),
+                (6, true) => self.sums::<V, 6, 1>(c, stride, accumulate),
+                _ => unreachable!("a tile has 1 to {ROWS} rows"),
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for [`Block::tile`], with R rows of C vectors.
+    #[inline(always)]
+    #[allow(clippy::needless_range_loop)] // Indices are what unrolls.
+    unsafe fn sums<V: Lanes, const R: usize, const C: usize>(&self, c: *mut f32, stride: usize, accumulate: bool) {
+        let zeros = [0f32; 16];
+        // SAFETY: the caller's promise; `zeros` is as long as the longest vector.
+        unsafe {
+            let mut sums = [[V::load(zeros.as_ptr()); C]; R];
+            if accumulate {
+                for i in 0..R {
+                    for j in 0..C {
+                        sums[i][j] = V::load(c.add(i * stride + j * V::N));
+                    }
+                }
+            }
+            let rows: [*const f32; R] = std::array::from_fn(|i| self.a.add(i * self.a_stride));
+            for k in 0..self.k {
+                let line = self.b.add(k * C * V::N);
+                let columns: [V; C] = std::array::from_fn(|j| V::load(line.add(j * V::N)));
+                for i in 0..R {
+                    let x = V::splat(rows[i].add(k));
+                    for j in 0..C {
+                        sums[i][j] = x.mul_add(columns[j], sums[i][j]);
+                    }
+                }
+            }
+            for i in 0..R {
+                for j in 0..C {
+                    sums[i][j].store(c.add(i * stride + j * V::N));
+                }
+            }
+        }
+    }
+}
