@@ -218,7 +218,7 @@ fn every_state_of_small_steps_is_one_whole_generation() {
 /// What a handle has done before stays for the next crash where no barrier made it certain; an opener's barriers come first
 /// in every other test.
 #[test]
-fn every_state_of_a_step_by_a_used_handle_is_one_whole_generation() {
+fn a_step_by_a_used_handle_leaves_one_whole_generation() {
     let mut jobs = Vec::new();
     for (name, shape) in shapes().into_iter().take(2) {
         let fresh = || scene(1, shape.clone(), &[Step::Open], Step::Open);
