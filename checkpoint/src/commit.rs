@@ -217,7 +217,9 @@ pub(crate) fn publish(disk: &Disk, paths: &Paths, generation: &Generation) -> Re
     disk.replace(&paths.generation(generation.generation), &generation.to_json())
 }
 
-/// The journal of a published generation becomes its delta.
+/// The journal of a published generation becomes its delta. Both names are durable after it: the next sync of this handle
+/// writes a journal of the same name, which it could not rely on while this rename may still be undone, and an adoption
+/// would leave this one beside a generation that it does not fit.
 pub(crate) fn retire(disk: &Disk, paths: &Paths, generation: u64) -> Result<()> {
     if disk.exists(&paths.delta(generation))? {
         // Renamed before a crash that left both names. A rename of two names of one file does nothing.

@@ -28,29 +28,59 @@ fn generation(number: u64) -> Generation {
     }
 }
 
+/// A journal of two records.
+fn journal(disk: &Disk, path: &Path) -> Vec<u8> {
+    let head = Head { generation: 1, previous: 0, shards: vec![HeadShard { file: "a".into(), bytes: CHUNK * 5 }] };
+    let mut writer = Writer::create(disk, path, &head).unwrap();
+    let mut changed = BlockSet::default();
+    changed.insert(0);
+    for offset in [0, CHUNK] {
+        let piece = Piece { shard: 0, width: 1, offset, bytes: 600 };
+        writer.record(&Encoder::new().encode(piece, &changed, &[1; 600], &[2; 600]).body).unwrap();
+    }
+    writer.finish(&generation(1)).unwrap();
+    std::fs::read(path).unwrap()
+}
+
+fn scan(disk: &Disk, path: &Path, bytes: &[u8]) -> Result<()> {
+    std::fs::write(path, bytes).unwrap();
+    Reader::open(disk, path).and_then(Reader::scan)
+}
+
 #[test]
 fn a_journal_cut_anywhere_is_torn() {
     let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("journal");
-    let disk = Disk::real();
-    let head = Head { generation: 1, previous: 0, shards: vec![HeadShard { file: "a".into(), bytes: CHUNK * 5 }] };
-    let mut writer = Writer::create(&disk, &path, &head).unwrap();
-    let piece = Piece { shard: 0, width: 1, offset: 0, bytes: 600 };
-    let mut changed = BlockSet::default();
-    changed.insert(0);
-    writer.record(&Encoder::new().encode(piece, &changed, &[1; 600], &[2; 600]).body).unwrap();
-    writer.finish(&generation(1)).unwrap();
-    let whole = std::fs::read(&path).unwrap();
-    Reader::open(&disk, &path).and_then(Reader::scan).unwrap();
-    let cut = dir.path().join("cut");
+    let (disk, path) = (Disk::real(), dir.path().join("journal"));
+    let whole = journal(&disk, &path);
+    scan(&disk, &path, &whole).unwrap();
     for n in 0..whole.len() {
-        std::fs::write(&cut, &whole[..n]).unwrap();
-        let read = Reader::open(&disk, &cut).and_then(Reader::scan);
+        let read = scan(&disk, &path, &whole[..n]);
         assert!(matches!(read, Err(Error::Torn { .. })), "cut at {n}: {read:?}");
     }
-    std::fs::write(&cut, [&whole[..], &[0]].concat()).unwrap();
-    let read = Reader::open(&disk, &cut).and_then(Reader::scan);
+    let read = scan(&disk, &path, &[&whole[..], &[0]].concat());
     assert!(matches!(read, Err(Error::Torn { .. })), "one byte more: {read:?}");
+}
+
+#[test]
+fn a_journal_of_which_every_frame_is_whole_and_one_is_missing_or_out_of_order_is_torn() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, path) = (Disk::real(), dir.path().join("journal"));
+    let whole = journal(&disk, &path);
+    let (magic, mut rest) = whole.split_at(8);
+    let mut frames = Vec::new();
+    while rest.len() > 32 {
+        let body = u32::from_le_bytes(*rest[4..].first_chunk().unwrap()) as usize;
+        let (frame, more) = rest.split_at(8 + body + 8);
+        frames.push(frame);
+        rest = more;
+    }
+    let [head, first, second, end] = frames[..] else { panic!("{} frames", frames.len()) };
+    let of = |frames: &[&[u8]]| [magic, &frames.concat(), rest].concat();
+    scan(&disk, &path, &of(&[head, first, second, end])).unwrap();
+    for frames in [&[head, first, end][..], &[head, second, first, end], &[head, first, first, end]] {
+        let read = scan(&disk, &path, &of(frames));
+        assert!(matches!(read, Err(Error::Torn { .. })), "{read:?}");
+    }
 }
 
 #[test]

@@ -74,7 +74,7 @@
 //! 5. Write `generations/G.json.tmp`, fdatasync, rename to `generations/G.json`, fsync the folder: **G is certain**.
 //! 6. Rename the journal to `history/G.delta`, fsync both folders. Remove what is too old.
 //!
-//! Recovery looks at the newest published generation N. A journal of N: steps 5 and 6 are done again. A journal of N+1:
+//! Recovery looks at the newest published generation N and makes its name durable. A journal of N: step 6 is done again. A journal of N+1:
 //! every record that is whole is undone, the shards are synced, every byte of the files is compared with N's
 //! checksums, the journal is removed. A journal with a damaged head: no block can have been written, which is
 //! not believed but compared, before it is removed. What belongs to no generation is removed.
@@ -87,7 +87,7 @@
 //! | 4 | while the next segment is appended | as 3, and torn records whose blocks were not written | undone up to there; G-1 |
 //! | 5 | in step 3 or 4 | all blocks new, the journal whole or not | undone; G-1 |
 //! | 6 | in step 5, before the name is durable | either name | undone, G-1; or G by case 7 |
-//! | 7 | after it, before the journal is in the history | `G.json` and a journal of G | steps 5 and 6; G |
+//! | 7 | after it, before the journal is in the history | `G.json` and a journal of G | step 6; G |
 //! | 8 | during the rename to `history/G.delta` | either name, or both | G |
 //! | 9 | while old deltas, states and sums are removed | some of them are left | removed; G |
 //! | 10 | inside recovery, anywhere | cases 3 to 9 again | as there |

@@ -91,20 +91,15 @@ fn resolve(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery>
     };
     if journal.head.generation == number {
         return match journal.scan() {
-            Ok(()) => finish(disk, paths, current),
+            Ok(()) => {
+                commit::retire(disk, paths, number)?;
+                Ok(Recovery::Finished { generation: number })
+            }
             Err(torn @ Error::Torn { .. }) => discard(disk, paths, current, torn.to_string()),
             Err(error) => Err(error),
         };
     }
     undo(disk, paths, current)
-}
-
-/// The generation has its name, and only its journal was not put away.
-fn finish(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery> {
-    // Its name may not be durable, also where a folder's fsync failed and the next one does not say so: once more.
-    commit::publish(disk, paths, current)?;
-    commit::retire(disk, paths, current.generation)?;
-    Ok(Recovery::Finished { generation: current.generation })
 }
 
 fn undo(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Recovery> {

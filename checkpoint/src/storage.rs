@@ -12,7 +12,9 @@
 //!    says nothing: what was written may be on the disk or not, later reads may show it and later syncs pass over it.
 //! 4. **Names** (create, rename, remove, create_dir) become durable with [`Storage::sync_dir`] of their folders. Before
 //!    that each may or may not have happened, in any order among different names. A rename is atomic: the old name
-//!    or the new, or, on some file systems, both; never neither. A file's content does not make its name durable.
+//!    or the new, or, on some file systems, both; never neither. A file's content does not make its name durable. After a
+//!    `sync_dir` that failed they are as uncertain as before, and one that succeeds later covers them: file systems keep
+//!    names by themselves, and give up where they cannot.
 //! 5. **Reads** give what was written, before and after a crash, but for the above: what a disk flips later is found by
 //!    checksums, not mended.
 

@@ -57,7 +57,7 @@ fn a_disk_that_ignores_one_kind_of_barrier_is_convicted() {
         let mut convicted = None;
         // In one step from a disk at rest, and in one after others, whose names may be pending still.
         'found: for (name, shape) in shapes().into_iter().take(2) {
-            let warm: &[Step] = &[Step::Open, Step::Sync(1), Step::Sync(1)];
+            let warm: &[Step] = &[Step::Sync(1), Step::Sync(1)];
             let alone = STEPS.iter().map(|(what, before, step)| (*what, *before, &[][..], *step));
             let after = ("sync after syncs", &[][..], warm, Step::Sync(1));
             for (what, before, warm, step) in std::iter::once(after).chain(alone) {

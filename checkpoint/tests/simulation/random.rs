@@ -1,12 +1,15 @@
 //! Larger models and long histories, states at random: `CRASH_STATES` of them (1,000,000), from `CRASH_SEED` (1) on.
 //!
 //! A seed is a model and a history of syncs, rollbacks and adoptions, some of which meet a full disk, an I/O error or a
-//! read-only file system, some crash, and some crash again in recovery. Reads and writes are cut short at random. A run
-//! goes on from what one of the crashes left, or from where it was.
+//! read-only file system, some crash, and some crash again in recovery. Some come by a handle that has just synced, or
+//! failed to, or undone what a crash left. Reads and writes are cut short at random. A run goes on from what one of the
+//! crashes left, or from where it was.
 
 use std::env;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
+
+use checkpoint::Checkpoint;
 
 use crate::check::{Outcomes, Scene, in_parallel, log_around};
 use crate::common::Rng;
@@ -106,12 +109,43 @@ impl Run {
         self.began = 0;
     }
 
-    fn choose(&mut self) -> Step {
-        let restorable = {
-            let checkpoint = self.history.world.open(&self.disk).expect("it is whole");
-            let all = checkpoint.generations().expect("they can be read");
-            all.into_iter().filter(|known| known.restorable).map(|known| known.generation).collect::<Vec<_>>()
-        };
+    /// A handle that has just synced, or failed to, and whose names no opener has made durable since.
+    fn used(&mut self) -> Result<Checkpoint, String> {
+        let step = Step::Sync(self.rng.below(3) as u64);
+        let fail = (self.rng.below(3) == 0).then(|| fault(&mut self.rng));
+        let next = self.history.next(step).expect("a sync makes one");
+        let open = |disk| self.history.world.open(disk).map_err(|error| format!("open: {error}"));
+        let mut checkpoint = open(&self.disk)?;
+        self.disk.set_faults(Faults { short: None, fail });
+        let synced = self.history.run(&mut checkpoint, step);
+        self.disk.set_faults(Faults::default());
+        match synced {
+            Err(error) if fail.is_none() => return Err(format!("{step:?} without faults: {error}")),
+            Err(_) if checkpoint.unusable().is_some() => {
+                drop(checkpoint);
+                checkpoint = open(&self.disk)?;
+            }
+            _ => {}
+        }
+        if checkpoint.current().generation == next.generation {
+            self.history.advance(next);
+        }
+        self.catch_up();
+        Ok(checkpoint)
+    }
+
+    /// The medium follows the log to its end.
+    fn catch_up(&mut self) {
+        let log = self.disk.log();
+        log[self.began..].iter().for_each(|op| self.medium.apply(op));
+        self.began = log.len();
+    }
+
+    /// A step that is possible on a disk that is at rest.
+    fn choose(&mut self, disk: &SimulatedDisk) -> Step {
+        let checkpoint = self.history.world.open(disk).expect("it is whole");
+        let all = checkpoint.generations().expect("they can be read").into_iter();
+        let restorable: Vec<u64> = all.filter(|known| known.restorable).map(|known| known.generation).collect();
         match self.rng.below(8) {
             0 | 1 => Step::Rollback(restorable[self.rng.below(restorable.len())]),
             2 => Step::Adopt,
@@ -120,20 +154,23 @@ impl Run {
     }
 
     fn step(&mut self) -> Result<(), String> {
-        let step = self.choose();
+        let held = (self.rng.below(3) == 0).then(|| self.used()).transpose()?;
+        let at_rest = SimulatedDisk::new(&self.disk.live());
+        let step = self.choose(&at_rest);
+        let before = at_rest.live();
         let mut before_it = None;
-        if step == Step::Adopt && self.rng.below(2) == 0 {
-            let mut image = self.disk.live();
+        if step == Step::Adopt && held.is_none() && self.rng.below(2) == 0 {
+            let mut image = before.clone();
             before_it = Some(self.history.now().clone());
             self.history.meddle(&mut image, &mut self.rng);
             self.restart_from(&image);
         }
         let short = (self.rng.below(2) == 0).then(|| self.rng.next());
         let fail = (self.rng.below(3) == 0).then(|| fault(&mut self.rng));
-        let before = self.disk.live();
         self.disk.set_faults(Faults { short, fail });
         let mut started = self.disk.len();
-        let result = self.history.world.open(&self.disk).and_then(|mut checkpoint| {
+        let opened = held.map_or_else(|| self.history.world.open(&self.disk), Ok);
+        let result = opened.and_then(|mut checkpoint| {
             started = self.disk.len();
             self.history.run(&mut checkpoint, step)
         });
@@ -168,6 +205,11 @@ impl Run {
         let from = self.draw(&mut outcomes, &log, &allowed).map_err(|error| context(error, &[]))?;
         let go_on_from_crash = self.rng.below(3) == 0;
         let is = match from.filter(|_| go_on_from_crash) {
+            Some(image) if before_it.is_none() && self.rng.below(2) == 0 => {
+                // The handle that recovers does the next step too.
+                self.restart_from(&image);
+                outcomes.recover(&image, false).map_err(|error| context(error, &[]))?.0
+            }
             Some(image) => {
                 self.restart_from(&image);
                 outcomes.open(&self.disk).map_err(|error| context(error, &self.disk.log()))?
@@ -183,9 +225,7 @@ impl Run {
             self.history.put_back(&mut image, known);
             self.restart_from(&image);
         }
-        let log = self.disk.log();
-        log[self.began..].iter().for_each(|op| self.medium.apply(op));
-        self.began = log.len();
+        self.catch_up();
         Ok(())
     }
 
