@@ -224,17 +224,31 @@ impl Weight {
         self.parts(row, col, out.len(), |base, range| self.read_part(base, &mut out[range]));
     }
 
+    /// `len` elements of row `row` from column `col` on as f32, in pieces of `piece`, of which piece i goes to `out[i * step..]`.
+    pub fn read_pieces(&self, row: usize, col: usize, len: usize, out: &mut [f32], piece: usize, step: usize) {
+        assert!(len == 0 || (len - 1) / piece * step + (len - 1) % piece < out.len() && piece <= step);
+        #[cfg(target_arch = "x86_64")]
+        if self.dtype == Dtype::BF16 && self.rows > 1 && is_x86_feature_detected!("avx2") {
+            // SAFETY: avx2 was detected; a matrix's row lies together, and `out` holds the pieces, as asserted.
+            self.parts(row, col, len, |base, _| unsafe { widen_avx2(base, len, out.as_mut_ptr(), piece, step) });
+            return;
+        }
+        for (i, first) in (0..len).step_by(piece).enumerate() {
+            self.read(row, col + first, &mut out[i * step..][..piece.min(len - first)]);
+        }
+    }
+
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
     pub fn prefetch(&self, row: usize, col: usize, len: usize) {
         #[cfg(target_arch = "x86_64")]
         if row < self.rows {
-            use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
             const LINE: usize = 64;
             self.parts(row, col, len, |base, range| {
                 for at in (0..range.len() * self.dtype.size()).step_by(LINE) {
                     // SAFETY: a prefetch never faults, and this address is in the weight.
-                    unsafe { _mm_prefetch(base.as_ptr().add(at).cast::<i8>(), _MM_HINT_T0) };
+                    unsafe { _mm_prefetch(base.as_ptr().add(at).cast::<i8>(), _MM_HINT_T1) };
                 }
             });
         }
@@ -247,6 +261,11 @@ impl Weight {
             unsafe { load::<u32>(base, bits_mut(out)) };
             return;
         }
+        #[cfg(target_arch = "x86_64")]
+        if self.dtype == Dtype::BF16 && is_x86_feature_detected!("avx2") {
+            // SAFETY: avx2 was detected; the caller's range.
+            return unsafe { widen_avx2(base, out.len(), out.as_mut_ptr(), out.len(), out.len()) };
+        }
         let mut raw = [0u16; CHUNK];
         for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
             let raw = &mut raw[..chunk.len()];
@@ -256,6 +275,17 @@ impl Weight {
                 Dtype::BF16 => widen_bf16(raw, chunk),
                 _ => half::slice::HalfBitsSliceExt::reinterpret_cast::<half::f16>(&*raw).convert_to_f32_slice(chunk),
             }
+        }
+    }
+
+    /// Elements of row `row` from column `col` on become (w - u)·keep, rounded as in [`Weight::write`].
+    pub fn subtract(&self, row: usize, col: usize, u: &[f32], keep: f32, stream: &Stream) {
+        let mut values = [0.0; CHUNK];
+        for (i, u) in u.chunks(CHUNK).enumerate() {
+            let (col, values) = (col + i * CHUNK, &mut values[..u.len()]);
+            self.read(row, col, values);
+            subtract(values, u, keep);
+            self.write(row, col, values, stream);
         }
     }
 
@@ -297,6 +327,14 @@ fn bits(values: &[f32]) -> &[u32] {
 fn bits_mut(values: &mut [f32]) -> &mut [u32] {
     // SAFETY: as in `bits`.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
+}
+
+multiversion! {
+    fn subtract(w: &mut [f32], u: &[f32], keep: f32) {
+        for (w, &u) in w.iter_mut().zip(u) {
+            *w = (*w - u) * keep;
+        }
+    }
 }
 
 multiversion! {
@@ -397,6 +435,38 @@ unsafe fn store<T: Element>(dst: NonNull<u8>, values: &[T]) {
     for (i, &v) in values.iter().enumerate().skip(done) {
         // SAFETY: i < values.len().
         unsafe { T::store(dst.cast::<T>().add(i), v) };
+    }
+}
+
+/// Widens `len` bf16 elements, in pieces of `piece` that begin `step` apart in `out`.
+///
+/// # Safety
+/// `src` is valid for reads of `len` elements and aligned to them, `out` for writes of the pieces; the processor has AVX2.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+unsafe fn widen_avx2(src: NonNull<u8>, len: usize, mut out: *mut f32, piece: usize, step: usize) {
+    use std::arch::x86_64::*;
+    const N: usize = 8;
+    let src = src.cast::<u16>();
+    let mut first = 0;
+    while first < len {
+        let n = piece.min(len - first);
+        // SAFETY: first + i + N <= first + n <= len; out points to a piece of n.
+        unsafe {
+            let mut i = 0;
+            while i + N <= n {
+                let raw = _mm_loadu_si128(src.add(first + i).as_ptr().cast::<__m128i>());
+                let wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+                _mm256_storeu_ps(out.add(i), _mm256_castsi256_ps(wide));
+                i += N;
+            }
+            while i < n {
+                *out.add(i) = f32::from_bits((u16::load(src.add(first + i)) as u32) << 16);
+                i += 1;
+            }
+        }
+        first += n;
+        out = out.wrapping_add(step);
     }
 }
 

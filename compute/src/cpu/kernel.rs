@@ -12,6 +12,7 @@
 
 use super::gemm::Shared;
 use super::simd;
+use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of a tile.
@@ -153,19 +154,13 @@ impl Vectors {
             Vectors::Avx512 => 16,
         }
     }
-
-    /// Columns of a whole panel.
-    pub fn width(self) -> usize {
-        2 * self.lanes()
-    }
 }
 
-/// The layout of B (k, columns) in panels of [`Vectors::width`] columns. Panel j holds its columns for k = 0, for k = 1 and so
-/// on; the last one has half the width if that is enough, and anything in the columns that there are not.
+/// The layout of B (k, columns) in panels of [`Panels::width`] columns: panel j holds its columns for k = 0, for k = 1 and so
+/// on. The last one holds anything in the columns that there are not.
 #[derive(Clone, Copy, Debug)]
 pub struct Panels {
-    /// Vectors that this is for.
-    pub vectors: Vectors,
+    vectors: Vectors,
     /// Rows of B.
     pub k: usize,
     /// Columns of B.
@@ -178,9 +173,24 @@ impl Panels {
         Panels { vectors: Vectors::best(), k, columns }
     }
 
-    /// Elements that the panels take.
+    /// The same for so many columns, whose panels may be some of these.
+    pub fn with_columns(self, columns: usize) -> Panels {
+        Panels { columns, ..self }
+    }
+
+    /// Columns of a panel.
+    pub fn width(&self) -> usize {
+        2 * self.vectors.lanes()
+    }
+
+    /// Elements of a panel: element (k, j) of B is element k·width + j % width of panel j / width.
+    pub fn step(&self) -> usize {
+        self.k * self.width()
+    }
+
+    /// Elements of all panels.
     pub fn len(&self) -> usize {
-        self.k * self.padded()
+        self.columns.div_ceil(self.width()) * self.step()
     }
 
     /// Columns with those that fill up the last vector.
@@ -188,51 +198,45 @@ impl Panels {
         self.columns.next_multiple_of(self.vectors.lanes())
     }
 
-    fn count(&self) -> usize {
-        self.columns.div_ceil(self.vectors.width())
+    /// Packs B, given as its rows.
+    pub fn of_rows(&self, b: &[f32]) -> Vec<f32> {
+        assert!(b.len() >= self.k * self.columns);
+        let (width, columns) = (self.width(), self.columns);
+        self.packed(|panel, first| {
+            let n = width.min(columns - first);
+            panel.chunks_exact_mut(width).zip(b[first..].chunks(columns)).for_each(|(line, b)| copy(line, &b[..n]));
+        })
     }
 
-    /// Columns of panel j in C, width in memory.
-    fn panel(&self, j: usize) -> (Range<usize>, usize) {
-        let width = self.vectors.width();
-        let columns = j * width..((j + 1) * width).min(self.columns);
-        let padded = columns.len().next_multiple_of(self.vectors.lanes());
-        (columns, padded)
-    }
-
-    /// Writes row k of B, or a part of it that begins at a whole panel.
-    pub fn set_row(&self, packed: &mut [f32], k: usize, column: usize, row: &[f32]) {
-        let width = self.vectors.width();
-        assert!(column.is_multiple_of(width) && column + row.len() <= self.columns && k < self.k);
-        for (piece, j) in row.chunks(width).zip(column / width..) {
-            let (columns, padded) = self.panel(j);
-            let at = columns.start * self.k + k * padded;
-            packed[at..at + piece.len()].copy_from_slice(piece);
-        }
-    }
-
-    /// Packs the panels of rows `rows` of B, given as its rows `stride` apart.
-    pub fn pack_rows(&self, packed: &mut [f32], b: &[f32], stride: usize) {
-        for k in 0..self.k {
-            self.set_row(packed, k, 0, &b[k * stride..][..self.columns]);
-        }
-    }
-
-    /// Packs panel j of B, given as its columns `stride` apart, into its own memory.
-    fn pack_columns(&self, packed: &mut [f32], b: &[f32], stride: usize, j: usize) {
-        let (columns, padded) = self.panel(j);
-        simd::transpose(&b[columns.start * stride..], columns.len(), self.k, stride, packed, padded);
-    }
-
-    /// The columns of B lie `stride` apart: packs them on all threads.
+    /// Packs B, given as its columns, which lie `stride` apart.
     pub fn of_columns(&self, b: &[f32], stride: usize) -> Vec<f32> {
-        use rayon::prelude::*;
+        let (width, columns) = (self.width(), self.columns);
+        self.packed(|panel, first| {
+            let n = width.min(columns - first);
+            simd::transpose(&b[first * stride..], n, self.k, stride, panel, width);
+        })
+    }
+
+    /// Panels that `pack` fills on all threads, each from its first column on.
+    fn packed(&self, pack: impl Fn(&mut [f32], usize) + Sync) -> Vec<f32> {
         let mut packed = vec![0.0; self.len()];
-        let whole = self.k * self.vectors.width();
-        packed.par_chunks_mut(whole.max(1)).enumerate().for_each(|(j, panel)| self.pack_columns(panel, b, stride, j));
+        let panels = packed.par_chunks_mut(self.step().max(1)).enumerate().with_min_len(1 + ALONE / self.step().max(1));
+        panels.for_each(|(j, panel)| pack(panel, j * self.width()));
         packed
     }
 }
+
+/// Short slices of often the same length.
+#[inline(always)]
+fn copy(to: &mut [f32], from: &[f32]) {
+    match (<&mut [f32; 16]>::try_from(&mut *to), <&[f32; 16]>::try_from(from)) {
+        (Ok(to), Ok(from)) => *to = *from,
+        _ => to[..from.len()].copy_from_slice(from),
+    }
+}
+
+/// Elements that are packed faster than another thread is woken.
+const ALONE: usize = 1 << 17;
 
 /// Rows of A: `rows` of at least as many elements as are multiplied, `stride` apart.
 #[derive(Clone, Copy)]
@@ -317,9 +321,10 @@ impl Work<'_> {
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
         let tiles = self.a.rows.div_ceil(ROWS);
-        for j in 0..self.b.count() {
-            let (columns, width) = self.b.panel(j);
-            let panel = self.packed[columns.start * self.b.k + self.k.start * width..].as_ptr();
+        let width = self.b.width();
+        for column in (0..self.b.columns).step_by(width) {
+            let columns = width.min(self.b.columns - column);
+            let panel = self.packed[column / width * self.b.step() + self.k.start * width..].as_ptr();
             for tile in 0..tiles {
                 // Tiles of nearly the same number of rows: a single row left over would wait for its own sums.
                 let (first, end) = (self.a.rows * tile / tiles, self.a.rows * (tile + 1) / tiles);
@@ -327,30 +332,31 @@ impl Work<'_> {
                 let block = Block { k: self.k.len(), a: rows, a_stride: self.a.stride, b: panel };
                 // SAFETY: the caller's promise: the tile's first element is in C.
                 unsafe {
-                    let c = self.c.add(first * self.stride + columns.start);
-                    if columns.len() == width {
-                        block.tile::<V>(end - first, width, c, self.stride, self.accumulate);
+                    let c = self.c.add(first * self.stride + column);
+                    if columns.is_multiple_of(V::N) {
+                        block.tile::<V>(end - first, columns / V::N, c, self.stride, self.accumulate);
                     } else {
-                        self.part::<V>(&block, end - first, columns.len(), width, c);
+                        self.part::<V>(&block, end - first, columns, c);
                     }
                 }
             }
         }
     }
 
-    /// A tile of `n` columns of C, fewer than it has itself, by way of a buffer.
+    /// A tile of `n` columns of C, which are no whole vectors, by way of a buffer.
     ///
     /// # Safety
     /// As for [`Work::run`]; c is the tile's first element.
     #[inline(always)]
-    unsafe fn part<V: Lanes>(&self, block: &Block, rows: usize, n: usize, width: usize, c: *mut f32) {
-        let mut whole = [0.0; TILE];
+    unsafe fn part<V: Lanes>(&self, block: &Block, rows: usize, n: usize, c: *mut f32) {
+        let (mut whole, vectors) = ([0.0; TILE], n.div_ceil(V::N));
+        let width = vectors * V::N;
         for i in 0..if self.accumulate { rows } else { 0 } {
             // SAFETY: these rows of C have n elements here, and n < width.
             unsafe { std::ptr::copy_nonoverlapping(c.add(i * self.stride), whole[i * width..].as_mut_ptr(), n) };
         }
         // SAFETY: the buffer holds ROWS rows of the widest panel.
-        unsafe { block.tile::<V>(rows, width, whole.as_mut_ptr(), width, self.accumulate) };
+        unsafe { block.tile::<V>(rows, vectors, whole.as_mut_ptr(), width, self.accumulate) };
         for i in 0..rows {
             // SAFETY: as above.
             unsafe { std::ptr::copy_nonoverlapping(whole[i * width..].as_ptr(), c.add(i * self.stride), n) };
@@ -368,25 +374,25 @@ struct Block {
 
 impl Block {
     /// # Safety
-    /// The processor has what V needs; `rows` rows of A and the panel hold k elements and lines; c holds `rows` rows of `width`.
+    /// The processor has what V needs; `rows` rows of A and the panel hold k elements and lines; c holds `rows` rows of so many vectors.
     #[inline(always)]
-    unsafe fn tile<V: Lanes>(&self, rows: usize, width: usize, c: *mut f32, stride: usize, accumulate: bool) {
+    unsafe fn tile<V: Lanes>(&self, rows: usize, vectors: usize, c: *mut f32, stride: usize, accumulate: bool) {
         // SAFETY: the caller's promise.
         unsafe {
-            match (rows, width == V::N) {
-                (1, false) => self.sums::<V, 1, 2>(c, stride, accumulate),
-                (2, false) => self.sums::<V, 2, 2>(c, stride, accumulate),
-                (3, false) => self.sums::<V, 3, 2>(c, stride, accumulate),
-                (4, false) => self.sums::<V, 4, 2>(c, stride, accumulate),
-                (5, false) => self.sums::<V, 5, 2>(c, stride, accumulate),
-                (6, false) => self.sums::<V, 6, 2>(c, stride, accumulate),
-                (1, true) => self.sums::<V, 1, 1>(c, stride, accumulate),
-                (2, true) => self.sums::<V, 2, 1>(c, stride, accumulate),
-                (3, true) => self.sums::<V, 3, 1>(c, stride, accumulate),
-                (4, true) => self.sums::<V, 4, 1>(c, stride, accumulate),
-                (5, true) => self.sums::<V, 5, 1>(c, stride, accumulate),
-                (6, true) => self.sums::<V, 6, 1>(c, stride, accumulate),
-                _ => unreachable!("a tile has 1 to {ROWS} rows"),
+            match (rows, vectors) {
+                (1, 2) => self.sums::<V, 1, 2>(c, stride, accumulate),
+                (2, 2) => self.sums::<V, 2, 2>(c, stride, accumulate),
+                (3, 2) => self.sums::<V, 3, 2>(c, stride, accumulate),
+                (4, 2) => self.sums::<V, 4, 2>(c, stride, accumulate),
+                (5, 2) => self.sums::<V, 5, 2>(c, stride, accumulate),
+                (6, 2) => self.sums::<V, 6, 2>(c, stride, accumulate),
+                (1, 1) => self.sums::<V, 1, 1>(c, stride, accumulate),
+                (2, 1) => self.sums::<V, 2, 1>(c, stride, accumulate),
+                (3, 1) => self.sums::<V, 3, 1>(c, stride, accumulate),
+                (4, 1) => self.sums::<V, 4, 1>(c, stride, accumulate),
+                (5, 1) => self.sums::<V, 5, 1>(c, stride, accumulate),
+                (6, 1) => self.sums::<V, 6, 1>(c, stride, accumulate),
+                _ => unreachable!("a tile has 1 to {ROWS} rows of one or two vectors"),
             }
         }
     }
@@ -409,7 +415,7 @@ impl Block {
             }
             let rows: [*const f32; R] = std::array::from_fn(|i| self.a.add(i * self.a_stride));
             for k in 0..self.k {
-                let line = self.b.add(k * C * V::N);
+                let line = self.b.add(k * 2 * V::N);
                 let columns: [V; C] = std::array::from_fn(|j| V::load(line.add(j * V::N)));
                 for i in 0..R {
                     let x = V::splat(rows[i].add(k));
@@ -426,3 +432,7 @@ impl Block {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "kernel_tests.rs"]
+mod tests;

@@ -15,8 +15,8 @@ const COLS: usize = 512;
 /// Rows of W that are asked for before they are read: the memory's latency in time.
 const AHEAD: usize = 8;
 /// Rows of W in one piece of `linear_dx`, and the most columns of one task.
-const DX_ROWS: usize = 128;
-const DX_COLS: usize = 256;
+const DX_ROWS: usize = 64;
+const DX_COLS: usize = 512;
 
 /// One product of [`linear_group`].
 pub struct Output<'a> {
@@ -92,14 +92,13 @@ pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: b
     (0..n.div_ceil(DX_COLS)).into_par_iter().for_each(|block| {
         let first = block * DX_COLS;
         let cols = DX_COLS.min(n - first);
-        with_scratch(DX_ROWS * (cols + kernel::Vectors::best().width()) + cols, |scratch| {
-            let (line, packed) = scratch.split_at_mut(cols);
+        with_scratch(Panels::new(DX_ROWS, cols).len(), |packed| {
             for row in (0..m).step_by(DX_ROWS) {
                 let panels = Panels::new(DX_ROWS.min(m - row), cols);
+                let width = panels.width();
                 for k in 0..panels.k {
                     w.prefetch(row + k + 2 * AHEAD, first, cols);
-                    w.read(row + k, first, line);
-                    panels.set_row(packed, k, 0, line);
+                    w.read_pieces(row + k, first, cols, &mut packed[k * width..], width, panels.step());
                 }
                 let a = Rows::new(&dy[row..], t, m);
                 // SAFETY: columns first..first + cols of dx belong to this task.

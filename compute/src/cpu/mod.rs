@@ -19,8 +19,9 @@ pub use foreign::Weight;
 
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
-    LinearOutput, Moments, Past, Stream, Write,
+    LinearOutput, Moments, NORM_UPDATE, Past, Stream, Write,
 };
+use rayon::prelude::*;
 use std::cell::RefCell;
 use std::sync::Arc;
 
@@ -231,7 +232,6 @@ impl Device for Cpu {
         out.iter_mut().zip(items).for_each(|(out, (x, len))| *out = pointwise::sum_squares(&x[..*len]));
     }
     fn normal_projection(&self, p: &mut Buffer, rank: usize, dim: usize, stream: Stream) {
-        use rayon::prelude::*;
         const CHUNK: usize = 4096;
         let sigma = 1.0 / (rank as f32).sqrt();
         p[..rank * dim].par_chunks_mut(CHUNK).enumerate().for_each(|(i, out)| {
@@ -239,13 +239,16 @@ impl Device for Cpu {
         });
     }
     fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
-        tensors.iter_mut().for_each(|tensor| optimizer::prepare(norms, tensor));
+        // Whole tensors side by side: threads that wait for each other's parts of one would sleep and wake at every part.
+        let updates: Vec<f32> = tensors.par_iter_mut().map(optimizer::prepare).collect();
+        tensors.iter().zip(updates).for_each(|(tensor, norm)| norms[tensor.at + NORM_UPDATE] = norm);
     }
     fn limit(&self, norms: &mut Buffer, limiters: &[(usize, Limiter)]) {
         limiters.iter().for_each(|(at, limiter)| optimizer::limit(norms, *at, *limiter));
     }
     fn apollo_commit(&self, norms: &mut Buffer, tensors: &mut [ApolloCommit<Cpu>]) {
-        tensors.iter_mut().for_each(|tensor| optimizer::commit(norms, tensor));
+        let factors: Vec<f32> = tensors.iter().map(|tensor| optimizer::applied(norms, tensor.at)).collect();
+        tensors.par_iter_mut().zip(factors).for_each(|(tensor, factor)| optimizer::commit(tensor, factor));
     }
     fn adamw_factors(
         &self,

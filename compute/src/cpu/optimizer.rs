@@ -34,7 +34,7 @@ fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
 
 /// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
 fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Vec<f32>) {
-    const RANKS: usize = 8 * kernel::ROWS;
+    const RANKS: usize = 32 * kernel::ROWS;
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
     let small = tokens.of_columns(&f.small()[..f.t * d], d);
@@ -66,10 +66,9 @@ fn transposed(x: &[f32], t: usize, c: usize) -> Vec<f32> {
     out
 }
 
-/// See [`crate::Device::apollo_prepare`].
-pub fn prepare(norms: &mut [f32], tensor: &mut ApolloPrepare<Buffer>) {
-    let ApolloPrepare { s, at, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
-    let at = *at;
+/// See [`crate::Device::apollo_prepare`]: sets s and returns ‖U‖.
+pub fn prepare(tensor: &mut ApolloPrepare<Buffer>) -> f32 {
+    let ApolloPrepare { s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
     let (channels, _) = channels_of(f);
     let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
     let mut squares = vec![[0.0f32; 2]; channels];
@@ -85,19 +84,18 @@ pub fn prepare(norms: &mut [f32], tensor: &mut ApolloPrepare<Buffer>) {
     });
     // A square that overflows would make s zero, hide in ‖U‖ and stay in exp_avg_sq for ever.
     if squares.iter().flatten().any(|v| !v.is_finite()) {
-        norms[at + NORM_UPDATE] = f32::NAN;
-        return;
+        return f32::NAN;
     }
     let scale = |n: f64, r: f64| (n.sqrt() / (r.sqrt() + 1e-8)) as f32;
     match c.scale_type {
         ScaleType::Channel => {
             s.iter_mut().zip(&squares).for_each(|(s, [n, r])| *s = scale(*n as f64, *r as f64));
-            norms[at + NORM_UPDATE] = update_norm(f, Some(&s[..channels]));
+            update_norm(f, Some(&s[..channels]))
         }
         ScaleType::Tensor => {
             let sum = |i: usize| squares.iter().map(|v| v[i] as f64).sum::<f64>();
             s[0] = scale(sum(0), sum(1));
-            norms[at + NORM_UPDATE] = s[0] * update_norm(f, None);
+            s[0] * update_norm(f, None)
         }
     }
 }
@@ -210,8 +208,9 @@ fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
     out
 }
 
-/// G = dyᵀ x, formed piece by piece: dy transposed, x in panels.
+/// G = dyᵀ x, formed piece by piece, with factors for its rows or columns.
 struct Formed {
+    /// (m,t)
     dy: Vec<f32>,
     panels: Panels,
     x: Vec<f32>,
@@ -221,11 +220,22 @@ struct Formed {
 type Piece = (Range<usize>, Range<usize>);
 
 impl Formed {
-    fn new(f: &Factors<Buffer>) -> Formed {
+    /// step·G, or U with step if `s` has a factor for each channel.
+    fn new(f: &Factors<Buffer>, step: f32, s: Option<&[f32]>) -> Formed {
+        let mut dy = transposed(f.dy, f.t, f.m);
         let panels = Panels::new(f.t, f.n);
-        let mut x = vec![0.0; panels.len()];
-        panels.pack_rows(&mut x, f.x, f.n);
-        Formed { dy: transposed(f.dy, f.t, f.m), panels, x }
+        let x = match (s, f.channels()) {
+            (Some(s), Channels::Columns) => panels.of_rows(&scaled_columns(&f.x[..f.t * f.n], s)),
+            _ => panels.of_rows(f.x),
+        };
+        for (i, row) in dy.chunks_exact_mut(f.t).enumerate() {
+            let factor = match (s, f.channels()) {
+                (Some(s), Channels::Rows) => step * s[i],
+                _ => step,
+            };
+            row.iter_mut().for_each(|v| *v *= factor);
+        }
+        Formed { dy, panels, x }
     }
 
     /// Pieces that stay in the second-level cache, row by row.
@@ -236,12 +246,26 @@ impl Formed {
         rows.flat_map(|rows| columns().map(move |columns| (rows.clone(), columns))).collect()
     }
 
+    /// Hands each row of each piece to `update`, with the place of its first element in `w`, which is asked for before.
+    fn each_row(&self, w: &Weight, update: impl Fn(usize, usize, &[f32]) + Sync) {
+        assert_eq!((w.rows(), w.cols()), (self.dy.len() / self.panels.k, self.panels.columns));
+        self.pieces().par_iter().for_each(|piece| {
+            let (rows, columns) = piece;
+            with_scratch(rows.len() * columns.len(), |g| {
+                rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
+                self.form(g, piece);
+                let lines = g.chunks_exact(columns.len());
+                rows.clone().zip(lines).for_each(|(row, g)| update(row, columns.start, g));
+            });
+        });
+    }
+
     /// A piece of G, dense, into the front of `out`.
     fn form(&self, out: &mut [f32], (rows, columns): &Piece) {
         let t = self.panels.k;
         let dy = Rows::new(&self.dy[rows.start * t..], rows.len(), t);
         // A piece begins at a whole panel, and those before it have all their columns.
-        let panels = Panels { columns: columns.len(), ..self.panels };
+        let panels = self.panels.with_columns(columns.len());
         // SAFETY: `out` is borrowed mutably, so nobody else uses it.
         unsafe {
             let x = &self.x[columns.start * t..];
@@ -251,22 +275,22 @@ impl Formed {
 }
 
 fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
-    let (formed, channels) = (Formed::new(f), f.channels());
-    let square = |piece: &Piece| {
-        let (rows, columns) = piece;
-        with_scratch(rows.len() * columns.len(), |g| {
+    let formed = Formed::new(f, 1.0, s);
+    let squares = |piece: &Piece| {
+        with_scratch(piece.0.len() * piece.1.len(), |g| {
             formed.form(g, piece);
-            let factor = |i: usize, j: usize| match (s, channels) {
-                (None, _) => 1.0,
-                (Some(s), Channels::Rows) => s[rows.start + i] as f64,
-                (Some(s), Channels::Columns) => s[columns.start + j] as f64,
-            };
-            let square = |(k, v): (usize, &f32)| (*v as f64 * factor(k / columns.len(), k % columns.len())).powi(2);
-            g.iter().enumerate().map(square).sum()
+            g.iter().map(|v| (*v as f64).powi(2)).sum()
         })
     };
-    let parts: Vec<f64> = formed.pieces().par_iter().map(square).collect();
+    let parts: Vec<f64> = formed.pieces().par_iter().map(squares).collect();
     parts.iter().sum::<f64>().sqrt() as f32
+}
+
+/// x (t,c) with its columns times s (c).
+fn scaled_columns(x: &[f32], s: &[f32]) -> Vec<f32> {
+    let mut out = x.to_vec();
+    out.chunks_exact_mut(s.len()).for_each(|row| row.iter_mut().zip(s).for_each(|(v, s)| *v *= s));
+    out
 }
 
 /// See [`crate::Device::limit`].
@@ -281,10 +305,15 @@ pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
     norms[at + NORM_NEXT] = if update > 0.0 { (update / growth).max(floor) } else { previous };
 }
 
-/// See [`crate::Device::apollo_commit`].
-pub fn commit(norms: &mut [f32], tensor: &mut ApolloCommit<Cpu>) {
-    let ApolloCommit { w, s, at, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
-    let (at, s) = (*at, &**s);
+/// The step's norm becomes the one before it. Returns the limiter's factor.
+pub fn applied(norms: &mut [f32], at: usize) -> f32 {
+    norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
+    norms[at + NORM_FACTOR]
+}
+
+/// See [`crate::Device::apollo_commit`]; `factor` is the limiter's.
+pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
+    let ApolloCommit { w, s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
     let (channels, _) = channels_of(f);
     let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
     let len = channels * c.rank;
@@ -297,55 +326,12 @@ pub fn commit(norms: &mut [f32], tensor: &mut ApolloCommit<Cpu>) {
             });
         },
     );
-    let step = write.step * norms[at + NORM_FACTOR];
-    norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
-    let keep = 1.0 - write.decay;
-    update_rows(w, f, write, |row, col, w, g| match (c.scale_type, f.channels()) {
-        (ScaleType::Tensor, _) => scale_subtract(w, g, step * s[0], keep),
-        (ScaleType::Channel, Channels::Rows) => scale_subtract(w, g, step * s[row], keep),
-        (ScaleType::Channel, Channels::Columns) => scale_subtract_columns(w, g, &s[col..], step, keep),
-    });
-}
-
-/// Forms G piece by piece and hands (row, first column, that part of W, that part of G) to `update`, which
-/// changes the part of W; writes it back. Every element of W is read and written once.
-fn update_rows(
-    w: &Weight,
-    f: &Factors<Buffer>,
-    write: &Write,
-    update: impl Fn(usize, usize, &mut [f32], &[f32]) + Sync,
-) {
-    assert_eq!((w.rows(), w.cols()), (f.m, f.n));
-    let formed = Formed::new(f);
-    formed.pieces().par_iter().for_each(|piece| {
-        let (rows, columns) = piece;
-        with_scratch((rows.len() + 1) * columns.len(), |scratch| {
-            let (line, g) = scratch.split_at_mut(columns.len());
-            rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
-            formed.form(g, piece);
-            for (row, g) in rows.clone().zip(g.chunks_exact(columns.len())) {
-                w.read(row, columns.start, line);
-                update(row, columns.start, line, g);
-                w.write(row, columns.start, line, &write.stream);
-            }
-        });
-    });
-}
-
-multiversion! {
-    fn scale_subtract(w: &mut [f32], g: &[f32], step: f32, keep: f32) {
-        for (w, &g) in w.iter_mut().zip(g) {
-            *w = (*w - step * g) * keep;
-        }
-    }
-}
-
-multiversion! {
-    fn scale_subtract_columns(w: &mut [f32], g: &[f32], s: &[f32], step: f32, keep: f32) {
-        for ((w, &g), &s) in w.iter_mut().zip(g).zip(s) {
-            *w = (*w - step * (g * s)) * keep;
-        }
-    }
+    let step = write.step * factor;
+    let formed = match c.scale_type {
+        ScaleType::Tensor => Formed::new(f, step * s[0], None),
+        ScaleType::Channel => Formed::new(f, step, Some(&s[..channels])),
+    };
+    formed.each_row(w, |row, col, u| w.subtract(row, col, u, 1.0 - write.decay, &write.stream));
 }
 
 multiversion! {
@@ -370,11 +356,15 @@ pub fn adamw_factors(
 ) {
     assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
     let (exp_avg, exp_avg_sq) = (Shared::new(exp_avg), Shared::new(exp_avg_sq));
-    update_rows(w, f, &write, |row, col, w, g| {
+    Formed::new(f, 1.0, None).each_row(w, |row, col, g| {
         let at = row * f.n + col;
         // SAFETY: these elements of the moments belong to the task that writes the same ones of W.
         let (m, v) = unsafe { (exp_avg.slice(at, g.len()), exp_avg_sq.slice(at, g.len())) };
-        adamw(w, g, m, v, moments, write.step, 1.0 - write.decay);
+        let mut line = [0.0; PIECE_COLUMNS];
+        let line = &mut line[..g.len()];
+        w.read(row, col, line);
+        adamw(line, g, m, v, moments, write.step, 1.0 - write.decay);
+        w.write(row, col, line, &write.stream);
     });
 }
 
