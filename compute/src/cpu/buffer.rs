@@ -3,10 +3,10 @@
 //! A step makes and drops a few hundred buffers. Fresh memory costs a page fault and a page of zeros for every 4 KiB, and its
 //! return an interruption of all threads, which together took a tenth of a step.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 
 /// Elements that are kept for later at most: 128 MiB, a layer of a long context or a few of its window.
 const KEPT: usize = 32 << 20;
@@ -15,52 +15,56 @@ const SHORT: usize = 1 << 10;
 
 /// Memory of dropped buffers, by its length.
 #[derive(Default)]
-pub(super) struct Pool(Mutex<Free>);
-
-#[derive(Default)]
 struct Free {
-    blocks: HashMap<usize, Vec<Vec<f32>>>,
+    blocks: BTreeMap<usize, Vec<Vec<f32>>>,
     elements: usize,
 }
 
-/// f32 elements on the CPU; its memory goes back to its pool.
+static FREE: Mutex<Free> = Mutex::new(Free { blocks: BTreeMap::new(), elements: 0 });
+
+/// f32 elements on the CPU; its memory is kept for the next one.
 pub struct Buffer {
     /// At least `len` elements.
     block: Vec<f32>,
     len: usize,
-    pool: Option<Arc<Pool>>,
 }
 
-impl Pool {
+impl Buffer {
     /// `len` elements of unspecified content.
-    pub fn take(self: &Arc<Pool>, len: usize) -> Buffer {
+    pub(crate) fn uninit(len: usize) -> Buffer {
         let class = class(len);
-        let mut free = self.0.lock().expect("no holder panics");
-        let block = free.blocks.get_mut(&class).and_then(Vec::pop);
-        if block.is_some() {
-            free.elements -= class;
+        let used = FREE.lock().expect("no holder panics").take(class);
+        let mut buffer = Buffer { block: used.unwrap_or_else(|| vec![0.0; class]), len };
+        if cfg!(debug_assertions) {
+            // Tests find who relies on what is there.
+            buffer.fill(f32::NAN);
         }
-        drop(free);
-        let block = block.unwrap_or_else(|| vec![0.0; class]);
-        Buffer { block, len, pool: Some(self.clone()) }
-    }
-
-    /// `len` zeros. Long ones are fresh memory, whose pages do not exist before they are written.
-    pub fn zeros(self: &Arc<Pool>, len: usize) -> Buffer {
-        if len > KEPT / 64 {
-            return Buffer { block: vec![0.0; len], len, pool: Some(self.clone()) };
-        }
-        let mut buffer = self.take(len);
-        buffer.fill(0.0);
         buffer
     }
 
-    fn give_back(&self, block: Vec<f32>) {
+    /// `len` zeros. Long ones are fresh memory, whose pages do not exist before they are written.
+    pub(crate) fn zeros(len: usize) -> Buffer {
+        if len > KEPT / 64 {
+            return vec![0.0; len].into();
+        }
+        let mut buffer = Buffer::uninit(len);
+        buffer.fill(0.0);
+        buffer
+    }
+}
+
+impl Free {
+    fn take(&mut self, class: usize) -> Option<Vec<f32>> {
+        let block = self.blocks.get_mut(&class)?.pop()?;
+        self.elements -= class;
+        Some(block)
+    }
+
+    fn give_back(&mut self, block: Vec<f32>) {
         let len = block.len();
-        let mut free = self.0.lock().expect("no holder panics");
-        if len >= SHORT && len == class(len) && free.elements + len <= KEPT {
-            free.elements += len;
-            free.blocks.entry(len).or_default().push(block);
+        if len >= SHORT && len == class(len) && self.elements + len <= KEPT {
+            self.elements += len;
+            self.blocks.entry(len).or_default().push(block);
         }
     }
 }
@@ -73,16 +77,15 @@ fn class(len: usize) -> usize {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Some(pool) = self.pool.take() {
-            pool.give_back(std::mem::take(&mut self.block));
+        if let Ok(mut free) = FREE.lock() {
+            free.give_back(std::mem::take(&mut self.block));
         }
     }
 }
 
-/// Memory that no pool has to have back.
 impl From<Vec<f32>> for Buffer {
     fn from(block: Vec<f32>) -> Buffer {
-        Buffer { len: block.len(), block, pool: None }
+        Buffer { len: block.len(), block }
     }
 }
 
@@ -131,27 +134,29 @@ mod tests {
 
     #[test]
     fn memory_is_used_again_and_never_by_two() {
-        let pool = Arc::new(Pool::default());
-        let first = pool.take(100_000);
-        let at = first.as_ptr();
-        let mut second = pool.take(100_000);
-        assert_ne!(second.as_ptr(), at);
-        drop(first);
+        // A length that no other test uses.
+        const LEN: usize = 77_777;
+        let (mut first, mut second) = (Buffer::uninit(LEN), Buffer::uninit(LEN));
+        first.fill(1.0);
         second.fill(7.0);
-        let again = pool.take(99_999);
-        assert_eq!((again.as_ptr(), again.len()), (at, 99_999), "a little shorter");
+        assert!(first.iter().all(|&v| v == 1.0));
+        let at = first.as_ptr();
+        drop(first);
+        let again = Buffer::uninit(LEN - 1);
+        assert_eq!((again.as_ptr(), again.len()), (at, LEN - 1), "a little shorter");
         drop(second);
-        assert!(pool.zeros(100_000).iter().all(|&v| v == 0.0), "what was used before is not zero by itself");
+        assert!(Buffer::zeros(LEN).iter().all(|&v| v == 0.0), "what was used before is not zero by itself");
     }
 
     #[test]
     fn what_is_kept_has_a_bound() {
-        let pool = Arc::new(Pool::default());
-        let many: Vec<Buffer> = (0..200).map(|_| pool.take(1 << 20)).collect();
-        drop(many);
-        let free = pool.0.lock().unwrap();
+        let mut free = Free::default();
+        (0..200).for_each(|_| free.give_back(vec![0.0; 1 << 20]));
         assert_eq!(free.elements, KEPT);
-        assert_eq!(free.blocks.values().flatten().map(Vec::len).sum::<usize>(), KEPT);
+        let kept = free.blocks.values().flatten().map(Vec::len).sum::<usize>();
+        assert_eq!(kept, KEPT);
+        assert_eq!(free.take(1 << 20).map(|block| block.len()), Some(1 << 20));
+        assert_eq!(free.elements, KEPT - (1 << 20));
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! depend on how a product is cut into blocks, nor on the width of the vectors. Without fused multiply-adds (no AVX2) they differ.
 
 use super::gemm::Shared;
-use super::simd;
+use super::{Buffer, simd};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -199,7 +199,7 @@ impl Panels {
     }
 
     /// Packs B, given as its rows.
-    pub fn of_rows(&self, b: &[f32]) -> Vec<f32> {
+    pub fn of_rows(&self, b: &[f32]) -> Buffer {
         assert!(b.len() >= self.k * self.columns);
         let (width, columns) = (self.width(), self.columns);
         self.packed(|panel, first| {
@@ -209,7 +209,7 @@ impl Panels {
     }
 
     /// Packs B, given as its columns, which lie `stride` apart.
-    pub fn of_columns(&self, b: &[f32], stride: usize) -> Vec<f32> {
+    pub fn of_columns(&self, b: &[f32], stride: usize) -> Buffer {
         let (width, columns) = (self.width(), self.columns);
         self.packed(|panel, first| {
             let n = width.min(columns - first);
@@ -218,8 +218,8 @@ impl Panels {
     }
 
     /// Panels that `pack` fills on all threads, each from its first column on.
-    fn packed(&self, pack: impl Fn(&mut [f32], usize) + Sync) -> Vec<f32> {
-        let mut packed = vec![0.0; self.len()];
+    fn packed(&self, pack: impl Fn(&mut [f32], usize) + Sync) -> Buffer {
+        let mut packed = Buffer::uninit(self.len());
         let panels = packed.par_chunks_mut(self.step().max(1)).enumerate().with_min_len(1 + ALONE / self.step().max(1));
         panels.for_each(|(j, panel)| pack(panel, j * self.width()));
         packed

@@ -66,7 +66,7 @@ impl Case {
         Case { rows, k, columns, a_gap, c_gap, a, b: r.values(k * columns), c: r.values(rows * columns) }
     }
 
-    fn packed(&self, vectors: Vectors) -> (Panels, Vec<f32>) {
+    fn packed(&self, vectors: Vectors) -> (Panels, Buffer) {
         let panels = Panels { vectors, k: self.k, columns: self.columns };
         (panels, panels.of_rows(&self.b))
     }

@@ -23,12 +23,10 @@ use crate::{
 };
 use rayon::prelude::*;
 use std::cell::RefCell;
-use std::sync::Arc;
 
 /// The CPU as a [`Device`].
 pub struct Cpu {
     threads: rayon::ThreadPool,
-    memory: Arc<buffer::Pool>,
 }
 
 /// The thread pool could not be started.
@@ -44,7 +42,7 @@ impl Cpu {
     pub fn new(threads: usize) -> Result<Cpu, PoolError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}")).build();
         let pool = pool.map_err(|e| PoolError { threads, reason: e.to_string() })?;
-        Ok(Cpu { threads: pool, memory: Arc::default() })
+        Ok(Cpu { threads: pool })
     }
 
     /// Number of threads.
@@ -90,15 +88,10 @@ impl Device for Cpu {
     }
 
     fn zeros(&self, len: usize) -> Buffer {
-        self.memory.zeros(len)
+        Buffer::zeros(len)
     }
     fn uninit(&self, len: usize) -> Buffer {
-        let mut buffer = self.memory.take(len);
-        if cfg!(debug_assertions) {
-            // Tests find who relies on what is there.
-            buffer.fill(f32::NAN);
-        }
-        buffer
+        Buffer::uninit(len)
     }
     fn len(&self, buffer: &Buffer) -> usize {
         buffer.len()

@@ -33,13 +33,13 @@ fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
 }
 
 /// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
-fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Vec<f32>) {
+fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Buffer) {
     const RANKS: usize = 32 * kernel::ROWS;
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
     let small = tokens.of_columns(&f.small()[..f.t * d], d);
     let width = tokens.padded();
-    let mut columns = vec![0.0; c.rank * width];
+    let mut columns = Buffer::uninit(c.rank * width);
     columns.par_chunks_mut(RANKS * width).enumerate().for_each(|(block, out)| {
         let ranks = out.len() / width;
         let p = Rows::new(&c.projection[block * RANKS * d..], ranks, d);
@@ -51,15 +51,15 @@ fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Vec<f32>) {
 }
 
 /// R of channels first..first + n into `out` (n,r); `big` is the larger factor, transposed.
-fn compress(out: &mut [f32], big: &[f32], (ranks, q): &(Panels, Vec<f32>), first: usize, n: usize) {
+fn compress(out: &mut [f32], big: &[f32], (ranks, q): &(Panels, Buffer), first: usize, n: usize) {
     let big = Rows::new(&big[first * ranks.k..], n, ranks.k);
     // SAFETY: `out` is borrowed mutably, so nobody else uses it.
     unsafe { kernel::product(&Shared::new(out), 0, ranks.columns, big, *ranks, q, 0..ranks.k, false) };
 }
 
 /// xᵀ (c,t) of x (t,c), on all threads.
-fn transposed(x: &[f32], t: usize, c: usize) -> Vec<f32> {
-    let mut out = vec![0.0; t * c];
+fn transposed(x: &[f32], t: usize, c: usize) -> Buffer {
+    let mut out = Buffer::uninit(t * c);
     out.par_chunks_mut(CHANNELS * t).enumerate().for_each(|(block, out)| {
         simd::transpose(&x[block * CHANNELS..], t, out.len() / t, c, out, t);
     });
@@ -211,9 +211,9 @@ fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
 /// G = dyᵀ x, formed piece by piece, with factors for its rows or columns.
 struct Formed {
     /// (m,t)
-    dy: Vec<f32>,
+    dy: Buffer,
     panels: Panels,
-    x: Vec<f32>,
+    x: Buffer,
 }
 
 /// A piece of G: rows and columns.
