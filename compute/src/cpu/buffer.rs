@@ -8,8 +8,8 @@ use std::fmt;
 use std::ops::{Deref, DerefMut};
 use std::sync::Mutex;
 
-/// Elements that are kept for later at most: 128 MiB, a layer of a long context or a few of its window.
-const KEPT: usize = 32 << 20;
+/// Elements that are kept for later at most: 64 MiB, what a layer of a long context takes.
+const KEPT: usize = 16 << 20;
 /// Buffers that are shorter are left to the allocator.
 const SHORT: usize = 1 << 10;
 

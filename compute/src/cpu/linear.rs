@@ -10,13 +10,14 @@ use rayon::prelude::*;
 
 /// Rows of W in one task of `linear`.
 const ROWS: usize = 16 * kernel::ROWS;
-/// Columns of W in one piece: with 16 tokens they fill the first-level cache.
+/// Columns of W in one piece for many tokens; half of them for few, where twelve rows and 16 tokens then fill the
+/// first-level cache.
 const COLS: usize = 512;
 /// Rows of W that are asked for before they are read: the memory's latency in time.
 const AHEAD: usize = 8;
 /// Rows of W in one piece of `linear_dx`, and the most columns of one task.
-const DX_ROWS: usize = 64;
-const DX_COLS: usize = 512;
+const DX_ROWS: usize = 128;
+const DX_COLS: usize = 256;
 
 /// One product of [`linear_group`].
 pub struct Output<'a> {
@@ -34,7 +35,9 @@ pub struct Output<'a> {
 pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
     let Some(n) = outputs.first().map(|output| output.w.cols()) else { return };
     let tokens = Panels::new(n, t);
-    let columns = tokens.of_columns(&x[..t * n], n);
+    let (columns, width) = (tokens.of_columns(&x[..t * n], n), tokens.padded());
+    // What is widened for few tokens is used little and has to stay in the first-level cache; for many, the tokens do.
+    let (at_once, deep) = if t < 128 { (2 * kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
     let blocks = |rows: usize| (0..rows).step_by(ROWS);
     let places: Vec<_> = outputs
         .iter_mut()
@@ -47,23 +50,26 @@ pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
         places.iter().flat_map(|place| blocks(place.1.rows()).map(move |first| (place, first))).collect();
     tasks.into_par_iter().for_each(|((y, w, bias), first)| {
         let (m, rows) = (w.rows(), ROWS.min(w.rows() - first));
-        with_scratch(rows * (COLS + tokens.padded()), |scratch| {
+        with_scratch(rows * (COLS + width), |scratch| {
             let (w_block, result) = scratch.split_at_mut(rows * COLS);
-            fill_bias(result, *bias, first, tokens.padded());
+            fill_bias(result, *bias, first, width);
             let result = Shared::new(result);
-            for col in (0..n).step_by(COLS) {
-                let cols = COLS.min(n - col);
-                read_block(w, first, rows, col, cols, w_block);
-                let a = Rows::new(w_block, rows, cols);
-                // SAFETY: the scratch is this task's own.
-                unsafe { kernel::product(&result, 0, tokens.padded(), a, tokens, &columns, col..col + cols, true) };
+            for col in (0..n).step_by(deep) {
+                let cols = deep.min(n - col);
+                for row in (0..rows).step_by(at_once) {
+                    let some = at_once.min(rows - row);
+                    read_block(w, first + row, some, col, cols, w_block);
+                    let (a, k) = (Rows::new(w_block, some, cols), col..col + cols);
+                    // SAFETY: the scratch is this task's own.
+                    unsafe { kernel::product(&result, row * width, width, a, tokens, &columns, k, true) };
+                }
             }
             // Back to rows of tokens, through the scratch that W needs no more.
             // SAFETY: as above.
-            let result = unsafe { result.slice(0, rows * tokens.padded()) };
+            let result = unsafe { result.slice(0, rows * width) };
             for token in (0..t).step_by(COLS) {
                 let some = COLS.min(t - token);
-                simd::transpose(&result[token..], rows, some, tokens.padded(), w_block, rows);
+                simd::transpose(&result[token..], rows, some, width, w_block, rows);
                 for (i, line) in w_block.chunks_exact(rows).take(some).enumerate() {
                     // SAFETY: columns first..first + rows of y belong to this task.
                     unsafe { y.slice((token + i) * m + first, rows) }.copy_from_slice(line);
@@ -89,9 +95,11 @@ pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: b
     let (m, n) = (w.rows(), w.cols());
     assert!(dx.len() >= t * n && dy.len() >= t * m);
     let dx = Shared::new(&mut dx[..t * n]);
-    (0..n.div_ceil(DX_COLS)).into_par_iter().for_each(|block| {
-        let first = block * DX_COLS;
-        let cols = DX_COLS.min(n - first);
+    // Two tasks for each thread: the bits do not depend on it.
+    let width = n.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(DX_COLS / 4).min(DX_COLS);
+    (0..n.div_ceil(width)).into_par_iter().for_each(|block| {
+        let first = block * width;
+        let cols = width.min(n - first);
         with_scratch(Panels::new(DX_ROWS, cols).len(), |packed| {
             for row in (0..m).step_by(DX_ROWS) {
                 let panels = Panels::new(DX_ROWS.min(m - row), cols);

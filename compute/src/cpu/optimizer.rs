@@ -22,11 +22,12 @@ use std::ops::Range;
 
 type Buffer = super::Buffer;
 
-/// Channels handled by one task of the compressed step.
-const CHANNELS: usize = 256;
-/// Rows and columns of G formed at a time; whole panels.
-const PIECE_ROWS: usize = 8 * kernel::ROWS;
-const PIECE_COLUMNS: usize = 512;
+/// Channels of the compressed step at a time, so few that R of them stays in the first-level cache.
+const CHANNELS: usize = 4 * kernel::ROWS;
+/// Rows of G in one task, and rows and columns of it formed at a time: whole panels, so few that they stay in the first-level cache.
+const TASK_ROWS: usize = 8 * kernel::ROWS;
+const PIECE_ROWS: usize = 2 * kernel::ROWS;
+const PIECE_COLUMNS: usize = 256;
 
 fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
     (f.m.max(f.n), f.m.min(f.n))
@@ -60,8 +61,9 @@ fn compress(out: &mut [f32], big: &[f32], (ranks, q): &(Panels, Buffer), first: 
 /// xᵀ (c,t) of x (t,c), on all threads.
 fn transposed(x: &[f32], t: usize, c: usize) -> Buffer {
     let mut out = Buffer::uninit(t * c);
-    out.par_chunks_mut(CHANNELS * t).enumerate().for_each(|(block, out)| {
-        simd::transpose(&x[block * CHANNELS..], t, out.len() / t, c, out, t);
+    const COLUMNS: usize = 1024;
+    out.par_chunks_mut(COLUMNS * t).enumerate().for_each(|(block, out)| {
+        simd::transpose(&x[block * COLUMNS..], t, out.len() / t, c, out, t);
     });
     out
 }
@@ -238,24 +240,33 @@ impl Formed {
         Formed { dy, panels, x }
     }
 
-    /// Pieces that stay in the second-level cache, row by row.
-    fn pieces(&self) -> Vec<Piece> {
-        let (m, n) = (self.dy.len() / self.panels.k, self.panels.columns);
-        let rows = (0..m).step_by(PIECE_ROWS).map(|first| first..(first + PIECE_ROWS).min(m));
-        let columns = || (0..n).step_by(PIECE_COLUMNS).map(|first| first..(first + PIECE_COLUMNS).min(n));
-        rows.flat_map(|rows| columns().map(move |columns| (rows.clone(), columns))).collect()
+    /// The pieces of rows `first..first + rows`.
+    fn pieces(&self, first: usize, rows: usize) -> impl Iterator<Item = Piece> {
+        let (end, n) = (first + rows, self.panels.columns);
+        let rows = (first..end).step_by(PIECE_ROWS).map(move |first| first..(first + PIECE_ROWS).min(end));
+        let columns = move || (0..n).step_by(PIECE_COLUMNS).map(move |first| first..(first + PIECE_COLUMNS).min(n));
+        rows.flat_map(move |rows| columns().map(move |columns| (rows.clone(), columns)))
+    }
+
+    /// What `work` makes of each piece and its place, by tasks of [`TASK_ROWS`] in order.
+    fn each_piece<R: Send>(&self, work: impl Fn(&mut dyn Iterator<Item = Piece>) -> R + Sync) -> Vec<R> {
+        let m = self.dy.len() / self.panels.k;
+        let task = |block: usize| work(&mut self.pieces(block * TASK_ROWS, TASK_ROWS.min(m - block * TASK_ROWS)));
+        (0..m.div_ceil(TASK_ROWS)).into_par_iter().map(task).collect()
     }
 
     /// Hands each row of each piece to `update`, with the place of its first element in `w`, which is asked for before.
     fn each_row(&self, w: &Weight, update: impl Fn(usize, usize, &[f32]) + Sync) {
         assert_eq!((w.rows(), w.cols()), (self.dy.len() / self.panels.k, self.panels.columns));
-        self.pieces().par_iter().for_each(|piece| {
-            let (rows, columns) = piece;
-            with_scratch(rows.len() * columns.len(), |g| {
-                rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
-                self.form(g, piece);
-                let lines = g.chunks_exact(columns.len());
-                rows.clone().zip(lines).for_each(|(row, g)| update(row, columns.start, g));
+        self.each_piece(|pieces| {
+            with_scratch(PIECE_ROWS * PIECE_COLUMNS, |g| {
+                for piece in pieces {
+                    let (rows, columns) = &piece;
+                    rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
+                    self.form(g, &piece);
+                    let lines = g.chunks_exact(columns.len());
+                    rows.clone().zip(lines).for_each(|(row, g)| update(row, columns.start, g));
+                }
             });
         });
     }
@@ -276,13 +287,16 @@ impl Formed {
 
 fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
     let formed = Formed::new(f, 1.0, s);
-    let squares = |piece: &Piece| {
-        with_scratch(piece.0.len() * piece.1.len(), |g| {
-            formed.form(g, piece);
-            g.iter().map(|v| (*v as f64).powi(2)).sum()
+    let parts: Vec<f64> = formed.each_piece(|pieces| {
+        with_scratch(PIECE_ROWS * PIECE_COLUMNS, |g| {
+            let squares = pieces.map(|piece| {
+                formed.form(g, &piece);
+                let formed = &g[..piece.0.len() * piece.1.len()];
+                formed.iter().map(|v| (*v as f64).powi(2)).sum::<f64>()
+            });
+            squares.sum()
         })
-    };
-    let parts: Vec<f64> = formed.pieces().par_iter().map(squares).collect();
+    });
     parts.iter().sum::<f64>().sqrt() as f32
 }
 
