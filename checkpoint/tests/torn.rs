@@ -280,28 +280,33 @@ fn a_sector_that_is_neither_old_nor_new_is_named_and_the_journal_kept() {
         let (name, torn) =
             files(scene.path()).into_iter().find(|(name, _)| name.to_string_lossy().contains("model")).unwrap();
         let (shard, kept) = (scene.path().join(&name), fs::read(journal(scene.path())).unwrap());
-        let mut bad = torn.clone();
-        bad[600_000] ^= 1;
-        fs::write(&shard, &bad).unwrap();
-        let error = Checkpoint::open_with(scene.path(), options()).unwrap_err();
-        let said = error.to_string();
-        match error {
-            Error::Foreign { path, tensor, offset, previous: 1, generation: 2 } => {
-                assert_eq!((path, tensor), (shard.clone(), scene.two.tensors[0].name.clone()));
-                assert_eq!(offset, 600_000 / 512 * 512);
-                assert!(said.contains("byte 599552 of the file"), "{said}");
-            }
-            other => panic!("{other}"),
-        }
-        assert!(fs::read(journal(scene.path())).unwrap() == kept);
-        assert_eq!(fs::read(&shard).unwrap()[600_000], bad[600_000]);
-        // The file of either generation is put back, as the error says.
-        for back in [&torn, &scene.files[&name]] {
+        // In the first tensor of the file, and in the last one that is trained.
+        let last = if sharded { (1, torn.len() - 1000) } else { (4, torn.len() - scene.two.bytes[5].len() - 100) };
+        for (wanted, at) in [(0, 600_000), last] {
             fs::write(journal(scene.path()), &kept).unwrap();
-            fs::write(&shard, back).unwrap();
-            let (checkpoint, recovery) = open(scene.path());
-            assert!(matches!(recovery, Recovery::Undone { generation: 1, .. }), "{recovery}");
-            assert_files_are(&checkpoint, &scene.one);
+            let mut bad = torn.clone();
+            bad[at] ^= 1;
+            fs::write(&shard, &bad).unwrap();
+            let error = Checkpoint::open_with(scene.path(), options()).unwrap_err();
+            let said = error.to_string();
+            match error {
+                Error::Foreign { path, tensor, offset, previous: 1, generation: 2 } => {
+                    assert_eq!((path, tensor), (shard.clone(), scene.two.tensors[wanted].name.clone()));
+                    assert_eq!(offset, at as u64 / 512 * 512);
+                    assert!(said.contains(&format!("byte {offset} of the file")), "{said}");
+                }
+                other => panic!("{other}"),
+            }
+            assert!(fs::read(journal(scene.path())).unwrap() == kept);
+            assert_eq!(fs::read(&shard).unwrap()[at], bad[at]);
+            // The file of either generation is put back, as the error says.
+            for back in [&torn, &scene.files[&name]] {
+                fs::write(journal(scene.path()), &kept).unwrap();
+                fs::write(&shard, back).unwrap();
+                let (checkpoint, recovery) = open(scene.path());
+                assert!(matches!(recovery, Recovery::Undone { generation: 1, .. }), "{recovery}");
+                assert_files_are(&checkpoint, &scene.one);
+            }
         }
     }
 }
