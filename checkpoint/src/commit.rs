@@ -26,7 +26,7 @@ pub struct SyncReport {
     pub blocks_total: u64,
     /// Blocks that differed.
     pub blocks_changed: u64,
-    /// Length of the journal, which is the delta in the history from now on.
+    /// Length of the journal, which is the delta in the history from now on, without the generation at its end.
     pub bytes_journal: u64,
     /// Bytes written into the shards.
     pub bytes_written: u64,

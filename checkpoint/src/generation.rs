@@ -115,7 +115,7 @@ pub struct Generation {
     pub blocks_total: u64,
     /// Those that differed.
     pub blocks_changed: u64,
-    /// Length of the journal.
+    /// Length of the journal up to the frame that holds this document.
     pub journal_bytes: u64,
     /// Bytes written into the shards.
     pub written_bytes: u64,

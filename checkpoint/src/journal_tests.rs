@@ -55,10 +55,39 @@ fn a_journal_cut_anywhere_is_torn() {
     scan(&disk, &path, &whole).unwrap();
     for n in 0..whole.len() {
         let read = scan(&disk, &path, &whole[..n]);
-        assert!(matches!(read, Err(Error::Torn { .. })), "cut at {n}: {read:?}");
+        match read {
+            // What is read at once: the body of a frame as far as it goes, and beside it 32 bytes at the most.
+            Err(Error::Torn { byte, .. }) => assert!(n as u64 - byte < 32, "cut at {n}: torn at byte {byte}"),
+            read => panic!("cut at {n}: {read:?}"),
+        }
     }
     let read = scan(&disk, &path, &[&whole[..], &[0]].concat());
     assert!(matches!(read, Err(Error::Torn { .. })), "one byte more: {read:?}");
+}
+
+#[test]
+fn what_is_torn_says_where_and_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let (disk, path) = (Disk::real(), dir.path().join("journal"));
+    let whole = journal(&disk, &path);
+    let head = 16 + u32::from_le_bytes(*whole[12..].first_chunk().unwrap()) as usize;
+    let long = |body: u32| [&whole[..12], &body.to_le_bytes()].concat();
+    let mut flipped = whole.clone();
+    flipped[head] ^= 1;
+    for (bytes, at, why) in [
+        (whole[..5].to_vec(), 0, "it ends too early"),
+        (whole[1..].to_vec(), 8, "it does not begin as a journal"),
+        (long(BODY_MAX + 1), 16, "a frame is longer than a frame can be"),
+        (long(BODY_MAX), 16, "it ends inside a frame"),
+        (whole[..head - 3].to_vec(), head - 3, "it ends inside a frame"),
+        (whole[..head + 7].to_vec(), head, "it ends too early"),
+        (flipped, head + 8, "a frame does not match its checksum"),
+    ] {
+        match scan(&disk, &path, &bytes) {
+            Err(Error::Torn { byte, reason, .. }) => assert_eq!((byte, reason.as_str()), (at as u64, why)),
+            other => panic!("{why}: {other:?}"),
+        }
+    }
 }
 
 #[test]

@@ -243,3 +243,7 @@ pub(crate) fn same_files(paths: &Paths, layout: &Layout, current: &Generation) -
     }
     Ok(())
 }
+
+#[cfg(test)]
+#[path = "recover_tests.rs"]
+mod tests;

@@ -137,6 +137,26 @@ fn files_that_were_replaced_are_refused_at_open_and_at_sync() {
 }
 
 #[test]
+fn a_header_of_the_same_length_that_is_another_one_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    make_model(dir.path(), false, 8, 9);
+    drop(Checkpoint::open(dir.path()).unwrap());
+    let shard = dir.path().join("model.safetensors");
+    let good = fs::read(&shard).unwrap();
+    // Its last byte: of the same meaning, and yet not the file that was recorded.
+    let mut other = good.clone();
+    let last = 8 + u64::from_le_bytes(*good.first_chunk().unwrap()) as usize - 1;
+    assert_eq!(good[last], b' ');
+    other[last] = b'\n';
+    fs::write(&shard, other).unwrap();
+    let error = Checkpoint::open(dir.path()).unwrap_err();
+    assert!(matches!(error, Error::Replaced { generation: 0, .. }), "{error}");
+    assert!(error.to_string().contains("its header is another one"), "{error}");
+    fs::write(&shard, good).unwrap();
+    Checkpoint::open(dir.path()).unwrap();
+}
+
+#[test]
 fn an_index_cannot_lead_out_of_the_directory() {
     let dir = tempfile::tempdir().unwrap();
     let index = r#"{"weight_map": {"a": "../other.safetensors"}}"#;

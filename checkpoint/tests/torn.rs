@@ -4,6 +4,7 @@ mod common;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -279,28 +280,33 @@ fn a_sector_that_is_neither_old_nor_new_is_named_and_the_journal_kept() {
         let (name, torn) =
             files(scene.path()).into_iter().find(|(name, _)| name.to_string_lossy().contains("model")).unwrap();
         let (shard, kept) = (scene.path().join(&name), fs::read(journal(scene.path())).unwrap());
-        let mut bad = torn.clone();
-        bad[600_000] ^= 1;
-        fs::write(&shard, &bad).unwrap();
-        let error = Checkpoint::open_with(scene.path(), options()).unwrap_err();
-        let said = error.to_string();
-        match error {
-            Error::Foreign { path, tensor, offset, previous: 1, generation: 2 } => {
-                assert_eq!((path, tensor), (shard.clone(), scene.two.tensors[0].name.clone()));
-                assert_eq!(offset, 600_000 / 512 * 512);
-                assert!(said.contains("byte 599552 of the file"), "{said}");
-            }
-            other => panic!("{other}"),
-        }
-        assert!(fs::read(journal(scene.path())).unwrap() == kept);
-        assert_eq!(fs::read(&shard).unwrap()[600_000], bad[600_000]);
-        // The file of either generation is put back, as the error says.
-        for back in [&torn, &scene.files[&name]] {
+        // In the first tensor of the file, and in the last one that is trained.
+        let last = if sharded { (1, torn.len() - 1000) } else { (4, torn.len() - scene.two.bytes[5].len() - 100) };
+        for (wanted, at) in [(0, 600_000), last] {
             fs::write(journal(scene.path()), &kept).unwrap();
-            fs::write(&shard, back).unwrap();
-            let (checkpoint, recovery) = open(scene.path());
-            assert!(matches!(recovery, Recovery::Undone { generation: 1, .. }), "{recovery}");
-            assert_files_are(&checkpoint, &scene.one);
+            let mut bad = torn.clone();
+            bad[at] ^= 1;
+            fs::write(&shard, &bad).unwrap();
+            let error = Checkpoint::open_with(scene.path(), options()).unwrap_err();
+            let said = error.to_string();
+            match error {
+                Error::Foreign { path, tensor, offset, previous: 1, generation: 2 } => {
+                    assert_eq!((path, tensor), (shard.clone(), scene.two.tensors[wanted].name.clone()));
+                    assert_eq!(offset, at as u64 / 512 * 512);
+                    assert!(said.contains(&format!("byte {offset} of the file")), "{said}");
+                }
+                other => panic!("{other}"),
+            }
+            assert!(fs::read(journal(scene.path())).unwrap() == kept);
+            assert_eq!(fs::read(&shard).unwrap()[at], bad[at]);
+            // The file of either generation is put back, as the error says.
+            for back in [&torn, &scene.files[&name]] {
+                fs::write(journal(scene.path()), &kept).unwrap();
+                fs::write(&shard, back).unwrap();
+                let (checkpoint, recovery) = open(scene.path());
+                assert!(matches!(recovery, Recovery::Undone { generation: 1, .. }), "{recovery}");
+                assert_files_are(&checkpoint, &scene.one);
+            }
         }
     }
 }
@@ -417,4 +423,56 @@ fn recovery_writes_also_what_reads_as_old() {
     let (_, recovery) = open(scene.path());
     assert!(matches!(recovery, Recovery::Undone { generation: 1, .. }), "{recovery}");
     assert!(modified() > before && fs::read(&shard).unwrap() == scene.files[Path::new("model.safetensors")]);
+}
+
+/// It is not the end of a journal that was cut short, which could be removed.
+#[test]
+fn an_error_of_the_disk_while_a_journal_is_read_ends_the_open_and_changes_nothing() {
+    for published in [false, true] {
+        let scene = Scene::new(true, 130);
+        match published {
+            true => scene.published(),
+            false => scene.journalled(),
+        }
+        let before = tree(scene.path());
+        let storage = Failing::new();
+        storage.fail(Operation::Read, "journal", EIO);
+        let error = Checkpoint::open_on(storage.clone(), scene.path(), options()).unwrap_err();
+        assert!(matches!(error, Error::Io { .. }) && error.to_string().contains("journal"), "{error}");
+        let lock = Path::new(".apollod/lock");
+        let after = tree(scene.path());
+        assert!(before.iter().filter(|(name, _)| *name != lock).eq(after.iter().filter(|(name, _)| *name != lock)));
+        storage.mend();
+        drop(Checkpoint::open_on(storage, scene.path(), options()).unwrap());
+        assert_files_are(&open(scene.path()).0, if published { &scene.two } else { &scene.one });
+    }
+}
+
+/// The handle knows how many records it has begun to write, and must find as many to take back.
+#[test]
+fn a_journal_damaged_while_its_blocks_are_written_is_not_taken_for_undone() {
+    let scene = Scene::new(true, 140);
+    let storage = Failing::new();
+    let small = Options { segment: 1, ..options() };
+    let (mut checkpoint, _) = Checkpoint::open_on(storage.clone(), scene.path(), small).unwrap();
+    storage.fail(Operation::Create, "sums/2", EIO);
+    // In the first record, behind the head.
+    let damage = || {
+        let file = fs::OpenOptions::new().read(true).write(true).open(journal(scene.path())).unwrap();
+        let mut head = [0; 4];
+        file.read_exact_at(&mut head, 12).unwrap();
+        file.write_all_at(b"damage", 16 + u64::from(u32::from_le_bytes(head)) + 30).unwrap();
+    };
+    let mut write = |out: &mut dyn std::io::Write| out.write_all(&state_of(2));
+    let mut report = |_, _| {
+        if files(scene.path()) != scene.files {
+            damage();
+        }
+    };
+    let error = checkpoint.sync(&scene.two, &mut write, progress(2), &mut report).unwrap_err();
+    assert!(matches!(error, Error::Interrupted { generation: 2, .. }), "{error}");
+    assert!(checkpoint.unusable().is_some() && journal(scene.path()).exists());
+    drop(checkpoint);
+    storage.mend();
+    assert_stranded(scene.path());
 }

@@ -228,6 +228,7 @@ pub fn in_parallel<Job: Send>(jobs: Vec<Job>, run: impl Fn(Job) -> Result<(), St
 }
 
 /// For tests of one step: the image, the history, and what they are after it.
+#[derive(Clone)]
 pub struct Scene {
     pub history: History,
     pub image: Image,

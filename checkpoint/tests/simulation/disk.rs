@@ -25,9 +25,12 @@ pub enum Fault {
     Read,
     /// EROFS for every change from here on.
     ReadOnly,
+    /// The process ends at a barrier: nothing that it does from here on reaches the disk.
+    Death,
 }
 
 impl Fault {
+    /// Those that the process outlives.
     pub const ALL: [Fault; 5] = [Fault::NoSpace, Fault::Write, Fault::Sync, Fault::Read, Fault::ReadOnly];
 }
 
@@ -149,8 +152,24 @@ impl State {
         }
     }
 
+    /// The process has come to the barrier at which it ends.
+    fn dead(&self) -> bool {
+        self.faults.fail.is_some_and(|(what, after)| what == Fault::Death && self.seen > after)
+    }
+
+    /// The errors of a barrier that the process does not live to see.
+    fn may_sync(&mut self) -> io::Result<()> {
+        match self.hits(Fault::Death, true) {
+            true => Err(errno(EIO)),
+            false => Ok(()),
+        }
+    }
+
     /// The errors of an operation that changes something; `grows` if it needs room.
     fn may_change(&mut self, grows: bool) -> io::Result<()> {
+        if self.dead() {
+            return Err(errno(EIO));
+        }
         if self.hits(Fault::ReadOnly, true) {
             return Err(errno(EROFS));
         }
@@ -193,6 +212,9 @@ impl Storage for SimulatedDisk {
             }
             None => return Err(errno(ENOENT)),
         };
+        if how == Open::Create && state.dead() {
+            return Err(errno(EIO));
+        }
         // A file system that is read-only refuses it when it is opened.
         if how != Open::Read && state.hits(Fault::ReadOnly, true) {
             return Err(errno(EROFS));
@@ -265,6 +287,7 @@ impl Storage for SimulatedDisk {
         if state.medium.node(dir) != Some(Node::Dir) {
             return Err(errno(ENOENT));
         }
+        state.may_sync()?;
         if state.hits(Fault::Sync, false) {
             state.apply(Op::SyncDirFailed { dir: dir.into() });
             return Err(errno(EIO));
@@ -334,6 +357,7 @@ impl StorageFile for SimulatedFile {
     fn sync(&self) -> io::Result<()> {
         let mut state = self.disk.state();
         let (file, path) = (self.file, self.path.clone());
+        state.may_sync()?;
         if state.hits(Fault::Sync, false) {
             state.apply(Op::SyncFailed { file, path });
             return Err(errno(EIO));

@@ -7,10 +7,10 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use checkpoint::Error;
+use checkpoint::{Checkpoint, Error};
 
 use crate::check::{Outcomes, Scene, each_position, in_parallel, report, without_lock};
-use crate::disk::SimulatedDisk;
+use crate::disk::{Fault, Faults, SimulatedDisk};
 use crate::image::Image;
 use crate::medium::{Medium, Op};
 use crate::states::{self, Plan, Tears};
@@ -75,13 +75,12 @@ pub fn exhaust(
     scene: &Scene,
     warm: &[Step],
     step: Step,
-    (once, twice): (Plan, Plan),
+    plans: (Plan, Plan),
     keep: &dyn Fn(&Op) -> bool,
 ) -> Result<Count, String> {
-    let (mut history, world) = (scene.history.clone(), &scene.history.world);
+    let mut history = scene.history.clone();
     let disk = SimulatedDisk::recording(&scene.image);
-    let done = |disk: &SimulatedDisk| disk.log().iter().filter(|op| keep(op)).count();
-    let mut checkpoint = world.open(&disk).map_err(|error| error.to_string())?;
+    let mut checkpoint = history.world.open(&disk).map_err(|error| error.to_string())?;
     for step in warm {
         match history.run(&mut checkpoint, *step) {
             Ok(()) => history.next(*step).into_iter().for_each(|next| history.advance(next)),
@@ -90,9 +89,30 @@ pub fn exhaust(
             Err(error) => return Err(error.to_string()),
         }
     }
+    exhaust_from(Handle { history, disk, checkpoint, fresh: warm.is_empty() }, &scene.image, step, plans, keep)
+}
+
+/// A handle that may have done something already, on a disk that was recorded meanwhile.
+struct Handle {
+    history: History,
+    disk: SimulatedDisk,
+    checkpoint: Checkpoint,
+    /// It has only been opened, and that may crash too.
+    fresh: bool,
+}
+
+/// [`exhaust`] from what a handle has done; `image` is what its disk was before all of it.
+fn exhaust_from(
+    handle: Handle,
+    image: &Image,
+    step: Step,
+    (once, twice): (Plan, Plan),
+    keep: &dyn Fn(&Op) -> bool,
+) -> Result<Count, String> {
+    let Handle { history, disk, mut checkpoint, fresh } = handle;
     let opened = disk.live();
-    let started = done(&disk);
-    let began = if warm.is_empty() { 0 } else { started };
+    let started = disk.log().iter().filter(|op| keep(op)).count();
+    let began = if fresh { 0 } else { started };
     history.run(&mut checkpoint, step).map_err(|error| error.to_string())?;
     drop(checkpoint);
     let mut outcomes = Outcomes::new(&history, step, &opened, Some(&disk.live()));
@@ -103,7 +123,7 @@ pub fn exhaust(
     }
     let mut expanded = BTreeSet::new();
     let mut count = Count::default();
-    each_position(Medium::new(&scene.image, true), &log, began, &mut |position, medium| {
+    each_position(Medium::new(image, true), &log, began, &mut |position, medium| {
         let (may_be_old, may_be_new) = (position < log.len(), position > started);
         let choices = without_lock(medium.choices(), medium);
         let mut failed = None;
@@ -120,7 +140,7 @@ pub fn exhaust(
                 let (is, disk) = outcomes.recover(&image, worth)?;
                 count.once += u64::from(outcomes.visited.insert(hash, is).is_none());
                 expect(is, old, new, may_be_old, may_be_new)?;
-                if !worth {
+                if !worth || twice.limit == 0 {
                     return Ok(());
                 }
                 expanded.insert(hash);
@@ -234,6 +254,48 @@ fn a_step_by_a_used_handle_leaves_one_whole_generation() {
     }
     let (once, twice) = (Plan { limit: 64, tears: Tears::None }, Plan { limit: 1, tears: Tears::None });
     visit_all(jobs, (once, twice));
+}
+
+/// A process may end where the machine goes on: the next one sees names that no barrier has made certain.
+#[test]
+fn a_step_after_a_process_that_ended_at_a_barrier_leaves_one_whole_generation() {
+    // No second crash.
+    let plans = (Plan { limit: 16, tears: Tears::None }, Plan { limit: 0, tears: Tears::None });
+    let (_, shape) = shapes().swap_remove(0);
+    let [_, sync, .., adopt] = STEPS;
+    let jobs = vec![(sync, Step::Sync(1)), (sync, Step::Adopt), (adopt, Step::Adopt)];
+    let (began, total) = (Instant::now(), std::sync::Mutex::new(0));
+    let run = |((what, before, step), then): ((&str, &[Step], Step), Step)| {
+        let scene = scene(1, shape.clone(), before, step);
+        for barriers in 0.. {
+            let context = |error: String| format!("{then:?} after {what} that ended at barrier {barriers}: {error}");
+            let Some(handle) = after_death(&scene, step, barriers).map_err(context)? else { return Ok(()) };
+            let count = exhaust_from(handle, &scene.image, then, plans, &|_| true).map_err(context)?;
+            *total.lock().unwrap() += count.once;
+        }
+        Ok(())
+    };
+    if let Err(error) = in_parallel(jobs, run) {
+        panic!("{error}");
+    }
+    println!("{} states, {:.1?}", total.into_inner().unwrap(), began.elapsed());
+}
+
+/// The handle of a process that came after one which ended at this barrier of the step; none if the step has fewer.
+fn after_death(scene: &Scene, step: Step, barriers: u64) -> Result<Option<Handle>, String> {
+    let Scene { mut history, image } = scene.clone();
+    let disk = SimulatedDisk::recording(&image);
+    let death = Faults { short: None, fail: Some((Fault::Death, barriers)) };
+    disk.set_faults(death);
+    let died = history.world.open(&disk).and_then(|mut checkpoint| history.run(&mut checkpoint, step));
+    disk.set_faults(Faults::default());
+    if died.is_ok() {
+        return Ok(None);
+    }
+    let checkpoint = history.world.open(&disk).map_err(|error| format!("open: {error}"))?;
+    let next = history.next(step).filter(|next| next.generation == checkpoint.current().generation);
+    next.into_iter().for_each(|next| history.advance(next));
+    Ok(Some(Handle { history, disk, checkpoint, fresh: false }))
 }
 
 /// Model, step in words, scene, steps by the same handle before it, step.
