@@ -2,7 +2,7 @@
 //!
 //! Another process reads these bytes while we write them (HOGWILD). Rust has no data race there as
 //! long as we touch them by atomics, vector intrinsics or raw copies that the compiler cannot assume
-//! anything about; that is what [`load`] and [`store`] are for, and nothing else in this crate
+//! anything about; that is what [`load`], [`store`] and `widen_avx2` are for, and nothing else in this crate
 //! dereferences a foreign pointer. An element is written whole: a reader sees its old or its new
 //! value, never half of each (naturally aligned stores of 2 and 4 bytes, and vector stores, which
 //! x86 and Arm split at element boundaries at worst).
@@ -34,13 +34,13 @@ pub struct Weight {
     _owner: Arc<dyn Send + Sync>,
 }
 
-/// Memory of a weight that no server holds; zeroed, and only touched through [`load`] and [`store`].
+/// Memory of a weight that no server holds; zeroed, and only touched by [`load`], [`store`] and `widen_avx2`.
 struct Memory(Box<[UnsafeCell<u32>]>);
 
-// SAFETY: the cells are only accessed through `load` and `store`, which are valid from any thread.
+// SAFETY: the cells are only accessed by `load`, `store` and `widen_avx2`, which are valid from any thread.
 unsafe impl Sync for Memory {}
 
-// SAFETY: the pointer is only ever dereferenced by `load` and `store`, whose accesses are valid
+// SAFETY: the pointer is only ever dereferenced by `load`, `store` and `widen_avx2`, whose accesses are valid
 // from any thread; `Weight::new` makes its caller promise that the memory outlives the value.
 unsafe impl Send for Weight {}
 // SAFETY: as above.

@@ -1,8 +1,8 @@
 //! The CPU backend: f32 activations in ordinary memory, foreign weights read where they lie.
 //!
 //! Operations run on the rayon pool of the caller; [`Device::run`] provides one of a chosen size.
-//! Results depend on the shapes and on the instruction set that `gemm` picks, not on the number of
-//! threads: every parallel operation cuts its work into blocks by shape and reduces in order.
+//! Results depend on the shapes and on the instruction set, not on the number of threads: sums are taken in an
+//! order that the shapes give, or, in the products of `kernel`, in an order that no cut changes.
 
 mod attention;
 mod buffer;

@@ -340,6 +340,8 @@ pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
             });
         },
     );
+    // As large as the factors, which are packed once more below.
+    drop((big, q));
     let step = write.step * factor;
     let formed = match c.scale_type {
         ScaleType::Tensor => Formed::new(f, step * s[0], None),
