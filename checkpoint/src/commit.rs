@@ -252,24 +252,14 @@ pub(crate) fn record_files(
     let sums_blake3 = write_sums(disk, paths, number, &block_sums)?;
     let created_unix = disk.now_unix();
     let generation = Generation {
-        version: VERSION,
-        generation: number,
-        previous: None,
-        rollback_of: None,
         created_unix,
         created: rfc3339(created_unix),
         progress,
-        blocks_total: 0,
-        blocks_changed: 0,
-        journal_bytes: 0,
-        written_bytes: 0,
-        ratio: 0.0,
-        state: None,
         sums_blake3,
         shards: layout.shards.iter().map(shard_sum).collect(),
         tensors,
-        seal: String::new(),
         restorable: true,
+        ..Generation::empty(number)
     };
     publish(disk, paths, &generation)?;
     Ok(generation)

@@ -137,6 +137,30 @@ pub struct Generation {
 }
 
 impl Generation {
+    /// One without a state, tensors or files, written by nobody.
+    pub(crate) fn empty(number: u64) -> Generation {
+        Generation {
+            version: VERSION,
+            generation: number,
+            previous: None,
+            rollback_of: None,
+            created_unix: 0,
+            created: String::new(),
+            progress: Progress::default(),
+            blocks_total: 0,
+            blocks_changed: 0,
+            journal_bytes: 0,
+            written_bytes: 0,
+            ratio: 0.0,
+            state: None,
+            sums_blake3: String::new(),
+            shards: Vec::new(),
+            tensors: Vec::new(),
+            seal: String::new(),
+            restorable: false,
+        }
+    }
+
     /// The document's bytes, sealed anew.
     pub(crate) fn to_json(&self) -> Vec<u8> {
         let mut sealed = self.clone();

@@ -1,31 +1,13 @@
 //! Tests of reading damaged journals and documents.
 
 use super::*;
-use crate::generation::{Progress, VERSION};
+use crate::generation::Progress;
 use crate::piece::{BlockSet, CHUNK, Piece};
 use crate::record::Encoder;
 
 fn generation(number: u64) -> Generation {
-    Generation {
-        version: VERSION,
-        generation: number,
-        previous: Some(0),
-        rollback_of: None,
-        created_unix: 0,
-        created: String::new(),
-        progress: Progress { loss: Some(0.1), ..Progress::default() },
-        blocks_total: 0,
-        blocks_changed: 0,
-        journal_bytes: 0,
-        written_bytes: 0,
-        ratio: 0.1,
-        state: None,
-        sums_blake3: String::new(),
-        shards: Vec::new(),
-        tensors: Vec::new(),
-        seal: String::new(),
-        restorable: false,
-    }
+    let progress = Progress { loss: Some(0.1), ..Progress::default() };
+    Generation { previous: Some(0), progress, ratio: 0.1, ..Generation::empty(number) }
 }
 
 /// A journal of two records.

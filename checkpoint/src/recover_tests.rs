@@ -1,7 +1,6 @@
 //! Tests of what a journal must say of itself before anything of it is believed.
 
 use super::*;
-use crate::generation::VERSION;
 use crate::journal::{Head, Writer};
 
 /// A generation of these files.
@@ -12,26 +11,7 @@ fn generation(number: u64, files: &[(&str, u64)]) -> Generation {
         header_bytes: 0,
         header_blake3: String::new(),
     };
-    Generation {
-        version: VERSION,
-        generation: number,
-        previous: None,
-        rollback_of: None,
-        created_unix: 0,
-        created: String::new(),
-        progress: Progress::default(),
-        blocks_total: 0,
-        blocks_changed: 0,
-        journal_bytes: 0,
-        written_bytes: 0,
-        ratio: 0.0,
-        state: None,
-        sums_blake3: String::new(),
-        shards: files.iter().map(shard).collect(),
-        tensors: Vec::new(),
-        seal: String::new(),
-        restorable: false,
-    }
+    Generation { shards: files.iter().map(shard).collect(), ..Generation::empty(number) }
 }
 
 #[test]
