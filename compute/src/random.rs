@@ -10,7 +10,7 @@ use crate::cpu::simd::multiversion;
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
-/// Blocks computed side by side; fixes the order in which 16-bit numbers are handed out.
+/// Blocks whose halves are handed out side by side: the order of the 16-bit numbers.
 const LANES: usize = 16;
 /// 16-bit numbers in [`LANES`] blocks.
 const GROUP: usize = LANES * 8;

@@ -12,6 +12,8 @@ use std::sync::Mutex;
 const KEPT: usize = 16 << 20;
 /// Buffers that are shorter are left to the allocator.
 const SHORT: usize = 1 << 10;
+/// Zeros that are longer are not written.
+const LONG: usize = 1 << 18;
 
 /// Memory of dropped buffers, by its length.
 #[derive(Default)]
@@ -32,9 +34,7 @@ pub struct Buffer {
 impl Buffer {
     /// `len` elements of unspecified content.
     pub(crate) fn uninit(len: usize) -> Buffer {
-        let class = class(len);
-        let used = FREE.lock().expect("no holder panics").take(class);
-        let mut buffer = Buffer { block: used.unwrap_or_else(|| vec![0.0; class]), len };
+        let mut buffer = Buffer { block: Buffer::block(len), len };
         if cfg!(debug_assertions) {
             // Tests find who relies on what is there.
             buffer.fill(f32::NAN);
@@ -42,9 +42,19 @@ impl Buffer {
         buffer
     }
 
-    /// `len` zeros. Long ones are fresh memory, whose pages do not exist before they are written.
+    fn block(len: usize) -> Vec<f32> {
+        if len < SHORT {
+            return vec![0.0; len];
+        }
+        let class = class(len);
+        let kept = FREE.lock().expect("no holder panics").take(class);
+        // What made room is returned to the system here, with the lock open.
+        kept.unwrap_or_else(|_made_room| vec![0.0; class])
+    }
+
+    /// `len` zeros. Long ones, which are moments, are fresh memory: its pages do not exist before they are written.
     pub(crate) fn zeros(len: usize) -> Buffer {
-        if len > KEPT / 64 {
+        if len > LONG {
             return vec![0.0; len].into();
         }
         let mut buffer = Buffer::uninit(len);
@@ -54,18 +64,40 @@ impl Buffer {
 }
 
 impl Free {
-    fn take(&mut self, class: usize) -> Option<Vec<f32>> {
-        let block = self.blocks.get_mut(&class)?.pop()?;
-        self.elements -= class;
-        Some(block)
+    /// A block of this length, or else what has to go for a new one, the longest first: kept memory that nobody asks for
+    /// does not stand beside what is in use.
+    fn take(&mut self, class: usize) -> Result<Vec<f32>, Vec<Vec<f32>>> {
+        if let Some(block) = self.pop(class) {
+            return Ok(block);
+        }
+        let (mut gone, mut room) = (Vec::new(), 0);
+        while room < class {
+            let Some(longest) = self.blocks.last_key_value().map(|(len, _)| *len) else { break };
+            gone.extend(self.pop(longest));
+            room += longest;
+        }
+        Err(gone)
     }
 
-    fn give_back(&mut self, block: Vec<f32>) {
-        let len = block.len();
-        if len >= SHORT && len == class(len) && self.elements + len <= KEPT {
-            self.elements += len;
-            self.blocks.entry(len).or_default().push(block);
+    fn pop(&mut self, class: usize) -> Option<Vec<f32>> {
+        let blocks = self.blocks.get_mut(&class)?;
+        let block = blocks.pop();
+        if blocks.is_empty() {
+            self.blocks.remove(&class);
         }
+        self.elements -= class;
+        block
+    }
+
+    /// Keeps a block, or gives it back.
+    fn keep(&mut self, block: Vec<f32>) -> Option<Vec<f32>> {
+        let len = block.len();
+        if len != class(len) || self.elements + len > KEPT {
+            return Some(block);
+        }
+        self.elements += len;
+        self.blocks.entry(len).or_default().push(block);
+        None
     }
 }
 
@@ -77,8 +109,10 @@ fn class(len: usize) -> usize {
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        if let Ok(mut free) = FREE.lock() {
-            free.give_back(std::mem::take(&mut self.block));
+        let block = std::mem::take(&mut self.block);
+        if block.len() >= SHORT {
+            // What is not kept is returned to the system after the lock.
+            let _not_kept = FREE.lock().expect("no holder panics").keep(block);
         }
     }
 }
@@ -149,14 +183,19 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_has_a_bound() {
+    fn what_is_kept_has_a_bound_and_makes_room() {
+        const LEN: usize = 1 << 20;
         let mut free = Free::default();
-        (0..200).for_each(|_| free.give_back(vec![0.0; 1 << 20]));
-        assert_eq!(free.elements, KEPT);
+        let refused = (0..200).filter_map(|_| free.keep(vec![0.0; LEN])).count();
+        assert_eq!((free.elements, refused), (KEPT, 200 - KEPT / LEN));
+        assert_eq!(free.take(LEN).map(|block| block.len()).ok(), Some(LEN));
+        assert!(free.keep(vec![0.0; LEN / 2]).is_none());
+        // Another length: the longest go for it, as many as it takes.
+        let gone = free.take(2 * LEN + LEN / 8 * 2).expect_err("there is none");
+        assert_eq!(gone.iter().map(Vec::len).collect::<Vec<_>>(), [LEN; 3]);
         let kept = free.blocks.values().flatten().map(Vec::len).sum::<usize>();
-        assert_eq!(kept, KEPT);
-        assert_eq!(free.take(1 << 20).map(|block| block.len()), Some(1 << 20));
-        assert_eq!(free.elements, KEPT - (1 << 20));
+        assert_eq!((kept, free.elements), (KEPT - 4 * LEN + LEN / 2, kept));
+        assert!(free.take(KEPT).is_err() && free.elements == 0, "all of it, and no more is asked");
     }
 
     #[test]

@@ -207,7 +207,8 @@ impl Weight {
 
     /// Runs `part(address, range)` for what lies together of the `len` elements of row `row` from column `col` on.
     fn parts(&self, row: usize, col: usize, len: usize, mut part: impl FnMut(NonNull<u8>, Range<usize>)) {
-        assert!(row < self.rows && col + len <= self.cols, "({row},{col}+{len}) outside ({},{})", self.rows, self.cols);
+        let inside = row < self.rows && col <= self.cols && len <= self.cols - col;
+        assert!(inside, "({row},{col}+{len}) outside ({},{})", self.rows, self.cols);
         // SAFETY: inside the rows·cols elements promised to `new`, as asserted above and because the order maps
         // rows to rows.
         let at = |element: usize| unsafe { self.data.add(element * self.dtype.size()) };
@@ -221,26 +222,22 @@ impl Weight {
 
     /// Row `row` from column `col` on as f32.
     pub fn read(&self, row: usize, col: usize, out: &mut [f32]) {
-        self.parts(row, col, out.len(), |base, range| self.read_part(base, &mut out[range]));
+        self.parts(row, col, out.len(), |base, range| {
+            let len = range.len();
+            self.read_part(base, len, &mut out[range], len, len);
+        });
     }
 
-    /// `len` elements of row `row` from column `col` on as f32, in pieces of `piece`, of which piece i goes to `out[i * step..]`.
-    pub fn read_pieces(&self, row: usize, col: usize, len: usize, out: &mut [f32], piece: usize, step: usize) {
-        assert!(len == 0 || (len - 1) / piece * step + (len - 1) % piece < out.len() && piece <= step);
-        #[cfg(target_arch = "x86_64")]
-        if self.dtype == Dtype::BF16 && self.rows > 1 && is_x86_feature_detected!("avx2") {
-            // SAFETY: avx2 was detected; a matrix's row lies together, and `out` holds the pieces, as asserted.
-            self.parts(row, col, len, |base, _| unsafe { widen_avx2(base, len, out.as_mut_ptr(), piece, step) });
-            return;
-        }
-        for (i, first) in (0..len).step_by(piece).enumerate() {
-            self.read(row, col + first, &mut out[i * step..][..piece.min(len - first)]);
-        }
+    /// `len` elements of row `row` of a matrix from column `col` on as f32, in pieces of `piece`, of which piece i goes to
+    /// `out[i * step..]`.
+    pub(super) fn read_pieces(&self, row: usize, col: usize, len: usize, out: &mut [f32], piece: usize, step: usize) {
+        assert!(self.rows > 1 || self.order == RowOrder::AsFiles, "a vector's elements may lie anywhere");
+        self.parts(row, col, len, |base, _| self.read_part(base, len, out, piece, step));
     }
 
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
-    pub fn prefetch(&self, row: usize, col: usize, len: usize) {
+    pub(super) fn prefetch(&self, row: usize, col: usize, len: usize) {
         #[cfg(target_arch = "x86_64")]
         if row < self.rows {
             use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
@@ -254,17 +251,29 @@ impl Weight {
         }
     }
 
+    /// `base` is in the weight, and so are the `len` elements from there.
+    fn read_part(&self, base: NonNull<u8>, len: usize, out: &mut [f32], piece: usize, step: usize) {
+        let Some(last) = len.checked_sub(1) else { return };
+        let end = (last / piece).checked_mul(step).and_then(|at| at.checked_add(last % piece));
+        assert!(end.is_some_and(|end| end < out.len()), "{len} elements in pieces of {piece} outside {}", out.len());
+        #[cfg(target_arch = "x86_64")]
+        if self.dtype == Dtype::BF16 && is_x86_feature_detected!("avx2") {
+            // SAFETY: avx2 was detected; the caller's range; `out` holds the last element of the last piece, as asserted.
+            return unsafe { widen_avx2(base, len, out.as_mut_ptr(), piece, step) };
+        }
+        for (i, first) in (0..len).step_by(piece).enumerate() {
+            // SAFETY: first < len.
+            let base = unsafe { base.add(first * self.dtype.size()) };
+            self.widen(base, &mut out[i * step..][..piece.min(len - first)]);
+        }
+    }
+
     /// `base` is in the weight, and so are the elements of `out` from there.
-    fn read_part(&self, base: NonNull<u8>, out: &mut [f32]) {
+    fn widen(&self, base: NonNull<u8>, out: &mut [f32]) {
         if self.dtype == Dtype::F32 {
             // SAFETY: the caller's range; f32 is 4 bytes without padding.
             unsafe { load::<u32>(base, bits_mut(out)) };
             return;
-        }
-        #[cfg(target_arch = "x86_64")]
-        if self.dtype == Dtype::BF16 && is_x86_feature_detected!("avx2") {
-            // SAFETY: avx2 was detected; the caller's range.
-            return unsafe { widen_avx2(base, out.len(), out.as_mut_ptr(), out.len(), out.len()) };
         }
         let mut raw = [0u16; CHUNK];
         for (i, chunk) in out.chunks_mut(CHUNK).enumerate() {
@@ -272,14 +281,14 @@ impl Weight {
             // SAFETY: the caller's range, of which this is a part.
             unsafe { load::<u16>(base.add(i * CHUNK * 2), raw) };
             match self.dtype {
-                Dtype::BF16 => widen_bf16(raw, chunk),
+                Dtype::BF16 => chunk.iter_mut().zip(&*raw).for_each(|(o, &b)| *o = f32::from_bits((b as u32) << 16)),
                 _ => half::slice::HalfBitsSliceExt::reinterpret_cast::<half::f16>(&*raw).convert_to_f32_slice(chunk),
             }
         }
     }
 
     /// Elements of row `row` from column `col` on become (w - u)·keep, rounded as in [`Weight::write`].
-    pub fn subtract(&self, row: usize, col: usize, u: &[f32], keep: f32, stream: &Stream) {
+    pub(super) fn subtract(&self, row: usize, col: usize, u: &[f32], keep: f32, stream: &Stream) {
         let mut values = [0.0; CHUNK];
         for (i, u) in u.chunks(CHUNK).enumerate() {
             let (col, values) = (col + i * CHUNK, &mut values[..u.len()]);
@@ -333,14 +342,6 @@ multiversion! {
     fn subtract(w: &mut [f32], u: &[f32], keep: f32) {
         for (w, &u) in w.iter_mut().zip(u) {
             *w = (*w - u) * keep;
-        }
-    }
-}
-
-multiversion! {
-    fn widen_bf16(raw: &[u16], out: &mut [f32]) {
-        for (o, &b) in out.iter_mut().zip(raw) {
-            *o = f32::from_bits((b as u32) << 16);
         }
     }
 }
@@ -543,6 +544,40 @@ mod tests {
             w.read(0, 0, &mut back);
             assert!(back.iter().all(|&v| v == largest), "{dtype}: {back:?}");
         }
+    }
+
+    #[test]
+    fn pieces_are_those_of_the_row_and_nothing_beside_them_is_written() {
+        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
+            let w = Weight::zeros(dtype, 3, 101);
+            let values: Vec<f32> = (0..101).map(|i| i as f32 - 50.0).collect();
+            w.write(1, 0, &values, &Stream::rounding(1, 2, 3));
+            for (col, len, piece, step) in
+                [(0, 101, 16, 16), (3, 90, 16, 21), (5, 32, 32, 40), (7, 1, 8, 9), (0, 50, 7, 11)]
+            {
+                // Not one element more than is needed.
+                let mut out = vec![f32::NAN; (len - 1) / piece * step + (len - 1) % piece + 1];
+                w.read_pieces(1, col, len, &mut out, piece, step);
+                for (i, v) in out.iter().enumerate() {
+                    match (i / step * piece + i % step, i % step < piece) {
+                        (at, true) => assert_eq!(*v, values[col + at], "{dtype} ({col},{len},{piece},{step}) at {i}"),
+                        (_, false) => assert!(v.is_nan(), "{dtype} ({col},{len},{piece},{step}): wrote {i}"),
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "outside 31")]
+    fn pieces_that_do_not_fit_are_refused() {
+        Weight::zeros(Dtype::BF16, 2, 64).read_pieces(0, 0, 32, &mut [0.0; 31], 16, 16);
+    }
+
+    #[test]
+    #[should_panic(expected = "outside (2,8)")]
+    fn a_place_that_no_sum_can_hold_is_refused() {
+        Weight::zeros(Dtype::F32, 2, 8).read(0, usize::MAX, &mut [0.0; 1]);
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! wanted here, and packs what several products share once.
 //!
 //! Every element of C is one chain of fused multiply-adds in the order of k that starts from what C holds: its bits do not
-//! depend on how a product is cut into blocks, nor on the width of the vectors. Without fused multiply-adds (no AVX2) they differ.
+//! depend on how a product is cut into blocks, nor on the width of the vectors. On x86 without AVX2 they differ: nothing is fused there.
 
 use super::gemm::Shared;
 use super::{Buffer, simd};
@@ -21,14 +21,29 @@ pub const ROWS: usize = 6;
 /// A vector of f32.
 ///
 /// # Safety
-/// Whoever uses it has the processor's features that its functions need, and valid pointers to [`Lanes::N`]
-/// elements (`splat`: one).
+/// Each function reads or writes what its text says and nothing else.
 unsafe trait Lanes: Copy {
+    /// Elements.
     const N: usize;
+    /// N elements.
+    ///
+    /// # Safety
+    /// The processor has the features of the vector, as for all of these; `from` is valid for reads of N elements.
     unsafe fn load(from: *const f32) -> Self;
+    /// One element N times.
+    ///
+    /// # Safety
+    /// `from` is valid for a read of one element.
     unsafe fn splat(from: *const f32) -> Self;
     /// self·b + c.
+    ///
+    /// # Safety
+    /// The processor has the features of the vector.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    /// Writes N elements.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of N elements.
     unsafe fn store(self, to: *mut f32);
 }
 
@@ -49,9 +64,14 @@ unsafe impl Lanes for Portable {
         // SAFETY: the caller's promise.
         Portable([unsafe { *from }; 8])
     }
+    // SAFETY: nothing is asked of the caller: it computes on values.
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        Portable(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+        let fused = cfg!(target_arch = "aarch64");
+        Portable(std::array::from_fn(|i| match fused {
+            true => self.0[i].mul_add(b.0[i], c.0[i]),
+            false => self.0[i] * b.0[i] + c.0[i],
+        }))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -60,61 +80,41 @@ unsafe impl Lanes for Portable {
     }
 }
 
+/// A vector of x86 by its intrinsics.
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::Lanes;
-    use std::arch::x86_64::*;
-
-    // SAFETY: the intrinsics need AVX2 and FMA and read or write 8 elements.
-    unsafe impl Lanes for __m256 {
-        const N: usize = 8;
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: the caller's promise, as below.
-            unsafe { _mm256_loadu_ps(from) }
+macro_rules! x86_lanes {
+    ($vector:ident, $n:literal, $load:ident, $splat:ident, $mul_add:ident, $store:ident) => {
+        use std::arch::x86_64::{$load, $mul_add, $splat, $store, $vector};
+        // SAFETY: the intrinsics read and write as many elements as they are called for.
+        unsafe impl Lanes for $vector {
+            const N: usize = $n;
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> Self {
+                // SAFETY: the caller's promise.
+                unsafe { $load(from) }
+            }
+            #[inline(always)]
+            unsafe fn splat(from: *const f32) -> Self {
+                // SAFETY: the caller's promise.
+                unsafe { $splat(*from) }
+            }
+            #[inline(always)]
+            unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+                // SAFETY: the caller's promise.
+                unsafe { $mul_add(self, b, c) }
+            }
+            #[inline(always)]
+            unsafe fn store(self, to: *mut f32) {
+                // SAFETY: the caller's promise.
+                unsafe { $store(to, self) }
+            }
         }
-        #[inline(always)]
-        unsafe fn splat(from: *const f32) -> Self {
-            // SAFETY: as above.
-            unsafe { _mm256_broadcast_ss(&*from) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: as above.
-            unsafe { _mm256_fmadd_ps(self, b, c) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: as above.
-            unsafe { _mm256_storeu_ps(to, self) }
-        }
-    }
-
-    // SAFETY: the intrinsics need AVX-512F and read or write 16 elements.
-    unsafe impl Lanes for __m512 {
-        const N: usize = 16;
-        #[inline(always)]
-        unsafe fn load(from: *const f32) -> Self {
-            // SAFETY: the caller's promise, as below.
-            unsafe { _mm512_loadu_ps(from) }
-        }
-        #[inline(always)]
-        unsafe fn splat(from: *const f32) -> Self {
-            // SAFETY: as above.
-            unsafe { _mm512_set1_ps(*from) }
-        }
-        #[inline(always)]
-        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-            // SAFETY: as above.
-            unsafe { _mm512_fmadd_ps(self, b, c) }
-        }
-        #[inline(always)]
-        unsafe fn store(self, to: *mut f32) {
-            // SAFETY: as above.
-            unsafe { _mm512_storeu_ps(to, self) }
-        }
-    }
+    };
 }
+#[cfg(target_arch = "x86_64")]
+x86_lanes!(__m256, 8, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
+#[cfg(target_arch = "x86_64")]
+x86_lanes!(__m512, 16, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
 
 /// Which vectors this processor has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,9 +149,9 @@ impl Vectors {
         match self {
             Vectors::Portable => Portable::N,
             #[cfg(target_arch = "x86_64")]
-            Vectors::Avx2 => 8,
+            Vectors::Avx2 => __m256::N,
             #[cfg(target_arch = "x86_64")]
-            Vectors::Avx512 => 16,
+            Vectors::Avx512 => __m512::N,
         }
     }
 }
@@ -193,9 +193,9 @@ impl Panels {
         self.columns.div_ceil(self.width()) * self.step()
     }
 
-    /// Columns with those that fill up the last vector.
-    pub fn padded(&self) -> usize {
-        self.columns.next_multiple_of(self.vectors.lanes())
+    /// The same with the columns that fill up the last vector: for who has room for them in C, and reads none.
+    pub fn padded(self) -> Panels {
+        self.with_columns(self.columns.next_multiple_of(self.vectors.lanes()))
     }
 
     /// Packs B, given as its rows.
@@ -288,18 +288,22 @@ pub unsafe fn product(
     }
 }
 
+/// # Safety
+/// As for [`Work::run`]; the processor has AVX2 and FMA.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
 unsafe fn avx2(work: Work) {
     // SAFETY: the caller's promise.
-    unsafe { work.run::<std::arch::x86_64::__m256>() }
+    unsafe { work.run::<__m256>() }
 }
 
+/// # Safety
+/// As for [`Work::run`]; the processor has what [`simd::has_avx512`] looks for.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 unsafe fn avx512(work: Work) {
     // SAFETY: the caller's promise.
-    unsafe { work.run::<std::arch::x86_64::__m512>() }
+    unsafe { work.run::<__m512>() }
 }
 
 struct Work<'a> {

@@ -10,11 +10,14 @@ use rayon::prelude::*;
 
 /// Rows of W in one task of `linear`.
 const ROWS: usize = 16 * kernel::ROWS;
+/// Tokens that are many.
+const MANY: usize = 128;
 /// Columns of W in one piece for many tokens; half of them for few, where twelve rows and 16 tokens then fill the
 /// first-level cache.
 const COLS: usize = 512;
 /// Rows of W that are asked for before they are read: the memory's latency in time.
 const AHEAD: usize = 8;
+const DX_AHEAD: usize = 16;
 /// Rows of W in one piece of `linear_dx`, and the most columns of one task.
 const DX_ROWS: usize = 128;
 const DX_COLS: usize = 256;
@@ -35,9 +38,11 @@ pub struct Output<'a> {
 pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
     let Some(n) = outputs.first().map(|output| output.w.cols()) else { return };
     let tokens = Panels::new(n, t);
-    let (columns, width) = (tokens.of_columns(&x[..t * n], n), tokens.padded());
+    let columns = tokens.of_columns(&x[..t * n], n);
+    let tokens = tokens.padded();
+    let width = tokens.columns;
     // What is widened for few tokens is used little and has to stay in the first-level cache; for many, the tokens do.
-    let (at_once, deep) = if t < 128 { (2 * kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
+    let (at_once, deep) = if t < MANY { (2 * kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
     let blocks = |rows: usize| (0..rows).step_by(ROWS);
     let places: Vec<_> = outputs
         .iter_mut()
@@ -96,16 +101,16 @@ pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: b
     assert!(dx.len() >= t * n && dy.len() >= t * m);
     let dx = Shared::new(&mut dx[..t * n]);
     // Two tasks for each thread: the bits do not depend on it.
-    let width = n.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(DX_COLS / 4).min(DX_COLS);
-    (0..n.div_ceil(width)).into_par_iter().for_each(|block| {
-        let first = block * width;
-        let cols = width.min(n - first);
+    let wide = n.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(DX_COLS / 4).clamp(1, DX_COLS);
+    (0..n.div_ceil(wide)).into_par_iter().for_each(|block| {
+        let first = block * wide;
+        let cols = wide.min(n - first);
         with_scratch(Panels::new(DX_ROWS, cols).len(), |packed| {
             for row in (0..m).step_by(DX_ROWS) {
                 let panels = Panels::new(DX_ROWS.min(m - row), cols);
                 let width = panels.width();
                 for k in 0..panels.k {
-                    w.prefetch(row + k + 2 * AHEAD, first, cols);
+                    w.prefetch(row + k + DX_AHEAD, first, cols);
                     w.read_pieces(row + k, first, cols, &mut packed[k * width..], width, panels.step());
                 }
                 let a = Rows::new(&dy[row..], t, m);

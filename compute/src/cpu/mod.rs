@@ -19,7 +19,7 @@ pub use foreign::Weight;
 
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
-    LinearOutput, Moments, NORM_UPDATE, Past, Stream, Write,
+    LinearOutput, Moments, NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, Past, Stream, Write,
 };
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -240,8 +240,11 @@ impl Device for Cpu {
         limiters.iter().for_each(|(at, limiter)| optimizer::limit(norms, *at, *limiter));
     }
     fn apollo_commit(&self, norms: &mut Buffer, tensors: &mut [ApolloCommit<Cpu>]) {
-        let factors: Vec<f32> = tensors.iter().map(|tensor| optimizer::applied(norms, tensor.at)).collect();
-        tensors.par_iter_mut().zip(factors).for_each(|(tensor, factor)| optimizer::commit(tensor, factor));
+        tensors.par_iter_mut().for_each(|tensor| {
+            let factor = norms[tensor.at + NORM_FACTOR];
+            optimizer::commit(tensor, factor);
+        });
+        tensors.iter().for_each(|tensor| norms[tensor.at + NORM_PREVIOUS] = norms[tensor.at + NORM_NEXT]);
     }
     fn adamw_factors(
         &self,

@@ -12,7 +12,7 @@
 use super::gemm::Shared;
 use super::kernel::{self, Panels, Rows};
 use super::simd::{self, LANES, multiversion};
-use super::{Weight, with_scratch};
+use super::{Buffer, Weight, with_scratch};
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Cpu, Factors, Limiter, Moments, NORM_FACTOR,
     NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType, Write,
@@ -20,14 +20,13 @@ use crate::{
 use rayon::prelude::*;
 use std::ops::Range;
 
-type Buffer = super::Buffer;
-
 /// Channels of the compressed step at a time, so few that R of them stays in the first-level cache.
 const CHANNELS: usize = 4 * kernel::ROWS;
 /// Rows of G in one task, and rows and columns of it formed at a time: whole panels, so few that they stay in the first-level cache.
 const TASK_ROWS: usize = 8 * kernel::ROWS;
 const PIECE_ROWS: usize = 2 * kernel::ROWS;
 const PIECE_COLUMNS: usize = 256;
+const _: () = assert!(PIECE_COLUMNS.is_multiple_of(32), "whole panels of every width");
 
 fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
     (f.m.max(f.n), f.m.min(f.n))
@@ -39,7 +38,8 @@ fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Buffer) {
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
     let small = tokens.of_columns(&f.small()[..f.t * d], d);
-    let width = tokens.padded();
+    let tokens = tokens.padded();
+    let width = tokens.columns;
     let mut columns = Buffer::uninit(c.rank * width);
     columns.par_chunks_mut(RANKS * width).enumerate().for_each(|(block, out)| {
         let ranks = out.len() / width;
@@ -89,7 +89,7 @@ pub fn prepare(tensor: &mut ApolloPrepare<Buffer>) -> f32 {
         return f32::NAN;
     }
     let scale = |n: f64, r: f64| (n.sqrt() / (r.sqrt() + 1e-8)) as f32;
-    match c.scale_type {
+    let norm = match c.scale_type {
         ScaleType::Channel => {
             s.iter_mut().zip(&squares).for_each(|(s, [n, r])| *s = scale(*n as f64, *r as f64));
             update_norm(f, Some(&s[..channels]))
@@ -99,8 +99,17 @@ pub fn prepare(tensor: &mut ApolloPrepare<Buffer>) -> f32 {
             s[0] = scale(sum(0), sum(1));
             s[0] * update_norm(f, None)
         }
-    }
+    };
+    let (scaled, s) = match c.scale_type {
+        ScaleType::Channel => (&f.big()[..f.t * channels], simd::max_size(&s[..channels])),
+        ScaleType::Tensor => (&f.dy[..f.t * f.m], s[0]),
+    };
+    if simd::max_size(scaled) * s < SCALED { norm } else { f32::NAN }
 }
+
+/// `commit` multiplies a factor with s and the step before the other one makes it small again: what it may become at most,
+/// with room for a step and for the sum over rows.
+const SCALED: f32 = 1e30;
 
 multiversion! {
     /// (‖N_c‖², ‖R_c‖²) with the moments as this step would leave them.
@@ -210,7 +219,7 @@ fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
     out
 }
 
-/// G = dyᵀ x, formed piece by piece, with factors for its rows or columns.
+/// G = dyᵀ x, or U, formed piece by piece.
 struct Formed {
     /// (m,t)
     dy: Buffer,
@@ -222,22 +231,28 @@ struct Formed {
 type Piece = (Range<usize>, Range<usize>);
 
 impl Formed {
-    /// step·G, or U with step if `s` has a factor for each channel.
-    fn new(f: &Factors<Buffer>, step: f32, s: Option<&[f32]>) -> Formed {
-        let mut dy = transposed(f.dy, f.t, f.m);
+    /// `dy` is that of the factors, transposed.
+    fn new(f: &Factors<Buffer>, dy: Buffer) -> Formed {
         let panels = Panels::new(f.t, f.n);
-        let x = match (s, f.channels()) {
-            (Some(s), Channels::Columns) => panels.of_rows(&scaled_columns(&f.x[..f.t * f.n], s)),
-            _ => panels.of_rows(f.x),
-        };
-        for (i, row) in dy.chunks_exact_mut(f.t).enumerate() {
-            let factor = match (s, f.channels()) {
-                (Some(s), Channels::Rows) => step * s[i],
+        Formed { dy, panels, x: panels.of_rows(f.x) }
+    }
+
+    /// Times `step`, and times a factor for each channel.
+    fn scaled(mut self, channels: Channels, step: f32, s: Option<&[f32]>) -> Formed {
+        let (t, width) = (self.panels.k, self.panels.width());
+        for (i, row) in self.dy.chunks_exact_mut(t).enumerate() {
+            let factor = match (channels, s) {
+                (Channels::Rows, Some(s)) => step * s[i],
                 _ => step,
             };
             row.iter_mut().for_each(|v| *v *= factor);
         }
-        Formed { dy, panels, x }
+        if let (Channels::Columns, Some(s)) = (channels, s) {
+            for (panel, s) in self.x.chunks_exact_mut(self.panels.step()).zip(s.chunks(width)) {
+                panel.chunks_exact_mut(width).for_each(|line| line.iter_mut().zip(s).for_each(|(v, s)| *v *= s));
+            }
+        }
+        self
     }
 
     /// The pieces of rows `first..first + rows`.
@@ -286,7 +301,10 @@ impl Formed {
 }
 
 fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
-    let formed = Formed::new(f, 1.0, s);
+    let mut formed = Formed::new(f, transposed(f.dy, f.t, f.m));
+    if s.is_some() {
+        formed = formed.scaled(f.channels(), 1.0, s);
+    }
     let parts: Vec<f64> = formed.each_piece(|pieces| {
         with_scratch(PIECE_ROWS * PIECE_COLUMNS, |g| {
             let squares = pieces.map(|piece| {
@@ -300,13 +318,6 @@ fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
     parts.iter().sum::<f64>().sqrt() as f32
 }
 
-/// x (t,c) with its columns times s (c).
-fn scaled_columns(x: &[f32], s: &[f32]) -> Vec<f32> {
-    let mut out = x.to_vec();
-    out.chunks_exact_mut(s.len()).for_each(|row| row.iter_mut().zip(s).for_each(|(v, s)| *v *= s));
-    out
-}
-
 /// See [`crate::Device::limit`].
 pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
     let (previous, update) = (norms[at + NORM_PREVIOUS], norms[at + NORM_UPDATE]);
@@ -317,12 +328,6 @@ pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
     norms[at + NORM_FACTOR] = 1.0 / growth;
     let floor = limiter.floor * limiter.expected;
     norms[at + NORM_NEXT] = if update > 0.0 { (update / growth).max(floor) } else { previous };
-}
-
-/// The step's norm becomes the one before it. Returns the limiter's factor.
-pub fn applied(norms: &mut [f32], at: usize) -> f32 {
-    norms[at + NORM_PREVIOUS] = norms[at + NORM_NEXT];
-    norms[at + NORM_FACTOR]
 }
 
 /// See [`crate::Device::apollo_commit`]; `factor` is the limiter's.
@@ -340,13 +345,18 @@ pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
             });
         },
     );
-    // As large as the factors, which are packed once more below.
-    drop((big, q));
-    let step = write.step * factor;
-    let formed = match c.scale_type {
-        ScaleType::Tensor => Formed::new(f, step * s[0], None),
-        ScaleType::Channel => Formed::new(f, step, Some(&s[..channels])),
+    let (step, per_channel) = match c.scale_type {
+        ScaleType::Tensor => (write.step * factor * s[0], None),
+        ScaleType::Channel => (write.step * factor, Some(&s[..channels])),
     };
+    let dy = match f.channels() {
+        Channels::Rows => big,
+        Channels::Columns => {
+            drop(big);
+            transposed(f.dy, f.t, f.m)
+        }
+    };
+    let formed = Formed::new(f, dy).scaled(f.channels(), step, per_channel);
     formed.each_row(w, |row, col, u| w.subtract(row, col, u, 1.0 - write.decay, &write.stream));
 }
 
@@ -372,7 +382,7 @@ pub fn adamw_factors(
 ) {
     assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
     let (exp_avg, exp_avg_sq) = (Shared::new(exp_avg), Shared::new(exp_avg_sq));
-    Formed::new(f, 1.0, None).each_row(w, |row, col, g| {
+    Formed::new(f, transposed(f.dy, f.t, f.m)).each_row(w, |row, col, g| {
         let at = row * f.n + col;
         // SAFETY: these elements of the moments belong to the task that writes the same ones of W.
         let (m, v) = unsafe { (exp_avg.slice(at, g.len()), exp_avg_sq.slice(at, g.len())) };

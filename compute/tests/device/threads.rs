@@ -3,7 +3,7 @@
 use crate::random::{DTYPES, Random};
 use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
-    Device, Factors, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write,
+    Device, Dtype, Factors, LinearOutput, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write,
     cpu::{Buffer, Weight},
 };
 use std::sync::Arc;
@@ -59,6 +59,17 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
         d.embed(&mut dx, &w, &r.ids(t, m));
         out.keep("embed", &dx);
     }
+    // As many tokens as are taken another way, and two weights of one group.
+    let t = 150;
+    let x = r.normals(t * n);
+    let [(a, _), (b, _)] = [m, 300].map(|m| r.weight(d, Dtype::BF16, m, n, 0.1));
+    let (mut y, mut z) = (d.zeros(t * m), d.zeros(t * 300));
+    let group = [LinearOutput { y: &mut y, w: &a, bias: None }, LinearOutput { y: &mut z, w: &b, bias: None }];
+    d.linear_group(&mut { group }, &x, t);
+    out.keep("linear_group of many tokens", &y);
+    out.keep("linear_group of many tokens, the second", &z);
+    let t = 37;
+    let x = r.normals(t * n);
     let (mut h, mut dup, len) = (d.zeros(t * n), d.zeros(t * n), t * n);
     d.swiglu(&mut h, &x, &g, len);
     out.keep("swiglu", &h);
