@@ -13,6 +13,10 @@ ci:
 # one training step by phase, beside the machine's floor
 bench shape="qwen3-0.6b":
     cargo run --release -- bench step --shape {{shape}} --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5
+# the same beside PyTorch + apollo-torch, in turn; needs a quiet machine and, for PyTorch, some minutes and 1.8 GB
+bench-peer out="target/bench-peer" *args:
+    cargo build --release --locked
+    research/peer/bench.py --apollod target/release/apollod --out {{out}} {{args}}
 # look for inputs that break what is read from outside, so many seconds for each target
 fuzz seconds="120":
     ci/fuzz.py --seconds {{seconds}}
