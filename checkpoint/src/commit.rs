@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io::{self, BufWriter, Write};
 
-use crate::compare::{Compared, Comparer};
+use crate::compare::{Compared, Comparer, Spare};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress, ShardSum, StateSum, TensorSum, VERSION, rfc3339};
@@ -145,7 +145,9 @@ fn fill(
         previous: current.generation,
         shards: draft.layout.shards.iter().map(head_shard).collect(),
     };
-    let mut segments = Segments::begin(disk, paths, &head, (before.clone(), quick.clone()), draft.segment, applied)?;
+    let spare = Spare::default();
+    let known = (before.clone(), quick.clone());
+    let mut segments = Segments::begin(disk, paths, &head, known, draft.segment, &spare, applied)?;
     let mut pass = Pass::new(disk, draft.layout, source);
     let stages = Stages {
         next: |used| {
@@ -154,7 +156,7 @@ fn fill(
             Ok(job)
         },
         worker: || {
-            let mut comparer = Comparer::new(draft.layout, current, &before, quick);
+            let mut comparer = Comparer::new(draft.layout, current, &before, quick, &spare);
             move |job: &mut Job| comparer.compare(job)
         },
         take: |compared: Compared| segments.take(compared),

@@ -1,6 +1,7 @@
 //! What became of a piece: which of its blocks differ, and the checksums and the record of those.
 
 use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
 use crate::generation::Generation;
@@ -34,6 +35,21 @@ pub(crate) struct NewSum {
     pub(crate) quick: u64,
 }
 
+/// Memory of changes that are in the files: fresh memory costs more than to fill it.
+#[derive(Debug, Default)]
+pub(crate) struct Spare(Mutex<Vec<Vec<u8>>>);
+
+impl Spare {
+    fn take(&self) -> Vec<u8> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
+    }
+
+    /// Takes what nobody needs any more. As much comes back as was taken, which the length of a segment bounds.
+    pub(crate) fn give(&self, memory: Vec<u8>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
+    }
+}
+
 /// Compares pieces, on one thread.
 pub(crate) struct Comparer<'p> {
     layout: &'p Layout,
@@ -41,6 +57,7 @@ pub(crate) struct Comparer<'p> {
     /// The sums of the blocks of every tensor of the current generation.
     before: &'p [Vec<Sum>],
     quick: &'p Quick,
+    spare: &'p Spare,
     encoder: Encoder,
     old: Vec<u8>,
     new: Vec<u8>,
@@ -52,8 +69,10 @@ impl<'p> Comparer<'p> {
         current: &'p Generation,
         before: &'p [Vec<Sum>],
         quick: &'p Quick,
+        spare: &'p Spare,
     ) -> Comparer<'p> {
-        Comparer { layout, current, before, quick, encoder: Encoder::new(), old: Vec::new(), new: Vec::new() }
+        let (encoder, old, new) = (Encoder::default(), Vec::new(), Vec::new());
+        Comparer { layout, current, before, quick, spare, encoder, old, new }
     }
 
     /// Reads and compares a piece.
@@ -65,7 +84,7 @@ impl<'p> Comparer<'p> {
         let (mut change, mut sums) = (None, Vec::new());
         if !changed.is_empty() {
             sums = self.sums(job, &changed)?;
-            change = Some(self.encoder.encode(piece, &changed, &self.old, &self.new));
+            change = Some(self.encoder.encode(piece, &changed, &self.old, &mut self.new, || self.spare.take()));
         }
         Ok(Compared { tensor, blocks: piece.blocks().count() as u64, change, sums })
     }

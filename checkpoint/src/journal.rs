@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generation::Generation;
 use crate::record::{Decoder, Record};
 
-const MAGIC: &[u8; 8] = b"APOLJNL2";
+const MAGIC: &[u8; 8] = b"APOLJNL3";
 const HEAD: &[u8; 4] = b"HEAD";
 const RECORD: &[u8; 4] = b"RECD";
 const GENERATION: &[u8; 4] = b"GENR";
@@ -139,7 +139,7 @@ impl Reader {
             at: 0,
             total: blake3::Hasher::new(),
             body: Vec::new(),
-            decoder: Decoder::new(),
+            decoder: Decoder::default(),
             lengths: Vec::new(),
             head: Head { generation: 0, previous: 0, shards: Vec::new() },
             generation: None,

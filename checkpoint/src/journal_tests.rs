@@ -18,7 +18,9 @@ fn journal(disk: &Disk, path: &Path) -> Vec<u8> {
     changed.insert(0);
     for offset in [0, CHUNK] {
         let piece = Piece { shard: 0, width: 1, offset, bytes: 600 };
-        writer.record(&Encoder::new().encode(piece, &changed, &[1; 600], &[2; 600]).body).unwrap();
+        writer
+            .record(&Encoder::default().encode(piece, &changed, &[1; 600], &mut vec![2; 600], Vec::new).body)
+            .unwrap();
     }
     writer.finish(&generation(1)).unwrap();
     std::fs::read(path).unwrap()

@@ -20,7 +20,7 @@
 //! # The journal, byte by byte (all numbers little-endian)
 //!
 //! ```text
-//! 0      8  "APOLJNL2"
+//! 0      8  "APOLJNL3"
 //! frames, each:
 //!   0    4  tag "HEAD" | "RECD" | "GENR"
 //!   4    4  n, length of the body
@@ -37,8 +37,8 @@
 //!   8    8  offset of the piece in the file
 //!  16   32  bitmap, bit k of byte k/8 (lowest first): block k of the chunk changed
 //!  48   8s  XXH3-64 of the NEW content of each of the s sectors of the changed blocks
-//!       …   zstd frame of the planes: z = zigzag(new - old) per element, wrapping in its width, first
-//!           the lowest byte of every element, then the next byte of every element, …
+//!       …   z = zigzag(new - old) of every element, wrapping in its width, then of every byte after the last element,
+//!           in the code of pack/mod.rs; where the width is 4, those are the lower 16 bits, and the upper follow
 //! GENR body: the sealed JSON that generations/G.json will hold                          one, last
 //! ```
 //! Blocks and sectors at the ends of a tensor are cut to the tensor. `width` is 2 for 16-bit and 4 for
@@ -134,6 +134,7 @@ mod generation;
 mod journal;
 mod known;
 mod layout;
+mod pack;
 mod pass;
 mod piece;
 mod pipeline;

@@ -5,22 +5,15 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use zstd::zstd_safe::{self, CParameter, ParamSwitch};
-
 use crate::delta;
+use crate::pack::{self, Counts, Packer};
 use crate::piece::{BITMAP, BlockSet, CHUNK, Piece, SECTOR, cut, within};
 
 const HEAD: usize = 16 + BITMAP;
-/// zstd, told to look for nothing but runs and to code bytes by their frequency: all that planes of differences have.
-/// Three times as fast as level 1, and smaller: 0.156 against 0.175 of the bytes (research/LOG.md).
-const PARAMETERS: [CParameter; 6] = [
-    CParameter::CompressionLevel(-1),
-    CParameter::Strategy(zstd_safe::Strategy::ZSTD_fast),
-    CParameter::TargetLength(64),
-    CParameter::MinMatch(7),
-    CParameter::HashLog(6),
-    CParameter::LiteralCompressionMode(ParamSwitch::Enable),
-];
+/// Bytes of differences that are made and coded at once: they stay in the first-level cache.
+const STEP: usize = 8 << 10;
+/// Bytes of each step of which the code is made.
+const SAMPLE: usize = STEP / 64;
 
 /// The checksum of a sector's content: against torn writes, decay and strangers, not against forgery.
 fn sector_sum(sector: &[u8]) -> u64 {
@@ -42,23 +35,23 @@ pub(crate) struct Change {
 }
 
 /// Makes records.
+#[derive(Default)]
 pub(crate) struct Encoder {
-    zstd: zstd::bulk::Compressor<'static>,
-    planes: Vec<u8>,
-    packed: Vec<u8>,
+    packer: Packer,
+    numbers: Vec<u16>,
 }
 
 impl Encoder {
-    pub(crate) fn new() -> Encoder {
-        let mut zstd = zstd::bulk::Compressor::default();
-        for parameter in PARAMETERS {
-            zstd.set_parameter(parameter).expect("zstd has this parameter");
-        }
-        Encoder { zstd, planes: Vec::new(), packed: Vec::new() }
-    }
-
-    /// The change from `old` to `new`, both of the piece's length, which differ in these blocks alone.
-    pub(crate) fn encode(&mut self, piece: Piece, changed: &BlockSet, old: &[u8], new: &[u8]) -> Change {
+    /// The change from `old` to `new`, both of the piece's length, which differ in these blocks alone. Where those are all,
+    /// `new` becomes the change's, and `spare` takes its place.
+    pub(crate) fn encode(
+        &mut self,
+        piece: Piece,
+        changed: &BlockSet,
+        old: &[u8],
+        new: &mut Vec<u8>,
+        spare: impl FnOnce() -> Vec<u8>,
+    ) -> Change {
         assert!(old.len() == piece.bytes as usize && new.len() == old.len());
         let mut change = Change { piece, body: vec![0; HEAD], runs: Vec::new(), new: Vec::new(), blocks: 0 };
         for (_, block) in piece.blocks().filter(|(number, _)| changed.contains(*number)) {
@@ -77,19 +70,36 @@ impl Encoder {
         change.body[4..8].copy_from_slice(&piece.bytes.to_le_bytes());
         change.body[8..16].copy_from_slice(&piece.offset.to_le_bytes());
         change.body[16..HEAD].copy_from_slice(&changed.0);
-        change.new = gathered(&change.runs, piece, new).into_owned();
-        self.compress(&mut change.body, piece.width, &gathered(&change.runs, piece, old), &change.new);
+        change.new = match change.runs == [piece.range()] {
+            true => std::mem::replace(new, spare()),
+            false => gathered(&change.runs, piece, new).into_owned(),
+        };
+        self.pack(&mut change.body, piece.width, &gathered(&change.runs, piece, old), &change.new);
         change
     }
 
-    /// Appends the compressed difference to the body.
-    fn compress(&mut self, body: &mut Vec<u8>, width: u8, old: &[u8], new: &[u8]) {
-        self.planes.resize(new.len(), 0);
-        delta::to_planes(width, old, new, &mut self.planes);
-        let most = zstd_safe::compress_bound(self.planes.len());
-        self.packed.resize(self.packed.len().max(most), 0);
-        let packed = self.zstd.compress_to_buffer(&self.planes, self.packed.as_mut_slice());
-        body.extend_from_slice(&self.packed[..packed.expect("the buffer holds compress_bound bytes")]);
+    /// Appends the packed difference to the body.
+    fn pack(&mut self, body: &mut Vec<u8>, width: u8, old: &[u8], new: &[u8]) {
+        for plane in 0..delta::planes(width) {
+            let steps = || old.chunks(STEP).zip(new.chunks(STEP));
+            let mut counts = Counts::new();
+            for (old, new) in steps() {
+                let sample = SAMPLE.min(new.len());
+                counts.add(self.numbers(width, plane, &old[..sample], &new[..sample]));
+            }
+            self.packer.begin(&counts);
+            for (old, new) in steps() {
+                self.numbers(width, plane, old, new);
+                self.packer.add(&self.numbers);
+            }
+            self.packer.end(body);
+        }
+    }
+
+    fn numbers(&mut self, width: u8, plane: u32, old: &[u8], new: &[u8]) -> &[u16] {
+        self.numbers.resize(delta::count(width, plane, new.len()), 0);
+        delta::numbers(width, plane, old, new, &mut self.numbers);
+        &self.numbers
     }
 }
 
@@ -121,17 +131,12 @@ pub(crate) struct Record {
 }
 
 /// Reads records. Holds the buffers, so that a journal allocates once.
+#[derive(Default)]
 pub(crate) struct Decoder {
-    zstd: zstd::bulk::Decompressor<'static>,
-    planes: Vec<u8>,
+    planes: [Vec<u16>; 2],
 }
 
 impl Decoder {
-    pub(crate) fn new() -> Decoder {
-        let zstd = zstd::bulk::Decompressor::new().expect("zstd has a decompressor");
-        Decoder { zstd, planes: Vec::new() }
-    }
-
     /// A body as a record; `shards` are the lengths of the files. Everything is checked: the frame's checksum only says
     /// that the bytes are as they were written. The error says what is wrong.
     pub(crate) fn decode(&mut self, body: &[u8], shards: &[u64]) -> Result<Record, &'static str> {
@@ -154,13 +159,20 @@ impl Decoder {
         let (sums, packed) = rest.split_at_checked(sectors * 8).ok_or("a record has too few checksums")?;
         record.sums = sums.as_chunks::<8>().0.iter().map(|sum| u64::from_le_bytes(*sum)).collect();
         let changed = record.sectors().map(|sector| sector.end - sector.start).sum::<u64>() as usize;
-        self.planes.resize(changed, 0);
-        if self.zstd.decompress_to_buffer(packed, &mut self.planes[..]).ok() != Some(changed) {
-            return Err("a record does not unpack to its blocks");
-        }
+        self.unpack(piece.width, packed, changed).ok_or("a record does not unpack to its blocks")?;
         record.diff.resize(changed, 0);
         delta::from_planes(piece.width, &self.planes, &mut record.diff);
         Ok(record)
+    }
+
+    /// Reads the planes of so many bytes, and nothing may be left.
+    fn unpack(&mut self, width: u8, mut packed: &[u8], bytes: usize) -> Option<()> {
+        for plane in 0..delta::planes(width) {
+            let numbers = &mut self.planes[plane as usize];
+            numbers.resize(delta::count(width, plane, bytes), 0);
+            packed = pack::unpack(packed, numbers)?;
+        }
+        packed.is_empty().then_some(())
     }
 }
 

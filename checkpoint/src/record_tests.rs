@@ -34,12 +34,12 @@ fn encoded(piece: Piece, old: &[u8], new: &[u8]) -> Option<Change> {
             changed.insert(number);
         }
     }
-    (!changed.is_empty()).then(|| Encoder::new().encode(piece, &changed, old, new))
+    (!changed.is_empty()).then(|| Encoder::default().encode(piece, &changed, old, &mut new.to_vec(), Vec::new))
 }
 
 /// The record that a change's body is read back as.
 fn decoded(change: &Change) -> Record {
-    Decoder::new().decode(&change.body, &[CHUNK * 5]).unwrap()
+    Decoder::default().decode(&change.body, &[CHUNK * 5]).unwrap()
 }
 
 proptest! {
@@ -141,7 +141,7 @@ fn a_body_that_does_not_fit_is_refused_with_a_reason() {
     let refused = |change: &dyn Fn(&mut Vec<u8>)| {
         let mut body = good.clone();
         change(&mut body);
-        Decoder::new().decode(&body, &[CHUNK * 2]).unwrap_err()
+        Decoder::default().decode(&body, &[CHUNK * 2]).unwrap_err()
     };
     assert_eq!(refused(&|body| body.truncate(40)), "a record is too short");
     assert_eq!(refused(&|body| body[0] = 1), "a record names a shard that is not there");

@@ -5,7 +5,7 @@
 
 use std::path::PathBuf;
 
-use crate::compare::{Compared, NewSum};
+use crate::compare::{Compared, NewSum, Spare};
 use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
 use crate::generation::Paths;
@@ -25,6 +25,7 @@ pub(crate) struct Segments<'a> {
     /// Bytes of changed blocks after which a segment ends.
     limit: u64,
     held: Vec<Change>,
+    spare: &'a Spare,
     held_bytes: u64,
     /// Records whose blocks were begun to be written.
     applied: &'a mut u64,
@@ -45,6 +46,7 @@ impl<'a> Segments<'a> {
         head: &Head,
         (sums, quick): (Vec<Vec<Sum>>, Quick),
         limit: u64,
+        spare: &'a Spare,
         applied: &'a mut u64,
     ) -> Result<Segments<'a>> {
         Ok(Segments {
@@ -54,6 +56,7 @@ impl<'a> Segments<'a> {
             shards: head.shards.iter().map(|shard| (paths.model.join(&shard.file), None)).collect(),
             limit,
             held: Vec::new(),
+            spare,
             held_bytes: 0,
             applied,
             changed: vec![false; sums.len()],
@@ -116,6 +119,7 @@ impl<'a> Segments<'a> {
                 file.write_at(now, run.start)?;
                 new = later;
             }
+            self.spare.give(change.new);
             file.start_writing(change.piece.offset, change.piece.bytes.into());
         }
         self.held_bytes = 0;
