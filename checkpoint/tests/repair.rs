@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Checkpoint, Damage, Error, Options, RepairReport, Sources, TensorSum};
+use common::failing::{EIO, Failing, Operation};
 use common::*;
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -384,4 +385,25 @@ fn a_repair_cut_short_at_any_moment_leaves_blocks_that_are_damaged_as_before_or_
     assert!(partly, "no end fell between two writes");
     let report = checkpoint::repair(&scene.model(), &sources).unwrap();
     assert!(report.damage.is_empty() && fs::read(&path).unwrap() == good, "{report}");
+}
+
+#[test]
+fn what_is_repaired_is_synced_and_a_sync_that_fails_ends_the_handle() {
+    let (scene, checkpoint) = Scene::new(14);
+    drop(checkpoint);
+    let path = scene.model().join(FIRST);
+    let good = fs::read(&path).unwrap();
+    damage(&path, 300_000..310_000);
+    let live = Sources { live: Some(scene.newest()), copies: &[] };
+    let storage = Failing::new();
+    let (mut checkpoint, _) = Checkpoint::open_on(storage.clone(), &scene.model(), Options::default()).unwrap();
+    storage.fail(Operation::Sync, FIRST, EIO);
+    let error = checkpoint.repair(&live).unwrap_err();
+    assert!(matches!(error, Error::Sync { .. }), "{error}");
+    assert!(checkpoint.unusable().is_some());
+    drop(checkpoint);
+    // What reads as right may not be on the disk: whoever repairs again, after a restart, finds out what is there.
+    let (mut checkpoint, _) = Checkpoint::open(&scene.model()).unwrap();
+    assert!(checkpoint.repair(&live).unwrap().damage.is_empty());
+    assert!(fs::read(&path).unwrap() == good);
 }
