@@ -11,7 +11,7 @@ use crate::commit::{self, Draft, Files, Place, RollbackReport, SyncReport};
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths, Progress};
-use crate::known::Known;
+use crate::known::{Changed, Known};
 use crate::layout::Layout;
 use crate::readers::keep_out;
 use crate::recover::{self, Recovery};
@@ -127,6 +127,8 @@ pub struct Checkpoint {
     known: Option<Known>,
     /// Of the blocks of the current generation.
     quick: Quick,
+    /// Generations to which the history led back until this handle pruned it, and that nobody has asked for yet.
+    pruned: Vec<u64>,
     /// Why this handle must not be used any more.
     unusable: Option<String>,
     _lock: DiskFile,
@@ -161,10 +163,10 @@ impl Checkpoint {
         for dir in paths.dirs() {
             disk.create_dir(&dir)?;
         }
-        let (current, recovery) = recover::recover(&disk, &paths, &layout, options.keep)?;
+        let (current, recovery, pruned) = recover::recover(&disk, &paths, &layout, options.keep)?;
         drop(readers);
-        let quick = Quick::unknown(&current.tensors);
-        let checkpoint = Checkpoint { paths, options, disk, current, known: None, quick, unusable: None, _lock: lock };
+        let (known, quick, unusable) = (None, Quick::unknown(&current.tensors), None);
+        let checkpoint = Checkpoint { paths, options, disk, current, known, quick, pruned, unusable, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
@@ -172,6 +174,11 @@ impl Checkpoint {
     /// as a new generation. `report` is told done and total, in bytes of weights; done is total when all of it is durable.
     ///
     /// Whoever loads the model ([`crate::Reading`]) is waited for, and kept waiting until the generation is published.
+    ///
+    /// Makes no generation where nothing can have changed since the current one: training stands where it stood
+    /// ([`Progress`]), `live` says by hashes or by what was written that no block is another one, and `state`, which is
+    /// then asked twice if it turns out otherwise, writes the same bytes. (A current generation without a state, the base or
+    /// adopted files, has one that begins afresh, which is what a trainer has that has not moved since.)
     ///
     /// `live` must not change before this returns. If it has hashes, only those blocks of it are read whose hash is
     /// not that of the last sync through this handle; if it knows what was written since, only that. On an error that is
@@ -184,12 +191,20 @@ impl Checkpoint {
         report: &mut dyn FnMut(u64, u64),
     ) -> Result<SyncReport> {
         self.usable()?;
-        let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
+        let began = std::time::Instant::now();
         let layout = self.layout()?;
         let mut source = LiveSource::new(&layout, live)?;
         let current = self.current.generation;
         let known = Known::of(live, current + 1);
-        source.announce(&layout, known.changed_since(self.known.as_ref(), current, live));
+        let changed = known.changed_since(self.known.as_ref(), current, live);
+        let still = progress.stands_at(&self.current.progress) && changed.as_ref().is_some_and(Changed::is_empty);
+        if still && commit::is_state(self.current.state.as_ref(), state)? {
+            let total = source.bytes();
+            report(total, total);
+            return Ok(SyncReport::unchanged(current, began.elapsed()));
+        }
+        let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
+        source.announce(&layout, changed);
         let draft = self.draft(&layout, progress);
         let done = self.commit(draft, &mut source, Some(state), report)?;
         self.known = Some(known);
@@ -238,11 +253,20 @@ impl Checkpoint {
         // Whether it has its name is for the next open to see.
         self.current = adopted.map_err(|error| self.interrupted(error))?;
         self.quick = Quick::unknown(&self.current.tensors);
-        if let Err(source) = prune(&self.disk, &self.paths, number, self.options.keep) {
-            self.unusable = Some(source.to_string());
-            return Err(Error::Interrupted { generation: number, source: Box::new(source) });
+        match prune(&self.disk, &self.paths, number, self.options.keep) {
+            Ok(pruned) => self.pruned.extend(pruned),
+            Err(source) => {
+                self.unusable = Some(source.to_string());
+                return Err(Error::Interrupted { generation: number, source: Box::new(source) });
+            }
         }
         Ok(&self.current)
+    }
+
+    /// Generations that could be restored until this handle removed what led back to them, by [`Options::keep`] or because
+    /// files were adopted. Each is told once.
+    pub fn take_pruned(&mut self) -> Vec<u64> {
+        std::mem::take(&mut self.pruned)
     }
 
     /// The current generation: what the files hold.
@@ -292,6 +316,16 @@ impl Checkpoint {
     /// The model directory, as it was given.
     pub(crate) fn model_dir(&self) -> &Path {
         &self.paths.model
+    }
+
+    /// Where this handle works, and how long it waits for readers.
+    pub(crate) fn place(&self) -> (&Disk, &Paths, Duration) {
+        (&self.disk, &self.paths, self.options.readers_wait)
+    }
+
+    /// Refuses further work after an error that leaves open what is on the disk.
+    pub(crate) fn give_up(&mut self, why: &Error) {
+        self.unusable = Some(why.to_string());
     }
 
     /// Why this handle refuses further work, if it does: after an error in the middle of a sync the directory has to be
@@ -354,8 +388,9 @@ impl Checkpoint {
         let finished = commit::publish(disk, paths, &generation)
             .and_then(|()| commit::retire(disk, paths, number))
             .and_then(|()| prune(disk, paths, number, self.options.keep));
-        if let Err(error) = finished {
-            return Err(self.interrupted(error));
+        match finished {
+            Ok(pruned) => self.pruned.extend(pruned),
+            Err(error) => return Err(self.interrupted(error)),
         }
         (self.current, self.quick) = (generation, quick);
         report(total, total);
@@ -368,6 +403,7 @@ impl Checkpoint {
             bytes_state: self.current.state.as_ref().map_or(0, |state| state.bytes),
             bytes_sums: sums::bytes(&self.current),
             seconds: began.elapsed().as_secs_f64(),
+            unchanged: false,
         })
     }
 
@@ -382,12 +418,13 @@ impl Checkpoint {
         let possible: Vec<u64> =
             all.iter().filter(|generation| generation.restorable).map(|generation| generation.generation).collect();
         let known = all.into_iter().find(|known| known.generation == to);
-        let reason = match &known {
-            Some(known) if known.restorable => return Ok(known.clone()),
-            Some(_) => "its deltas or its optimizer state were pruned",
-            None => "there is no such generation",
+        let reason = match known {
+            Some(known) if known.restorable => return Ok(known),
+            Some(Generation { damage: Some(damage), .. }) => damage,
+            Some(_) => "its deltas or its optimizer state were pruned".into(),
+            None => "there is no such generation".into(),
         };
-        Err(Error::NotRestorable { generation: to, reason: reason.into(), restorable: possible })
+        Err(Error::NotRestorable { generation: to, reason, restorable: possible })
     }
 }
 
@@ -410,7 +447,7 @@ pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
 const SAYS_WHO: Duration = Duration::from_millis(100);
 
 /// Locks the directory for this process until the file is dropped.
-fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
+pub(crate) fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
     let path = paths.lock();
     let mut file = disk.open_lock(&path)?;
     if !file.try_lock(true)? {
@@ -435,6 +472,7 @@ pub(crate) fn open_state(disk: &Disk, paths: &Paths, generation: &Generation) ->
     if bytes != want.bytes || hasher.finalize().to_hex().as_str() != want.blake3 {
         return Err(Error::State {
             path,
+            model: paths.model.clone(),
             generation: generation.generation,
             reason: format!(
                 "its {bytes} bytes do not match the checksum of the {} bytes that were written",

@@ -3,6 +3,8 @@
 
 use std::fmt;
 use std::io::{self, BufWriter, Write};
+use std::path::Path;
+use std::time::Duration;
 
 use crate::compare::{Compared, Comparer, Spare};
 use crate::disk::{Disk, DiskFile};
@@ -36,10 +38,15 @@ pub struct SyncReport {
     pub bytes_sums: u64,
     /// Time it took.
     pub seconds: f64,
+    /// True if nothing had changed since the current generation, so that no new one was made.
+    pub unchanged: bool,
 }
 
 impl fmt::Display for SyncReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.unchanged {
+            return write!(f, "nothing changed since generation {}, so there is no new one", self.generation);
+        }
         write!(
             f,
             "generation {}: {} of {} blocks changed, {} bytes written, journal {} bytes, state {} bytes, {:.2} s",
@@ -51,6 +58,23 @@ impl fmt::Display for SyncReport {
             self.bytes_state,
             self.seconds
         )
+    }
+}
+
+impl SyncReport {
+    /// One of a sync that had nothing to do.
+    pub(crate) fn unchanged(generation: u64, time: Duration) -> SyncReport {
+        SyncReport {
+            generation,
+            blocks_total: 0,
+            blocks_changed: 0,
+            bytes_journal: 0,
+            bytes_written: 0,
+            bytes_state: 0,
+            bytes_sums: 0,
+            seconds: time.as_secs_f64(),
+            unchanged: true,
+        }
     }
 }
 
@@ -192,6 +216,7 @@ fn fill(
         tensors,
         seal: String::new(),
         restorable: true,
+        damage: None,
     };
     writer.finish(&generation)?;
     Ok((generation, quick))
@@ -346,6 +371,15 @@ impl Write for HashingWriter {
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
     }
+}
+
+/// Whether `write` writes the state that a generation has, or it has none. Nothing is written to the disk.
+pub(crate) fn is_state(of: Option<&StateSum>, write: &mut WriteState) -> Result<bool> {
+    let Some(want) = of else { return Ok(true) };
+    let mut out = BufWriter::with_capacity(STATE_STEP, blake3::Hasher::new());
+    write(&mut out).and_then(|()| out.flush()).map_err(Error::io("compare", Path::new("the optimizer state")))?;
+    let hasher = out.get_ref();
+    Ok(hasher.count() == want.bytes && hasher.finalize().to_hex().as_str() == want.blake3)
 }
 
 /// Writes `state/G`. Until the generation is published the file means nothing.

@@ -92,6 +92,21 @@ fn beside(model: &Path) -> Result<PathBuf> {
     Ok(parent.join(name))
 }
 
+/// The directories of generations beside a model, in any order; none where there are none.
+pub(crate) fn all(model: &Path) -> Result<Vec<PathBuf>> {
+    let Ok(root) = beside(model) else { return Ok(Vec::new()) };
+    let entries = match fs::read_dir(&root) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(Error::io("list", &root)(error)),
+    };
+    let paths = entries.map(|entry| entry.map(|entry| entry.path())).collect::<std::io::Result<Vec<_>>>();
+    let mut paths = paths.map_err(Error::io("list", &root))?;
+    paths
+        .retain(|path| path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.parse::<u64>().is_ok()));
+    Ok(paths)
+}
+
 /// The generation that the link names.
 fn named(link: &Path) -> Result<Option<u64>> {
     match fs::read_link(link) {

@@ -90,7 +90,7 @@ pub enum Error {
         reason: String,
     },
     /// The files are not those of the current generation, by size, name or header.
-    #[error("{} is not the file of generation {generation}: {reason}; put the right file back, or remove {}/.apollod to begin anew with the files as they are", path.display(), path.parent().unwrap_or(Path::new(".")).display())]
+    #[error("{} is not the file of generation {generation}: {reason}; put the right file back (`apollod checkpoint repair {} --from COPY` does where only its header is damaged), or remove {}/.apollod to begin anew with the files as they are", path.display(), folder(path), folder(path))]
     Replaced {
         /// The shard.
         path: PathBuf,
@@ -100,7 +100,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor in the files is not what the current generation recorded.
-    #[error("tensor `{tensor}` in {} is not that of generation {generation}: someone else changed the file; it is as it was; run verify, then put the file back or adopt the files as they are", path.display())]
+    #[error("tensor `{tensor}` in {} is not that of generation {generation}: a disk flipped bits of the file, or someone else wrote into it; nothing was written over it. `apollod checkpoint verify {}` names every damaged block and `apollod checkpoint repair {}` puts them right from the live weights or a copy; only if the file was changed on purpose, `apollod checkpoint adopt {}` takes it as it is", path.display(), folder(path), folder(path), folder(path))]
     Changed {
         /// The tensor.
         tensor: String,
@@ -110,7 +110,7 @@ pub enum Error {
         generation: u64,
     },
     /// A sector is neither its old nor its new content.
-    #[error("{}, tensor `{tensor}`, byte {offset} of the file: the sector is neither of generation {previous} nor of generation {generation}: someone else changed the file or the disk failed; the journal is kept; put the file of either generation back and open again", path.display())]
+    #[error("{}, tensor `{tensor}`, byte {offset} of the file: the sector is neither of generation {previous} nor of generation {generation}: someone else changed the file or the disk failed; the journal is kept; put the file of either generation back and open again, or have it repaired from a copy with `apollod checkpoint repair {} --from COPY`", path.display(), folder(path))]
     Foreign {
         /// The shard.
         path: PathBuf,
@@ -135,7 +135,7 @@ pub enum Error {
     },
     /// A damaged journal, and files that are no generation.
     #[error(
-        "{reason}; and the files are not of generation {generation} either ({damage}): the weights lie between two generations; the journal is kept; put the files of a known generation back (a copy made by export), remove the journal, and open again"
+        "{reason}; and the files are not of generation {generation} either ({damage}): the weights lie between two generations; the journal is kept; have them repaired from a copy with `apollod checkpoint repair --from COPY`, or put the files of a known generation back (a copy made by export), remove the journal, and open again"
     )]
     Stranded {
         /// What is wrong with the journal.
@@ -145,7 +145,17 @@ pub enum Error {
         /// The first thing that does not check.
         damage: String,
     },
-    /// A generation's document or sums do not check.
+    /// A generation's document cannot be read.
+    #[error("{}: {reason}; `apollod checkpoint repair {}` brings it back from the history or from a copy", path.display(), model.display())]
+    Generation {
+        /// The document.
+        path: PathBuf,
+        /// The model directory.
+        model: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A journal, delta or sums are not those of this directory, or a document is of another version.
     #[error("{}: {reason}", path.display())]
     Document {
         /// The file.
@@ -154,10 +164,12 @@ pub enum Error {
         reason: String,
     },
     /// The optimizer state does not check.
-    #[error("optimizer state {} of generation {generation}: {reason}; roll back to an earlier generation, or begin with a fresh state", path.display())]
+    #[error("optimizer state {} of generation {generation}: {reason}; put it back from a copy that has .apollod (`apollod checkpoint repair {} --from COPY`), go back to an earlier generation (`apollod checkpoint rollback {} --to N`), or go on with the weights as they are and a fresh state (`apollod checkpoint adopt {}`)", path.display(), model.display(), model.display(), model.display())]
     State {
         /// The file.
         path: PathBuf,
+        /// The model directory.
+        model: PathBuf,
         /// Its generation.
         generation: u64,
         /// What is wrong with it.
@@ -226,7 +238,9 @@ pub enum Error {
         reason: String,
     },
     /// Files that are to be copied or rolled back do not check, and no sync explains it.
-    #[error("{damage}; the files are not of generation {generation}")]
+    #[error(
+        "{damage}; the files are not of generation {generation}, and `apollod checkpoint repair` puts right what the live weights or a copy still have"
+    )]
     Source {
         /// The current generation.
         generation: u64,
@@ -251,6 +265,11 @@ pub enum Error {
         /// Copies that were made and thrown away.
         attempts: u32,
     },
+}
+
+/// The model directory that a shard lies in, for commands.
+fn folder(shard: &Path) -> std::path::Display<'_> {
+    shard.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new(".")).display()
 }
 
 impl Error {

@@ -45,6 +45,15 @@ pub struct Progress {
     pub epoch: String,
 }
 
+impl Progress {
+    /// Whether training is where it was: no example was consumed in between, trained or skipped. Who serves the weights
+    /// and how their versions are counted may differ.
+    pub(crate) fn stands_at(&self, other: &Progress) -> bool {
+        let place = |of: &Progress| (of.cursor, of.step, of.examples);
+        place(self) == place(other)
+    }
+}
+
 /// One safetensors file of a generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ShardSum {
@@ -134,6 +143,9 @@ pub struct Generation {
     /// True if the files are these or a rollback to it is possible now. Not part of the document.
     #[serde(skip)]
     pub restorable: bool,
+    /// What is wrong with its document, of which then nothing but the number is known. Not part of the document.
+    #[serde(skip)]
+    pub damage: Option<String>,
 }
 
 impl Generation {
@@ -158,7 +170,13 @@ impl Generation {
             tensors: Vec::new(),
             seal: String::new(),
             restorable: false,
+            damage: None,
         }
+    }
+
+    /// One whose document cannot be read.
+    fn damaged(number: u64, error: &Error) -> Generation {
+        Generation { damage: Some(error.to_string()), ..Generation::empty(number) }
     }
 
     /// The document's bytes, sealed anew.
@@ -170,17 +188,14 @@ impl Generation {
     }
 
     /// Parses and checks the seal; the error says what is wrong.
-    pub(crate) fn from_json(bytes: &[u8]) -> std::result::Result<Generation, String> {
+    pub(crate) fn from_json(bytes: &[u8]) -> std::result::Result<Generation, Unreadable> {
         let generation: Generation =
-            serde_json::from_slice(bytes).map_err(|error| format!("no generation: {error}"))?;
+            serde_json::from_slice(bytes).map_err(|error| Unreadable::Damaged(format!("no generation: {error}")))?;
         if generation.version != VERSION {
-            return Err(format!(
-                "it has version {} and this program reads version {VERSION}; removing .apollod begins anew with the files as they are",
-                generation.version
-            ));
+            return Err(Unreadable::Version(generation.version));
         }
         if seal_of(bytes).as_ref() != Some(&generation.seal) {
-            return Err("it does not match its seal: a bit flipped, or someone edited it".into());
+            return Err(Unreadable::Damaged("it does not match its seal: a bit flipped, or someone edited it".into()));
         }
         Ok(generation)
     }
@@ -195,8 +210,33 @@ impl Generation {
     }
 }
 
+/// Why a document is not read.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Unreadable {
+    /// Another build wrote it.
+    Version(u32),
+    /// It is not what was written.
+    Damaged(String),
+}
+
+impl fmt::Display for Unreadable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Unreadable::Version(version) => write!(
+                f,
+                "it has version {version} and this program reads version {VERSION}; removing .apollod begins anew with \
+                 the files as they are"
+            ),
+            Unreadable::Damaged(reason) => f.write_str(reason),
+        }
+    }
+}
+
 impl fmt::Display for Generation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(damage) = &self.damage {
+            return write!(f, "generation {} · {damage}", self.generation);
+        }
         let Progress { cursor, step, examples, loss, .. } = &self.progress;
         write!(
             f,
@@ -282,9 +322,12 @@ impl Paths {
             if parsed.generation == generation {
                 return Ok(parsed);
             }
-            Err(format!("it is the document of {}", parsed.generation))
+            Err(Unreadable::Damaged(format!("it is the document of {}", parsed.generation)))
         });
-        parsed.map_err(|reason| Error::Document { path, reason })
+        parsed.map_err(|unreadable| match unreadable {
+            Unreadable::Version(_) => Error::Document { path, reason: unreadable.to_string() },
+            Unreadable::Damaged(reason) => Error::Generation { path, model: self.model.clone(), reason },
+        })
     }
 
     /// The numbers of all generations, ascending.
@@ -300,15 +343,18 @@ impl Paths {
         }
     }
 
-    /// All generations, oldest first, each with whether it can be restored.
+    /// All generations, oldest first, each with whether it can be restored. One whose document cannot be read is there
+    /// with what is wrong with it.
     pub(crate) fn list(&self, disk: &Disk) -> Result<Vec<Generation>> {
-        let numbers = self.numbers(disk)?;
-        let mut all = numbers.into_iter().map(|number| self.load(disk, number)).collect::<Result<Vec<_>>>()?;
+        let read = |number| self.load(disk, number).unwrap_or_else(|error| Generation::damaged(number, &error));
+        let mut all: Vec<Generation> = self.numbers(disk)?.into_iter().map(read).collect();
         let mut reachable = true;
         for generation in all.iter_mut().rev() {
             let state = generation.state.is_none() || disk.exists(&self.state(generation.generation))?;
             generation.restorable = reachable && state && !generation.tensors.is_empty();
-            reachable &= generation.previous.is_some() && disk.exists(&self.delta(generation.generation))?;
+            // A delta says by itself what it leads back to: the document of a generation between is not needed.
+            let leads_back = generation.previous.is_some() || generation.damage.is_some();
+            reachable &= leads_back && disk.exists(&self.delta(generation.generation))?;
         }
         Ok(all)
     }

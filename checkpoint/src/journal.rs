@@ -171,6 +171,12 @@ impl Reader {
         Ok(())
     }
 
+    /// The same, for the generation at the end.
+    pub(crate) fn last(mut self) -> Result<Generation> {
+        while self.advance()? {}
+        Ok(self.generation.expect("all records are read"))
+    }
+
     /// Reads a frame: true for a record, false at the end.
     fn advance(&mut self) -> Result<bool> {
         match &self.frame()? {

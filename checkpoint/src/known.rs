@@ -78,6 +78,11 @@ impl Changed {
         Changed { first: tensors.iter().map(first).collect(), blocks }
     }
 
+    /// True if no block has to be read.
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.blocks.contains(&true)
+    }
+
     /// The blocks that ranges of bytes of each tensor lie in.
     fn of_ranges(tensors: &[LiveTensor], ranges: &[Vec<Range<u64>>]) -> Changed {
         assert_eq!(ranges.len(), tensors.len(), "what was written of every tensor");

@@ -166,7 +166,7 @@ fn refuse_shared(disk: &Disk, path: &Path) -> Result<u64> {
 }
 
 /// The length and the JSON, as they lie in the file.
-fn read_header(disk: &Disk, path: &Path, bytes: u64) -> Result<Vec<u8>> {
+pub(crate) fn read_header(disk: &Disk, path: &Path, bytes: u64) -> Result<Vec<u8>> {
     let file = disk.open(path)?;
     let mut header = vec![0; 8];
     if bytes < 8 {

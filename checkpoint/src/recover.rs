@@ -42,7 +42,8 @@ impl fmt::Display for Recovery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Recovery::Created => write!(f, "first use: the files are generation 0"),
-            Recovery::Clean { generation } => write!(f, "clean at generation {generation}"),
+            // Nothing else was looked at: a flipped bit in the files is for `verify`.
+            Recovery::Clean { generation } => write!(f, "journal: clean at generation {generation}"),
             Recovery::Finished { generation } => write!(f, "the last sync is whole: generation {generation}"),
             Recovery::Undone { generation, reason } => {
                 write!(f, "a sync that was cut short is undone ({reason}); weights remain at generation {generation}")
@@ -51,8 +52,13 @@ impl fmt::Display for Recovery {
     }
 }
 
-/// Brings the directory to a generation and gives it.
-pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -> Result<(Generation, Recovery)> {
+/// Brings the directory to a generation and gives it, with what had to be done and the generations that were pruned.
+pub(crate) fn recover(
+    disk: &Disk,
+    paths: &Paths,
+    layout: &Layout,
+    keep: Keep,
+) -> Result<(Generation, Recovery, Vec<u64>)> {
     remove_temporary(disk, paths)?;
     let Some(current) = paths.newest(disk)? else {
         if disk.exists(&paths.journal())? {
@@ -63,8 +69,8 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -
             });
         }
         let base = commit::record_files(disk, paths, layout, 0, Progress::default())?;
-        prune(disk, paths, 0, keep.at_any_age())?;
-        return Ok((base, Recovery::Created));
+        let pruned = prune(disk, paths, 0, keep.at_any_age())?;
+        return Ok((base, Recovery::Created, pruned));
     };
     same_files(paths, layout, &current)?;
     // A process that died may have left names that are not durable: that of this generation, before which older ones
@@ -77,8 +83,8 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout, keep: Keep) -
         true => resolve(disk, paths, &current)?,
         false => Recovery::Clean { generation },
     };
-    prune(disk, paths, generation, keep.at_any_age())?;
-    Ok((current, recovery))
+    let pruned = prune(disk, paths, generation, keep.at_any_age())?;
+    Ok((current, recovery, pruned))
 }
 
 /// Deals with a journal: the generation that it belongs to is published, or it is undone.

@@ -21,7 +21,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::disk::Disk;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::generation::Paths;
 
 /// Generations that one sync removes for their age, at most.
@@ -54,12 +54,13 @@ impl Keep {
 }
 
 /// Removes deltas and states that lie further back than `keep` says, and sums of other generations; documents
-/// further back lose their tensors.
-pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<()> {
+/// further back lose their tensors. Gives the generations to which nothing leads back any more.
+pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<Vec<u64>> {
     let oldest = oldest(disk, paths, current, keep)?;
-    let mut old = Vec::new();
+    let (mut old, mut lost) = (Vec::new(), Vec::new());
     for number in disk.numbers(&paths.root.join("history"), ".delta")? {
         if number <= oldest || number > current {
+            lost.extend(number.checked_sub(1).filter(|before| *before < current));
             old.push(paths.delta(number));
         }
     }
@@ -76,7 +77,8 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Res
     for path in old {
         disk.remove(&path)?;
     }
-    thin(disk, paths, oldest)
+    thin(disk, paths, oldest)?;
+    Ok(lost)
 }
 
 /// The oldest generation that stays restorable.
@@ -124,7 +126,11 @@ fn thin(disk: &Disk, paths: &Paths, oldest: u64) -> Result<()> {
         if number >= oldest {
             continue;
         }
-        let generation = paths.load(disk, number)?;
+        let generation = match paths.load(disk, number) {
+            // Damaged, and of no use any more: no reason to keep anybody from working.
+            Err(Error::Generation { .. } | Error::Document { .. }) => continue,
+            read => read?,
+        };
         if generation.tensors.is_empty() {
             break;
         }

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed};
 
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Reads};
+use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress, Reads};
 use common::*;
 
 /// Weights that count what is read of them, and check that it is what was announced.
@@ -260,5 +260,61 @@ fn a_block_that_somebody_else_changed_after_this_handle_wrote_it_is_refused() {
         let error = device.sync(&mut checkpoint, 2).unwrap_err();
         assert!(matches!(&error, checkpoint::Error::Changed { tensor, .. } if tensor == "lookup"), "{error}");
         assert!(std::fs::read(&path).unwrap() == bytes, "nothing was written");
+    }
+}
+
+#[test]
+fn a_sync_makes_no_generation_where_nothing_was_trained_skipped_or_written_since() {
+    for kind in [Device::of as fn(Live) -> Device, Device::written] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut device = kind(make_model(dir.path(), false, 0, 31));
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        checkpoint.assume_equal(&device);
+        // The base has no optimizer state, which is as good as one that has not begun.
+        let base = tree(dir.path());
+        let fresh = progress(0);
+        let same = |progress: &Progress, checkpoint: &mut Checkpoint, device: &Device| {
+            let mut write = |out: &mut dyn std::io::Write| out.write_all(&state_of(progress.cursor));
+            let mut told = Vec::new();
+            let report =
+                checkpoint.sync(device, &mut write, progress.clone(), &mut |done, all| told.push((done, all))).unwrap();
+            assert_eq!(told.last(), Some(&(device.bytes(), device.bytes())));
+            report
+        };
+        let report = same(&Progress { loss: None, ..fresh }, &mut checkpoint, &device);
+        assert!(report.unchanged && report.generation == 0, "{report}");
+        assert!(tree(dir.path()) == base);
+
+        device.write(0, 5000, 1);
+        assert!(!device.sync(&mut checkpoint, 1).unwrap().unchanged);
+        let one = tree(dir.path());
+        for _ in 0..4 {
+            // Another server, another count of versions: the same training.
+            let again = Progress { epoch: "other".into(), weight_version: 99, ..progress(1) };
+            let report = same(&again, &mut checkpoint, &device);
+            assert!(report.unchanged && report.generation == 1, "{report}");
+            assert!(report.to_string().starts_with("nothing changed since generation 1"), "{report}");
+        }
+        assert!(tree(dir.path()) == one, "not a byte is written");
+        checkpoint.verify().unwrap();
+
+        // An example that a gate skipped: its cursor becomes durable.
+        let skipped = Progress { cursor: 2, ..progress(1) };
+        let mut state = |out: &mut dyn std::io::Write| out.write_all(&state_of(1));
+        let report = checkpoint.sync(&device, &mut state, skipped.clone(), &mut |_, _| {}).unwrap();
+        assert!(!report.unchanged && report.generation == 2 && report.blocks_changed == 0, "{report}");
+        drop(checkpoint);
+        let (mut checkpoint, _) = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.current().progress, skipped);
+        checkpoint.assume_equal(&device);
+        // Another optimizer state, as after another rank: it becomes durable.
+        let mut other = |out: &mut dyn std::io::Write| out.write_all(&state_of(7));
+        let report = checkpoint.sync(&device, &mut other, skipped.clone(), &mut |_, _| {}).unwrap();
+        assert!(!report.unchanged && read_state(&checkpoint) == Some(state_of(7)), "{report}");
+        // Somebody else wrote into the live weights.
+        device.write(1, 100, 1);
+        let report = checkpoint.sync(&device, &mut other, skipped.clone(), &mut |_, _| {}).unwrap();
+        assert!(!report.unchanged && report.blocks_changed == 1, "{report}");
+        assert_files_are(&checkpoint, &device.live);
     }
 }

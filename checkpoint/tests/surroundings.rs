@@ -53,7 +53,7 @@ const MEDDLES: [(&str, Meddle, &str); 10] = [
     ("grown", |path| resize(path, |bytes| bytes + 1), "bytes and its header describes"),
     ("removed", |path| fs::remove_file(path).unwrap(), "it is not there"),
     ("replaced by another model's", |path| replace(path, 8, 77), "is not the file of generation"),
-    ("replaced by other weights", |path| replace(path, 0, 78), "someone else changed the file"),
+    ("replaced by other weights", |path| replace(path, 0, 78), "someone else wrote into it"),
     ("replaced by a link", to_link, "is a symbolic link"),
     ("given a second name", |path| fs::hard_link(path, path.with_extension("other")).unwrap(), "has 2 hard links"),
     ("replaced by a folder", to_folder, "is not a regular file"),

@@ -126,6 +126,9 @@ fn generations_further_back_than_kept_are_listed_and_not_restorable() {
         live.train(&mut rng, 9);
         sync(&mut checkpoint, &live, cursor);
     }
+    // Each is told once, by whoever removed what led back to it.
+    assert_eq!(checkpoint.take_pruned(), [0, 1, 2]);
+    assert!(checkpoint.take_pruned().is_empty());
     let listed = checkpoint::list(dir.path()).unwrap();
     let restorable: Vec<bool> = listed.iter().map(|g| g.restorable).collect();
     assert_eq!(restorable, [false, false, false, true, true, true]);
@@ -177,12 +180,12 @@ fn history_is_bounded_by_its_bytes() {
     let bytes = ["history/4.delta", "history/3.delta", "state/3", "state/2"].map(file).iter().sum();
     let open = |bytes: u64| {
         let keep = Options { keep: Keep { bytes, ..Keep::default() }, ..Options::default() };
-        drop(Checkpoint::open_with(dir.path(), keep).unwrap());
-        restorable(dir.path())
+        let pruned = Checkpoint::open_with(dir.path(), keep).unwrap().0.take_pruned();
+        (restorable(dir.path()), pruned)
     };
-    assert_eq!(open(bytes), [2, 3, 4]);
-    assert_eq!(open(bytes - 1), [3, 4]);
-    assert_eq!(open(0), [3, 4], "the last sync can be taken back");
+    assert_eq!(open(bytes), (vec![2, 3, 4], vec![0, 1]));
+    assert_eq!(open(bytes - 1), (vec![3, 4], vec![2]));
+    assert_eq!(open(0), (vec![3, 4], vec![]), "the last sync can be taken back");
 }
 
 #[test]

@@ -14,6 +14,7 @@
 //!    | [`ToTrainer::Train`] | `Trained` (a gated or non-finite step too: `skipped` says why) or `Failed` |
 //!    | [`ToTrainer::Sync`] | `Synced` or `Failed` |
 //!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed` |
+//!    | [`ToTrainer::Repair`] | `Repaired`, also when not everything could be, or `Failed` |
 //!    | [`ToTrainer::Shutdown`] with `sync` | `Synced` or `Failed`, then the child exits with status 0 |
 //!    | [`ToTrainer::Shutdown`] without `sync` | none: the child exits with status 0 |
 //!
@@ -36,6 +37,7 @@
 
 use std::fmt;
 use std::ops::Range;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -78,6 +80,11 @@ pub enum ToTrainer {
         /// The generation to return to.
         to: u64,
     },
+    /// Put damaged blocks of the files right, from the live weights and from these directories.
+    Repair {
+        /// Copies of the model directory.
+        from: Vec<PathBuf>,
+    },
     /// Stop, with or without a last sync.
     Shutdown {
         /// Whether to sync first.
@@ -92,6 +99,7 @@ impl ToTrainer {
             Self::Train { .. } => Request::Train,
             Self::Sync { .. } => Request::Sync,
             Self::Rollback { .. } => Request::Rollback,
+            Self::Repair { .. } => Request::Repair,
             Self::Shutdown { .. } => Request::Shutdown,
         }
     }
@@ -109,6 +117,8 @@ pub enum Request {
     Sync,
     /// [`ToTrainer::Rollback`].
     Rollback,
+    /// [`ToTrainer::Repair`].
+    Repair,
     /// [`ToTrainer::Shutdown`].
     Shutdown,
 }
@@ -120,6 +130,7 @@ impl fmt::Display for Request {
             Self::Train => "train",
             Self::Sync => "sync",
             Self::Rollback => "rollback",
+            Self::Repair => "repair",
             Self::Shutdown => "shutdown",
         })
     }
@@ -218,6 +229,30 @@ pub struct Synced {
     pub bytes_journal: u64,
     /// How long it took.
     pub seconds: f64,
+    /// Whether nothing had changed since that generation, so that no new one was made.
+    #[serde(default)]
+    pub unchanged: bool,
+}
+
+impl fmt::Display for Synced {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { generation, blocks_changed, blocks_total, .. } = self;
+        match self.unchanged {
+            true => write!(f, "nothing changed since generation {generation}"),
+            false => write!(f, "generation {generation}, {blocks_changed} of {blocks_total} blocks"),
+        }
+    }
+}
+
+/// The answer to [`ToTrainer::Repair`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Repaired {
+    /// The generation that the files are, where nothing is damaged any more.
+    pub generation: u64,
+    /// What was put right, in words: the file, the tensor, and where the content was.
+    pub repaired: Vec<String>,
+    /// What is damaged still.
+    pub damage: Vec<String>,
 }
 
 /// The child's first word: attached, recovered, able to train.
@@ -274,6 +309,8 @@ pub enum FromTrainer {
         #[serde(default)]
         weight_version: u64,
     },
+    /// What was damaged in the files is right again, as far as possible.
+    Repaired(Repaired),
     /// The server was told that weights have moved.
     Invalidated(Invalidated),
     /// The generation has a directory of its own, or could not get one.

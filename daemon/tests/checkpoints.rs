@@ -94,12 +94,12 @@ fn rollback_takes_the_generation_by_name() {
 #[test]
 fn recover_finishes_or_undoes_what_a_crash_left() {
     let dir = tempfile::tempdir().unwrap();
-    assert!(said(&run("recover", dir.path(), &[])).starts_with("no generations yet"));
     model(dir.path());
-    assert_eq!(said(&run("recover", dir.path(), &[])), "clean at generation 2\n");
+    let not_compared = format!("; contents not compared, `apollod checkpoint verify {}` does\n", dir.path().display());
+    assert_eq!(said(&run("recover", dir.path(), &[])), format!("journal: clean at generation 2{not_compared}"));
     let own = dir.path().join(".apollod");
     std::fs::rename(own.join("history/2.delta"), own.join("journal")).unwrap();
-    assert_eq!(said(&run("recover", dir.path(), &[])), "the last sync is whole: generation 2\n");
+    assert_eq!(said(&run("recover", dir.path(), &[])), format!("the last sync is whole: generation 2{not_compared}"));
     assert!(said(&run("verify", dir.path(), &[])).contains("all checksums match"));
     std::fs::rename(own.join("history/2.delta"), own.join("journal")).unwrap();
     std::fs::remove_file(own.join("generations/2.json")).unwrap();
@@ -114,6 +114,8 @@ fn verify_names_what_is_damaged_and_fails() {
     model(dir.path());
     let text = said(&run("verify", dir.path(), &[]));
     assert!(text.contains("2 earlier generations") && text.contains("all checksums match"), "{text}");
+    assert!(text.contains("not covered: config.json, the tokenizer's files, the queue"), "{text}");
+    assert!(!text.contains("repair"), "{text}");
     let damaged = |name: &str, byte: usize| {
         let path = dir.path().join(name);
         let good = std::fs::read(&path).unwrap();
@@ -127,8 +129,109 @@ fn verify_names_what_is_damaged_and_fails() {
     };
     let text = damaged("model.safetensors", 100_000);
     assert!(text.contains("tensor `w` is damaged in 1 of its 16 KiB blocks, the first at its bytes "), "{text}");
+    assert!(text.contains(&format!("apollod checkpoint repair {}", dir.path().display())), "{text}");
     for name in ["history/1.delta", "history/2.delta", "state/1", "generations/0.json", "generations/2.json"] {
         let text = damaged(&format!(".apollod/{name}"), 3);
         assert!(text.contains(name), "{name}: {text}");
+    }
+}
+
+/// Changes bytes of the weights, from this one on.
+fn damage(dir: &Path, at: usize, bytes: usize) {
+    let path = dir.join("model.safetensors");
+    let mut content = std::fs::read(&path).unwrap();
+    content[at..at + bytes].iter_mut().for_each(|byte| *byte ^= 0x55);
+    std::fs::write(path, content).unwrap();
+}
+
+#[test]
+fn repair_puts_right_what_it_can_and_says_what_it_cannot() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, copy) = (dir.path().join("model"), dir.path().join("copy"));
+    std::fs::create_dir(&path).unwrap();
+    model(&path);
+    let good = std::fs::read(path.join("model.safetensors")).unwrap();
+    assert_eq!(said(&run("repair", &path, &[])), "generation 2: all checksums match, nothing to repair\n");
+    checkpoint::export(&path, &copy).unwrap();
+    damage(&path, 100_000, 5);
+    let output = run("repair", &path, &[]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{text}");
+    assert!(text.starts_with("still damaged: model.safetensors: tensor `w`") && text.contains("--from"), "{text}");
+    let refused = run("rollback", &path, &["--to", "1"]);
+    let command = format!("apollod checkpoint repair {}", path.display());
+    assert!(String::from_utf8_lossy(&refused.stderr).contains(&command), "{refused:?}");
+    let text = said(&run("repair", &path, &["--from", copy.to_str().unwrap()]));
+    let want = format!("repaired: model.safetensors: tensor `w`: 1 block of 16 KiB from {}", copy.display());
+    assert_eq!(text, format!("{want}\ngeneration 2: all checksums match now\n"));
+    assert!(std::fs::read(path.join("model.safetensors")).unwrap() == good);
+}
+
+#[test]
+fn adopt_does_nothing_for_nothing_and_else_names_what_it_takes_and_that_history_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    let text = said(&run("adopt", dir.path(), &[]));
+    assert!(text.starts_with("nothing to adopt: "), "{text}");
+    assert_eq!(checkpoint::list(dir.path()).unwrap().iter().filter(|of| of.restorable).count(), 3);
+    damage(dir.path(), 100_000, 20_000);
+    let output = run("adopt", dir.path(), &[]);
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "journal: clean at generation 2\n");
+    let text = said(&output);
+    for part in [
+        "generation 3 is the files as they are",
+        "model.safetensors: tensor `w`, 2 blocks of 16 KiB\n",
+        "history ends here: generations 0 to 1 and 2 cannot be restored any more\n",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+    assert_eq!(checkpoint::list(dir.path()).unwrap().iter().filter(|of| of.restorable).count(), 1);
+}
+
+#[test]
+fn a_damaged_document_is_listed_as_such_beside_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path());
+    std::fs::write(dir.path().join(".apollod/generations/1.json"), "{}").unwrap();
+    let text = said(&run("list", dir.path(), &[]));
+    let lines: Vec<&str> = text.lines().collect();
+    assert!(lines[2].trim_start().starts_with("1  DAMAGED: ") && lines[2].contains("checkpoint repair"), "{text}");
+    assert_eq!((lines.len(), lines[3].split_whitespace().next()), (4, Some("0")));
+    let json: Value = serde_json::from_str(&said(&run("list", dir.path(), &["--json"]))).unwrap();
+    assert!(json[1]["damage"].is_string() && json[0].get("damage").is_none(), "{json}");
+    said(&run("rollback", dir.path(), &["--to", "0"]));
+    said(&run("repair", dir.path(), &[]));
+    assert!(!said(&run("list", dir.path(), &[])).contains("DAMAGED"));
+}
+
+#[test]
+fn directories_without_generations_are_refused_and_nothing_is_made_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let [path, empty, copy] = ["model", "empty", "copy"].map(|name| dir.path().join(name));
+    std::fs::create_dir(&path).unwrap();
+    std::fs::create_dir(&empty).unwrap();
+    model(&path);
+    let published = Checkpoint::open(&path).unwrap().0.publish().unwrap().path.with_file_name("current");
+    checkpoint::export(&path, &copy).unwrap();
+    for (dir, reason) in [
+        (empty.as_path(), "no model directory"),
+        (&copy, "an export carries none"),
+        (&published, "a copy of one generation, which nobody writes into"),
+        (Path::new("/nonexistent"), "no such directory"),
+    ] {
+        for (action, more) in [
+            ("list", &[][..]),
+            ("verify", &[]),
+            ("recover", &[]),
+            ("adopt", &[]),
+            ("repair", &[]),
+            ("rollback", &["--to", "1"]),
+        ] {
+            let output = run(action, dir, more);
+            assert!(!output.status.success(), "{action} {}", dir.display());
+            let text = String::from_utf8(output.stderr).unwrap();
+            assert!(text.contains(reason), "{action} {}: {text}", dir.display());
+            assert!(!dir.join(".apollod").exists(), "{action} {}", dir.display());
+        }
     }
 }

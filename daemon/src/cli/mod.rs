@@ -73,7 +73,7 @@ pub enum Command {
     Pause(pause::PauseArgs),
     /// Go on training after `pause`, or after failures that made the daemon pause itself.
     Resume(pause::PauseArgs),
-    /// Write, check, list, restore and copy the generations of a model directory.
+    /// Write, check, list, restore, repair and copy the generations of a model directory.
     Checkpoint(checkpoints::CheckpointArgs),
     /// The main job from end to end on an embedded model: a few seconds.
     Demo(demo::DemoArgs),

@@ -407,7 +407,8 @@ pub struct SyncConfig {
     /// cannot clone; the last two are kept.
     pub mode: SyncMode,
     /// Generations kept for rollback, the current one included. Default 4. Each costs the compressed change it made and
-    /// a copy of the optimizer's state. From 2 on the last sync can always be taken back, whatever the two keys below.
+    /// a copy of the optimizer's state. From 2 on the last sync can always be taken back, whatever the two keys below;
+    /// 1 keeps no history. What no longer fits goes at a start or a sync, and the log says which generations.
     pub keep: u64,
     /// Bytes that those before the current one may take together. Default 68719476736 (64 GiB); the oldest go first.
     pub keep_bytes: u64,

@@ -1,12 +1,14 @@
 //! Status, pausing, syncs, generations and rollbacks.
 
 use axum::Json;
+use axum::body::Bytes;
 use axum::extract::{Path, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use checkpoint::Generation;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use std::path::PathBuf;
 
 use super::{App, Problem, blocking};
 
@@ -80,6 +82,9 @@ pub struct GenerationView {
     ratio: f64,
     rollback_of: Option<u64>,
     restorable: bool,
+    /// What is wrong with the generation's document, of which then nothing but the number is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    damage: Option<String>,
 }
 
 impl From<&Generation> for GenerationView {
@@ -99,6 +104,7 @@ impl From<&Generation> for GenerationView {
             ratio: of.ratio,
             rollback_of: of.rollback_of,
             restorable: of.restorable,
+            damage: of.damage.clone(),
         }
     }
 }
@@ -109,6 +115,27 @@ pub async fn checkpoints(State(app): State<App>) -> Result<Json<Value>, Problem>
     let list = list.map_err(|error| Problem::new(500, "checkpoint", error.to_string()))?;
     let views: Vec<GenerationView> = list.iter().rev().map(GenerationView::from).collect();
     Ok(Json(json!({ "checkpoints": views })))
+}
+
+/// What `POST /v1/checkpoints/repair` takes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Repair {
+    /// Copies of the model directory, on the daemon's machine.
+    #[serde(default)]
+    from: Vec<PathBuf>,
+}
+
+/// `POST /v1/checkpoints/repair`: puts damaged blocks of the files right and answers with what was, and with what is
+/// damaged still.
+pub async fn repair(State(app): State<App>, body: Bytes) -> Result<Response, Problem> {
+    let body = if body.is_empty() { &b"{}"[..] } else { &body };
+    let Repair { from } = serde_json::from_slice(body)
+        .map_err(|error| Problem::new(400, "body", format!("not {{\"from\": [...]}}: {error}")))?;
+    if let Some(path) = from.iter().find(|path| !path.is_absolute()) {
+        return Err(Problem::new(400, "from", format!("{} is no absolute path", path.display())));
+    }
+    Ok(Json(app.supervisor.repair(from).await?).into_response())
 }
 
 /// `POST /v1/checkpoints/{generation}/rollback`
@@ -125,6 +152,9 @@ pub async fn rollback(State(app): State<App>, Path(generation): Path<String>) ->
         None => {
             let detail = format!("there is no generation {to}; see GET /v1/checkpoints");
             return Err(Problem::new(404, "unknown-generation", detail));
+        }
+        Some(Generation { damage: Some(damage), .. }) => {
+            return Err(Problem::new(409, "not-restorable", format!("generation {to} cannot be read: {damage}")));
         }
         Some(known) if !known.restorable => {
             let detail = format!("generation {to} is no longer restorable; see GET /v1/checkpoints and [sync] keep");

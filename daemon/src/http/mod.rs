@@ -56,6 +56,7 @@ pub fn router(app: App) -> Router {
         .route("/v1/checkpoint", post(control::checkpoint))
         .route("/v1/checkpoints", get(control::checkpoints))
         .route("/v1/checkpoints/{generation}/rollback", post(control::rollback))
+        .route("/v1/checkpoints/repair", post(control::repair))
         .route("/v1/pause", post(control::pause))
         .route("/v1/resume", post(control::resume))
         .route("/train", post(legacy::train))

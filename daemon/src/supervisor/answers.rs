@@ -42,6 +42,16 @@ impl Supervisor {
             (FromTrainer::RolledBack { generation, cursor, weight_version }, Some(InFlight::Rollback { reply })) => {
                 self.on_rolled_back(generation, cursor, weight_version, reply)
             }
+            (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => {
+                for what in &repaired.repaired {
+                    tracing::warn!("repaired: {what}");
+                }
+                for what in &repaired.damage {
+                    tracing::error!("still damaged: {what}");
+                }
+                answer(Some(reply), Ok(repaired));
+                Ok(())
+            }
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
                 // One that is waited for is told once.
@@ -185,19 +195,15 @@ impl Supervisor {
         self.queue.record_synced(synced.cursor)?;
         (self.unsynced, self.deaths_in_a_row) = (false, 0);
         self.next_sync = self.options.schedule.next_after(Utc::now());
-        tracing::info!(
-            "sync ({reason}): generation {}, {} of {} blocks, {:.2} s",
-            synced.generation,
-            synced.blocks_changed,
-            synced.blocks_total,
-            synced.seconds
-        );
+        tracing::info!("sync ({reason}): {synced}, {:.2} s", synced.seconds);
         self.update(|status| {
             (status.generation, status.cursor) = (synced.generation, synced.cursor);
             status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
-            status.counts.syncs += 1;
+            status.counts.syncs += u64::from(!synced.unchanged);
         });
-        self.tell(What::Sync(synced.clone()));
+        if !synced.unchanged {
+            self.tell(What::Sync(synced.clone()));
+        }
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
         Ok(())
     }
@@ -243,6 +249,9 @@ impl Supervisor {
                 self.on_sync_failed("shutdown".into(), Vec::new(), reason);
             }
             (Request::Rollback, Some(InFlight::Rollback { reply })) => {
+                answer(Some(reply), Err(ControlError::Failed(reason)));
+            }
+            (Request::Repair, Some(InFlight::Repair { reply })) => {
                 answer(Some(reply), Err(ControlError::Failed(reason)));
             }
             (_, in_flight) => {

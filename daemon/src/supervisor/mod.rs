@@ -21,6 +21,7 @@ mod status;
 #[cfg(test)]
 mod tests;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -33,7 +34,7 @@ pub use status::{State, Status};
 #[cfg(test)]
 pub use status::{StepLoss, Timings};
 
-use crate::protocol::Synced;
+use crate::protocol::{Repaired, Synced};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
 use child::Output;
@@ -95,6 +96,7 @@ enum Event {
     Child { number: u64, output: Output },
     Sync { reason: String, reply: Option<Reply<Synced>> },
     Rollback { to: u64, reply: Reply<(u64, u64)> },
+    Repair { from: Vec<PathBuf>, reply: Reply<Repaired> },
     Pause(bool),
     Wake,
     Shutdown,
@@ -162,6 +164,16 @@ impl Handle {
     pub async fn rollback(&self, to: u64) -> Result<(u64, u64), ControlError> {
         let (reply, outcome) = oneshot::channel();
         self.tell(Event::Rollback { to, reply });
+        outcome.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// Puts damaged blocks of the files right, from the live weights and from copies of the model directory.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn repair(&self, from: Vec<PathBuf>) -> Result<Repaired, ControlError> {
+        let (reply, outcome) = oneshot::channel();
+        self.tell(Event::Repair { from, reply });
         outcome.await.unwrap_or(Err(ControlError::Stopping))
     }
 

@@ -1,5 +1,6 @@
 //! The supervisor's loop. Parents decide ([`Supervisor::advance`]), leaves act.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -8,7 +9,7 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use super::child::{Child, Output};
 use super::events::{Events, What};
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
-use crate::protocol::{FromTrainer, Synced, ToTrainer};
+use crate::protocol::{FromTrainer, Repaired, Synced, ToTrainer};
 use crate::queue::{Batch, Queue, QueueError};
 
 /// Longest wait between two restarts.
@@ -23,6 +24,7 @@ pub(super) enum InFlight {
     Train { batch: Batch, started: Instant },
     Sync { reason: String, waiting: Vec<Reply<Synced>> },
     Rollback { reply: Reply<(u64, u64)> },
+    Repair { reply: Reply<Repaired> },
     Shutdown,
 }
 
@@ -58,6 +60,7 @@ pub(super) struct Supervisor {
     pub(super) in_flight: Option<InFlight>,
     wanted_sync: Option<WantedSync>,
     wanted_rollback: Option<(u64, Reply<(u64, u64)>)>,
+    wanted_repair: Option<(Vec<PathBuf>, Reply<Repaired>)>,
     pub(super) paused: Option<String>,
     pub(super) stopping: bool,
     /// Steps after this cursor are trained again before new ones; `None` once there are none.
@@ -95,6 +98,7 @@ impl Supervisor {
             in_flight: None,
             wanted_sync: None,
             wanted_rollback: None,
+            wanted_repair: None,
             paused: None,
             stopping: false,
             replay_from: None,
@@ -178,6 +182,8 @@ impl Supervisor {
         if self.stopping {
             let sync = self.options.sync_on_shutdown && self.unsynced;
             self.send(InFlight::Shutdown, &ToTrainer::Shutdown { sync });
+        } else if let Some((from, reply)) = self.wanted_repair.take() {
+            self.send(InFlight::Repair { reply }, &ToTrainer::Repair { from });
         } else if let Some((to, reply)) = self.wanted_rollback.take() {
             self.send(InFlight::Rollback { reply }, &ToTrainer::Rollback { to });
         } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
@@ -264,6 +270,7 @@ impl Supervisor {
             Event::Pause(false) => (self.paused, self.failures_in_a_row) = (None, 0),
             Event::Sync { reason, reply } => self.want_sync(reason, reply),
             Event::Rollback { to, reply } => self.want_rollback(to, reply),
+            Event::Repair { from, reply } => self.want_repair(from, reply),
             Event::Child { number, output } => {
                 // What an earlier child still had to say no longer matters.
                 if let Some(attached) = self.attached.as_mut().filter(|attached| attached.number == number) {
@@ -308,6 +315,17 @@ impl Supervisor {
         match error {
             Some(error) => answer(Some(reply), Err(error)),
             None => self.wanted_rollback = Some((to, reply)),
+        }
+    }
+
+    fn want_repair(&mut self, from: Vec<PathBuf>, reply: Reply<Repaired>) {
+        let error = self.not_ready().or_else(|| {
+            let busy = self.wanted_repair.is_some() || matches!(self.in_flight, Some(InFlight::Repair { .. }));
+            busy.then(|| ControlError::Failed("another repair is under way".into()))
+        });
+        match error {
+            Some(error) => answer(Some(reply), Err(error)),
+            None => self.wanted_repair = Some((from, reply)),
         }
     }
 
@@ -388,13 +406,16 @@ impl Supervisor {
     fn answer_waiting(&mut self, error: &ControlError) {
         let mut syncs = self.wanted_sync.take().map(|wanted| wanted.waiting).unwrap_or_default();
         let mut rollbacks: Vec<_> = self.wanted_rollback.take().map(|(_, reply)| reply).into_iter().collect();
+        let mut repairs: Vec<_> = self.wanted_repair.take().map(|(_, reply)| reply).into_iter().collect();
         match self.in_flight.take() {
             Some(InFlight::Sync { waiting, .. }) => syncs.extend(waiting),
             Some(InFlight::Rollback { reply }) => rollbacks.push(reply),
+            Some(InFlight::Repair { reply }) => repairs.push(reply),
             _ => {}
         }
         syncs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         rollbacks.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+        repairs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
     }
 
     /// What the daemon is doing, and why where that needs saying.
@@ -409,6 +430,7 @@ impl Supervisor {
             (_, _, Some(InFlight::Train { .. })) => (State::Training, None),
             (_, _, Some(InFlight::Sync { reason, .. })) => (State::Syncing, Some(reason.clone())),
             (_, _, Some(InFlight::Rollback { .. })) => (State::RollingBack, None),
+            (_, _, Some(InFlight::Repair { .. })) => (State::Repairing, None),
             (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),
             (_, _, None) => match &self.paused {
                 Some(why) => (State::Paused, Some(why.clone())),

@@ -27,6 +27,8 @@ pub enum State {
     Syncing,
     /// Files and live weights are going back to an earlier generation.
     RollingBack,
+    /// Damaged blocks of the files are being put right.
+    Repairing,
     /// There is no inference server to attach to; tried again every second.
     WaitingForServer,
     /// The trainer cannot start or died; tried again.
@@ -38,7 +40,7 @@ pub enum State {
 impl State {
     /// Whether a trainer is attached and can train.
     pub fn is_ready(self) -> bool {
-        matches!(self, Self::Training | Self::Idle | Self::Paused | Self::Syncing | Self::RollingBack)
+        matches!(self, Self::Training | Self::Idle | Self::Paused | Self::Syncing | Self::RollingBack | Self::Repairing)
     }
 }
 
@@ -51,6 +53,7 @@ impl fmt::Display for State {
             Self::Paused => "paused",
             Self::Syncing => "syncing",
             Self::RollingBack => "rolling back",
+            Self::Repairing => "repairing",
             Self::WaitingForServer => "waiting for server",
             Self::Failed => "failed",
             Self::Stopping => "stopping",
@@ -320,10 +323,7 @@ impl fmt::Display for Status {
             writeln!(f, "  directory   {what} at {at}, generation {}", published.generation)?;
         }
         let last_sync = self.last_sync.as_ref().map(|sync| match (&sync.done, &sync.failed) {
-            (Some(done), _) => format!(
-                "{} ({}): generation {}, {} of {} blocks, {:.2} s",
-                sync.at, sync.reason, done.generation, done.blocks_changed, done.blocks_total, done.seconds
-            ),
+            (Some(done), _) => format!("{} ({}): {done}, {:.2} s", sync.at, sync.reason, done.seconds),
             (None, failed) => format!("{} ({}) failed: {}", sync.at, sync.reason, failed.as_deref().unwrap_or("")),
         });
         write!(f, "  sync        last {}; next {}", or_none(last_sync), or_none(self.next_sync.clone()))

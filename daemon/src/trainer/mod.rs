@@ -5,6 +5,7 @@
 //! Requests come as lines on stdin, one at a time; answers go to stdout (see `protocol`).
 
 mod prefix_cache;
+mod repair;
 mod restore;
 mod session;
 mod settings;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
+pub use repair::{files as repair_files, told as repaired};
 pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 
 /// How often an idle trainer looks after its server and its prefix cache. (`watch` sees its end at once.)

@@ -3,7 +3,7 @@
 use super::prefix_cache::PrefixCache;
 use super::restore::Attached;
 use super::shadow::{self, Failure, Finding};
-use super::{restore, settings, watch};
+use super::{repair, restore, settings, watch};
 use crate::backend::{Backend, ReadNext};
 use crate::config::{self, Attach, Config, SyncMode, Update};
 use crate::protocol::{
@@ -103,8 +103,9 @@ impl<'a> Start<'a> {
         let model = model::Config::read(&config.model.dir)?;
         let tensors = settings::tensors(&model, &config.train);
         let options = settings::checkpoint_options(&config.sync);
-        let (checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
-        require_intact(&checkpoint)?;
+        let (mut checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
+        tell_pruned(&mut checkpoint);
+        require_intact(&checkpoint, &config.model.dir)?;
         let attachment = Arc::new(attach(config, &model)?);
         watch::start(attachment.clone())?;
         Ok(Start { config, told, model, tensors, checkpoint, recovery: recovery.to_string(), attachment })
@@ -128,7 +129,7 @@ impl<D: Backend> Session<D> {
         let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment } = start;
         same_directory(attachment.model_dir(), &config.model.dir)?;
         can_be_held(config.server.update, &attachment)?;
-        let mut warnings = Vec::new();
+        let mut warnings = damaged_documents(&checkpoint)?;
         let mut prefix_cache = prefix_cache(&config.server, &attachment, &mut warnings);
 
         let files = SafetensorsDir::open(&config.model.dir)?;
@@ -284,7 +285,8 @@ impl<D: Backend> Session<D> {
     /// Does what is asked; `None` where the protocol has no answer.
     pub fn answer(&mut self, request: ToTrainer) -> Option<FromTrainer> {
         let kind = request.kind();
-        let needs_server = matches!(request, ToTrainer::Train { .. } | ToTrainer::Rollback { .. });
+        let needs_server =
+            matches!(request, ToTrainer::Train { .. } | ToTrainer::Rollback { .. } | ToTrainer::Repair { .. });
         if let (true, Err(reason)) = (needs_server, self.check()) {
             return Some(FromTrainer::ServerGone { reason });
         }
@@ -292,6 +294,7 @@ impl<D: Backend> Session<D> {
             ToTrainer::Train { step, lr, examples } => self.train(step, lr, &examples),
             ToTrainer::Sync { reason } => self.sync(&reason),
             ToTrainer::Rollback { to } => self.rollback(to),
+            ToTrainer::Repair { from } => self.repair(&from),
             ToTrainer::Shutdown { sync: true } => self.sync("shutdown"),
             ToTrainer::Shutdown { sync: false } => return None,
         };
@@ -383,6 +386,7 @@ impl<D: Backend> Session<D> {
         drop(live);
         self.optimizer.forget_written();
         tracing::info!(reason, "{report}");
+        tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         Ok(FromTrainer::Synced(Synced {
             generation: report.generation,
@@ -392,12 +396,23 @@ impl<D: Backend> Session<D> {
             bytes_written: report.bytes_written,
             bytes_journal: report.bytes_journal,
             seconds: report.seconds,
+            unchanged: report.unchanged,
         }))
+    }
+
+    /// Live weights are read only: they are what they are, and the files are what is damaged.
+    fn repair(&mut self, copies: &[PathBuf]) -> Result<FromTrainer> {
+        let device = self.model.device();
+        let held = repair::Held::new(&**device, self.model.tensors(), self.model.weights(), &self.file_dtypes);
+        let report = self.checkpoint.repair(&checkpoint::Sources { live: Some(&held), copies })?;
+        tracing::info!("{report}");
+        Ok(FromTrainer::Repaired(repair::told(&report)))
     }
 
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
+        tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         self.prefix_cache.moved();
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
@@ -498,7 +513,8 @@ fn prefix_cache(server: &config::ServerConfig, attachment: &Attachment, warnings
     PrefixCache::new(how, Duration::from_secs_f64(server.prefix_cache_interval))
 }
 
-fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartError> {
+/// Attaches to the server that the configuration names.
+pub(super) fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartError> {
     let source = match config.server.attach().context("[server] names no way to the weights")? {
         Attach::Socket(path) => Source::Socket(path.into()),
         Attach::Manifest(path) => Source::Manifest(path.into()),
@@ -554,15 +570,34 @@ fn freeze_widened<D: Backend>(
 
 /// Files that somebody changed since the last generation would make every sync fail, and a restore of
 /// live weights wrong.
-fn require_intact(checkpoint: &Checkpoint) -> Result<()> {
+fn require_intact(checkpoint: &Checkpoint, dir: &Path) -> Result<()> {
     let report = checkpoint.verify()?;
     if !report.is_ok() {
+        let dir = dir.display();
         bail!(
-            "{report}; the files were changed by somebody else: put them back, or accept them as they are with \
-             `apollod checkpoint adopt`, and restart the server"
+            "{report}; a disk flipped bits, or somebody else wrote into the files: `apollod checkpoint repair {dir}` puts \
+             them right from the live weights or a copy (--from). Only if they were changed on purpose, stop the daemon, \
+             take them as they are with `apollod checkpoint adopt {dir}`, and restart the server"
         );
     }
     Ok(())
+}
+
+/// Says in the log which generations the history has lost.
+fn tell_pruned(checkpoint: &mut Checkpoint) {
+    let pruned = checkpoint.take_pruned();
+    if let (Some(first), Some(last)) = (pruned.first(), pruned.last()) {
+        let which =
+            if first == last { format!("generation {first}") } else { format!("generations {first} to {last}") };
+        tracing::warn!(
+            "{which} went from the history by sync.keep, keep_bytes or keep_days, and cannot be restored any more"
+        );
+    }
+}
+
+/// Generations of the history whose documents cannot be read.
+fn damaged_documents(checkpoint: &Checkpoint) -> Result<Vec<String>> {
+    Ok(checkpoint.generations()?.into_iter().filter_map(|generation| generation.damage).collect())
 }
 
 /// The server must serve the directory that sync will write.

@@ -1,7 +1,7 @@
 //! Damage in what the trainer reads when it starts.
 
 use std::fs;
-use std::process::Stdio;
+use std::process::{Output, Stdio};
 
 use super::harness::{Place, Process, post, until, wait_trained};
 use super::taught;
@@ -28,7 +28,9 @@ fn a_damaged_optimizer_state_is_said_and_rollback_and_adopt_are_the_ways_out() {
         let daemon = Process::of(command.spawn().unwrap());
         until("it is said", || daemon.get("/v1/status")["state"] == "failed");
         let said = daemon.get("/v1/status")["detail"].as_str().unwrap().to_owned();
-        for part in ["optimizer state", "state/1 of generation 1", "roll back", "apollod checkpoint adopt"] {
+        for part in
+            ["optimizer state", "state/1 of generation 1", "apollod checkpoint rollback", "apollod checkpoint adopt"]
+        {
             assert!(said.contains(part), "{said}");
         }
         let waiting = post(&daemon, taught(1));
@@ -45,4 +47,99 @@ fn a_damaged_optimizer_state_is_said_and_rollback_and_adopt_are_the_ways_out() {
         daemon.stop();
         engine.stop();
     }
+}
+
+/// `apollod checkpoint` on the place's model.
+fn checkpoint(place: &Place, action: &str, more: &[&str]) -> Output {
+    place.apollod().args(["checkpoint", action]).arg(place.model()).args(more).output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout.clone()).unwrap()
+}
+
+/// Writes over some hundred bytes in the middle of the weights.
+fn damage(place: &Place) {
+    let path = place.model().join("model.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 300].iter_mut().for_each(|byte| *byte = !*byte);
+    fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn live_weights_repair_the_files_with_a_trainer_without_a_daemon_and_where_damage_keeps_it_from_starting() {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&[]);
+    assert!(said(&checkpoint(&place, "sync", &[])).starts_with("nothing changed since generation 0"));
+    wait_trained(&daemon, &post(&daemon, taught(2)));
+    assert!(said(&checkpoint(&place, "sync", &[])).starts_with("generation 1: "));
+    let (good, state) = place.files(1);
+    for _ in 0..4 {
+        assert!(said(&checkpoint(&place, "sync", &[])).starts_with("nothing changed since generation 1"));
+    }
+    let again = daemon.post("/v1/checkpoint", json!({}));
+    assert_eq!((&again["generation"], &again["unchanged"]), (&json!(1), &json!(true)));
+    assert_eq!(daemon.get("/v1/status")["counts"]["syncs"], 1);
+
+    damage(&place);
+    assert_eq!(checkpoint(&place, "verify", &[]).status.code(), Some(1));
+    let refused = checkpoint(&place, "rollback", &["--to", "0"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("apollod checkpoint repair"), "{refused:?}");
+    let repaired = said(&checkpoint(&place, "repair", &[]));
+    assert!(repaired.contains("from the live weights\ngeneration 1: all checksums match now"), "{repaired}");
+    assert!(place.files(1) == (good.clone(), state.clone()));
+    daemon.stop();
+
+    damage(&place);
+    let repaired = said(&checkpoint(&place, "repair", &[]));
+    assert!(repaired.contains("from the live weights"), "{repaired}");
+    assert!(place.files(1).0 == good);
+
+    damage(&place);
+    let mut command = place.daemon_command(&["sync.keep=1"]);
+    let log = place.dir.path().join("log");
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(fs::File::create(&log).unwrap());
+    let daemon = Process::of(command.spawn().unwrap());
+    until("it is said", || daemon.get("/v1/status")["state"] == "failed");
+    let detail = daemon.get("/v1/status")["detail"].to_string();
+    assert!(detail.contains("apollod checkpoint repair"), "{detail}");
+    let repaired = said(&checkpoint(&place, "repair", &[]));
+    assert!(repaired.contains("from the live weights"), "{repaired}");
+    assert!(place.files(1).0 == good);
+    until("the trainer is there", || daemon.get("/v1/status")["state"] == "idle");
+    // Restored from its file, the optimizer's state is what it was.
+    assert_eq!(daemon.post("/v1/checkpoint", json!({}))["unchanged"], true);
+    daemon.stop();
+    let log = fs::read_to_string(log).unwrap();
+    assert!(log.contains("generation 0 went from the history by sync.keep"), "{log}");
+    engine.stop();
+}
+
+#[test]
+fn a_damaged_document_of_an_old_generation_is_shown_and_warned_of() {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&[]);
+    for _ in 0..2 {
+        wait_trained(&daemon, &post(&daemon, taught(1)));
+        daemon.post("/v1/checkpoint", json!({}));
+    }
+    fs::write(place.model().join(".apollod/generations/1.json"), "{}").unwrap();
+    let list = daemon.get("/v1/checkpoints")["checkpoints"].clone();
+    let damaged = list[1]["damage"].as_str().unwrap();
+    assert!(damaged.contains("1.json") && damaged.contains("apollod checkpoint repair"), "{list}");
+    let refused = checkpoint(&place, "rollback", &["--to", "1"]);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("apollod checkpoint repair"), "{refused:?}");
+    daemon.stop();
+    let daemon = place.daemon(&[]);
+    let warning = daemon.get("/v1/status")["warning"].to_string();
+    assert!(warning.contains("1.json") && warning.contains("apollod checkpoint repair"), "{warning}");
+    said(&checkpoint(&place, "rollback", &["--to", "0"]));
+    said(&checkpoint(&place, "repair", &[]));
+    assert!(daemon.get("/v1/checkpoints")["checkpoints"][2].get("damage").is_none());
+    daemon.stop();
+    engine.stop();
 }

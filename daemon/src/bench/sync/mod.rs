@@ -318,6 +318,7 @@ mod tests {
             bytes_state: 0,
             bytes_sums: 0,
             seconds: 0.0,
+            unchanged: false,
         };
         let (sync, save_new, save_over) = (vec![1.0, 9.0, 2.0], vec![10.0], vec![8.0, 4.0]);
         let mut figures = Figures { weights: 0, sync, report, save_new, save_over, rsync: None };

@@ -1,0 +1,324 @@
+//! Damage put right from content that has the recorded sum.
+//!
+//! A generation records BLAKE3 of every 16 KiB block, of every header, of its optimizer state and of its own document. So
+//! content is known to be right whoever has it ([`Sources`]), and nothing else is ever written.
+//!
+//! # Why it needs no journal
+//!
+//! A repaired block is only ever the content that the current generation has there. A crash in the midst of its write leaves
+//! sectors that are damaged as before or right, so the block is as damaged as it was, or less, and is found and written
+//! again: writing it twice, or only its end, comes to the same. No other byte changes, so the files are never of a
+//! generation that they were not of before. What was written is synced before it is reported as repaired.
+//!
+//! A journal that a crash left is dealt with first, as every opener does. Where that stops at damage ([`Error::Foreign`],
+//! [`Error::Stranded`]) blocks are repaired to the current generation, which the journal leads back to: to undo what is
+//! already undone changes nothing. Then it is tried again.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::path::Path;
+
+use crate::checkpoint::{Checkpoint, Options, open_state, take_lock};
+use crate::disk::{Disk, DiskFile};
+use crate::donors::Donors;
+use crate::error::{Error, Result};
+use crate::export::DOCUMENT;
+use crate::generation::{Generation, Paths, TensorSum};
+use crate::journal::Reader;
+use crate::layout::Layout;
+use crate::readers::keep_out;
+use crate::recover;
+use crate::retain::Keep;
+use crate::sums::{self, Sum};
+use crate::verify::{Damage, verify_files};
+use crate::verify_history::verify_history;
+
+pub use crate::donors::Sources;
+
+/// Something that a repair put right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repaired {
+    /// The file, and the tensor in it.
+    pub what: String,
+    /// Its blocks of 16 KiB that were damaged; 0 for what has none.
+    pub blocks: u64,
+    /// Where the right content was.
+    pub from: String,
+}
+
+impl fmt::Display for Repaired {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Repaired { what, blocks, from } = self;
+        match blocks {
+            0 => write!(f, "{what}: from {from}"),
+            1 => write!(f, "{what}: 1 block of 16 KiB from {from}"),
+            blocks => write!(f, "{what}: {blocks} blocks of 16 KiB from {from}"),
+        }
+    }
+}
+
+/// What a repair did.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RepairReport {
+    /// The generation that the files are, where nothing is damaged any more.
+    pub generation: u64,
+    /// What was put right.
+    pub repaired: Vec<Repaired>,
+    /// What is damaged still: its content was nowhere.
+    pub damage: Vec<Damage>,
+}
+
+impl fmt::Display for RepairReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "generation {}: ", self.generation)?;
+        match (self.repaired.len(), self.damage.len()) {
+            (0, 0) => f.write_str("all checksums match, nothing to repair")?,
+            (repaired, 0) => write!(f, "{repaired} repaired, all checksums match now")?,
+            (repaired, left) => write!(f, "{repaired} repaired, {left} still damaged")?,
+        }
+        self.repaired.iter().try_for_each(|repaired| write!(f, "\n  repaired: {repaired}"))?;
+        self.damage.iter().try_for_each(|damage| write!(f, "\n  still damaged: {damage}"))
+    }
+}
+
+impl Checkpoint {
+    /// Puts right what is damaged of the current generation and of the documents and states of earlier ones, where the right
+    /// content is found. Programs that load the model are waited for.
+    pub fn repair(&mut self, sources: &Sources) -> Result<RepairReport> {
+        self.usable()?;
+        let (disk, paths, wait) = self.place();
+        let _readers = keep_out(disk, paths, wait)?;
+        let done = Repair::open(disk, paths, sources).and_then(|mut repair| {
+            repair.documents()?;
+            repair.generation(self.current())
+        });
+        if let Err(error @ Error::Sync { .. }) = &done {
+            self.give_up(error);
+        }
+        done
+    }
+}
+
+/// [`Checkpoint::repair`] of a directory that nobody has open, also where its damage keeps it from being opened.
+///
+/// Errors: no generations, the lock is taken, a copy that is none, or the system's. What could not be repaired is in the report.
+pub fn repair(model_dir: &Path, sources: &Sources) -> Result<RepairReport> {
+    let (disk, paths) = (Disk::real(), Paths::new(model_dir));
+    if paths.numbers(&disk)?.is_empty() {
+        let reason = "it has no generations, so there are no checksums to repair by".into();
+        return Err(Error::Model { path: model_dir.to_path_buf(), reason });
+    }
+    let _lock = take_lock(&disk, &paths)?;
+    let _readers = keep_out(&disk, &paths, Options::default().readers_wait)?;
+    let mut repair = Repair::open(&disk, &paths, sources)?;
+    repair.documents()?;
+    let recovered = recover_journal(&disk, &paths);
+    if recovered.is_err() {
+        // Most of what differs was half written, which is no flipped bit.
+        repair.donors.turn_nothing();
+    }
+    let current = paths.newest(&disk)?.expect("there are generations");
+    let mut report = repair.generation(&current)?;
+    if recovered.is_err()
+        && let Err(error) = recover_journal(&disk, &paths)
+    {
+        report.damage.push(Damage::Other { reason: error.to_string() });
+    }
+    Ok(report)
+}
+
+/// Deals with a journal, if there is one.
+fn recover_journal(disk: &Disk, paths: &Paths) -> Result<()> {
+    if !paths.is_torn(disk)? {
+        return Ok(());
+    }
+    let layout = Layout::load(disk, &paths.model)?;
+    recover::recover(disk, paths, &layout, Keep::default()).map(drop)
+}
+
+/// A repair under way.
+struct Repair<'a> {
+    disk: &'a Disk,
+    paths: &'a Paths,
+    donors: Donors<'a>,
+    repaired: Vec<Repaired>,
+}
+
+impl<'a> Repair<'a> {
+    fn open(disk: &'a Disk, paths: &'a Paths, sources: &Sources<'a>) -> Result<Repair<'a>> {
+        let donors = Donors::open(disk, &paths.model, sources)?;
+        Ok(Repair { disk, paths, donors, repaired: Vec::new() })
+    }
+
+    fn note(&mut self, what: String, blocks: u64, from: String) {
+        match self.repaired.iter_mut().find(|repaired| repaired.what == what && repaired.from == from) {
+            Some(repaired) => repaired.blocks += blocks,
+            None => self.repaired.push(Repaired { what, blocks, from }),
+        }
+    }
+
+    /// Documents of generations: they end the deltas, and lie beside copies. One that is of no use any more goes.
+    fn documents(&mut self) -> Result<()> {
+        let (disk, paths) = (self.disk, self.paths);
+        let numbers = paths.numbers(disk)?;
+        for &number in &numbers {
+            let Err(Error::Generation { .. }) = paths.load(disk, number) else { continue };
+            let path = paths.generation(number);
+            if let Some((document, from)) = self.document(number) {
+                disk.replace(&path, &document.to_json())?;
+                self.note(path.display().to_string(), 0, from);
+            } else if numbers.last() != Some(&number) && !disk.exists(&paths.delta(number + 1))? {
+                disk.remove(&path)?;
+                disk.sync_dir(path.parent().expect("it lies in a folder"))?;
+                self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
+            }
+        }
+        Ok(())
+    }
+
+    /// A whole document of a generation, from anywhere.
+    fn document(&self, number: u64) -> Option<(Generation, String)> {
+        for path in [self.paths.delta(number), self.paths.journal()] {
+            let read = Reader::open(self.disk, &path).and_then(Reader::last);
+            if let Some(document) = read.ok().filter(|document| document.generation == number) {
+                return Some((document, path.display().to_string()));
+            }
+        }
+        let copies = self.donors.copies.iter().flat_map(|copy| {
+            let of_copy = Paths::new(&copy.dir).generation(number);
+            [of_copy, copy.dir.join(DOCUMENT)]
+        });
+        for path in copies {
+            let read = self.disk.read(&path).ok().and_then(|bytes| Generation::from_json(&bytes).ok());
+            let ours = |document: &Generation| document.generation == number && self.is_ours(document);
+            if let Some(document) = read.filter(ours) {
+                return Some((document, path.display().to_string()));
+            }
+        }
+        None
+    }
+
+    /// Whether a document that lies beside a copy is of this history, as far as that can be told.
+    fn is_ours(&self, document: &Generation) -> bool {
+        let number = document.generation;
+        match sums_checksum(self.disk, self.paths, number) {
+            // The current generation: its block sums are there.
+            Some(sums) => sums == document.sums_blake3,
+            // An earlier one: undoing to it checks every tensor, so a wrong one is refused then, with nothing written.
+            None => true,
+        }
+    }
+
+    /// Everything of the current generation; then what is damaged still, here and in the history.
+    fn generation(&mut self, current: &Generation) -> Result<RepairReport> {
+        let sums = self.sums(current);
+        for shard in 0..current.shards.len() {
+            self.shard(current, shard, &sums)?;
+        }
+        self.write_sums(current, &sums)?;
+        for of in self.paths.list(self.disk)? {
+            if of.state.is_some() && (of.restorable || of.generation == current.generation) {
+                self.state(&of)?;
+            }
+        }
+        let mut damage = verify_files(self.disk, self.paths, &self.paths.model, current, true)?.damage;
+        damage.extend(verify_history(self.disk, self.paths, current)?.0);
+        Ok(RepairReport { generation: current.generation, repaired: std::mem::take(&mut self.repaired), damage })
+    }
+
+    /// The block sums of every tensor, as far as they are known: recorded, or of content that has the tensor's checksum.
+    fn sums(&self, current: &Generation) -> Vec<Option<Vec<Sum>>> {
+        if let Ok(sums) = sums::load(self.disk, self.paths, current) {
+            return sums.into_iter().map(Some).collect();
+        }
+        let of_tensor = |tensor: &TensorSum| {
+            let path = self.paths.model.join(&current.shards[tensor.shard].file);
+            let here = self.disk.open(&path).and_then(|file| sums::of_file(&file, tensor.range())).ok();
+            here.filter(|sums| sums::root(sums) == tensor.blake3).or_else(|| self.donors.sums_of(current, tensor))
+        };
+        current.tensors.iter().map(of_tensor).collect()
+    }
+
+    /// A shard's header and blocks. A file that is not there or has another length is left to who can copy it.
+    fn shard(&mut self, current: &Generation, number: usize, sums: &[Option<Vec<Sum>>]) -> Result<()> {
+        let shard = &current.shards[number];
+        let path = self.paths.model.join(&shard.file);
+        if self.disk.stat(&path)?.is_none_or(|stat| stat.bytes != shard.bytes) {
+            return Ok(());
+        }
+        let file = self.disk.open_in_place(&path)?;
+        let mut written = self.header(&file, current, number)?;
+        for (tensor, sums) in current.tensors.iter().zip(sums).filter(|(tensor, _)| tensor.shard == number) {
+            let is = sums::of_file(&file, tensor.range())?;
+            let Some(want) = sums else { continue };
+            for ((block, is), want) in sums::blocks(tensor.range()).zip(&is).zip(want) {
+                if is == want {
+                    continue;
+                }
+                let mut content = vec![0; (block.end - block.start) as usize];
+                file.read_at(&mut content, block.start)?;
+                if let Some(from) = self.donors.find(current, tensor, &block, want, &mut content) {
+                    file.write_at(&content, block.start)?;
+                    self.note(format!("{}: tensor `{}`", shard.file, tensor.name), 1, from);
+                    written = true;
+                }
+            }
+        }
+        if written { file.sync() } else { Ok(()) }
+    }
+
+    fn header(&mut self, file: &DiskFile, current: &Generation, number: usize) -> Result<bool> {
+        let shard = &current.shards[number];
+        let mut header = vec![0; shard.header_bytes as usize];
+        file.read_at(&mut header, 0)?;
+        let Ok(want) = blake3::Hash::from_hex(&shard.header_blake3) else { return Ok(false) };
+        if blake3::hash(&header) == want {
+            return Ok(false);
+        }
+        let Some(from) = self.donors.find_header(&shard.file, want.as_bytes(), &mut header) else { return Ok(false) };
+        file.write_at(&header, 0)?;
+        self.note(format!("{}: its header", shard.file), 0, from);
+        Ok(true)
+    }
+
+    /// `sums/G`, where it is damaged and all sums are known. Damaged as it is, it can be written over.
+    fn write_sums(&mut self, current: &Generation, sums: &[Option<Vec<Sum>>]) -> Result<()> {
+        if sums::load(self.disk, self.paths, current).is_ok() {
+            return Ok(());
+        }
+        let Some(all) = sums.iter().cloned().collect::<Option<Vec<_>>>() else { return Ok(()) };
+        let (path, bytes) = (self.paths.sums(current.generation), sums::to_bytes(&all));
+        if blake3::hash(&bytes).to_hex().as_str() == current.sums_blake3 {
+            let mut file = self.disk.create(&path)?;
+            file.write_all(&bytes).map_err(Error::io("write", &path))?;
+            file.sync()?;
+            self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
+            self.note(path.display().to_string(), 0, "the weights".into());
+        }
+        Ok(())
+    }
+
+    /// The optimizer state of a generation, from a copy with `.apollod`. What is checked is then written over the damaged one.
+    fn state(&mut self, of: &Generation) -> Result<()> {
+        if open_state(self.disk, self.paths, of).is_ok() {
+            return Ok(());
+        }
+        let path = self.paths.state(of.generation);
+        for copy in self.donors.copies.iter().map(|copy| Paths::new(&copy.dir)) {
+            let Ok(mut whole) = open_state(self.disk, &copy, of) else { continue };
+            let mut file = self.disk.create(&path)?;
+            io::copy(&mut whole, &mut file).map_err(Error::io("write", &path))?;
+            file.sync()?;
+            self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
+            self.note(path.display().to_string(), 0, copy.state(of.generation).display().to_string());
+            break;
+        }
+        Ok(())
+    }
+}
+
+/// The checksum of the block sums of a generation, as they lie there.
+fn sums_checksum(disk: &Disk, paths: &Paths, number: u64) -> Option<String> {
+    let bytes = disk.read(&paths.sums(number)).ok()?;
+    Some(blake3::hash(&bytes).to_hex().to_string())
+}
