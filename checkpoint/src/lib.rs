@@ -129,6 +129,7 @@ mod delta;
 mod directories;
 mod disk;
 mod error;
+mod expected;
 mod export;
 mod generation;
 mod journal;
@@ -152,6 +153,7 @@ pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, Reads, 
 pub use commit::{RollbackReport, SyncReport};
 pub use directories::Published;
 pub use error::{Error, Result};
+pub use expected::{Expected, Unexpected, current};
 pub use export::{ExportReport, export};
 pub use generation::{Generation, Progress, ShardSum, StateSum, TensorSum};
 pub use readers::Reading;
