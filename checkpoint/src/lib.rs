@@ -130,6 +130,7 @@ mod directories;
 mod disk;
 mod donors;
 mod error;
+mod expected;
 mod export;
 mod generation;
 mod journal;
@@ -155,6 +156,7 @@ pub use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Options, Part, Reads, 
 pub use commit::{RollbackReport, SyncReport};
 pub use directories::Published;
 pub use error::{Error, Result};
+pub use expected::{Expected, Unexpected, current};
 pub use export::{ExportReport, export};
 pub use generation::{Generation, Progress, ShardSum, StateSum, TensorSum};
 pub use readers::Reading;

@@ -11,7 +11,7 @@ pub mod cli;
 pub mod config;
 mod demo;
 mod doctor;
-mod engine;
+pub mod engine;
 pub mod examples;
 pub mod gguf;
 mod grads;

@@ -185,7 +185,7 @@ fn a_bad_line_is_refused_by_number_and_the_rest_goes_in() {
         let refused = &answer.body["refused"];
         assert!(refused[0]["reason"].as_str().unwrap().contains("not JSON"), "{refused}");
         assert_eq!((&refused[1]["field"], &refused[1]["reason"]), (&json!("decision"), &json!("missing")));
-        assert!(refused[2]["reason"].as_str().unwrap().contains("train.max_tokens is 20"), "{refused}");
+        assert!(refused[2]["reason"].as_str().unwrap().contains("at most 20 are taken (train.max_tokens"), "{refused}");
     }
 }
 
@@ -459,12 +459,28 @@ fn commands_on_a_directory_say_what_is_missing() {
     let path = dir.path().to_str().unwrap();
     let there = dir.path().join("model.safetensors");
     std::fs::write(&there, "weights").unwrap();
+    for arguments in [
+        &["engine", "/nonexistent", "--socket", "s"][..],
+        &["stage", "/nonexistent", "/nonexistent/live"],
+        &["doctor", "--model", "/nonexistent"],
+        &["grads", "--model", "/nonexistent", "--examples", "x", "--out", "y"],
+        &["serve", "--set", "model.dir=/nonexistent"],
+    ] {
+        let error = stderr(arguments);
+        assert!(error.contains("/nonexistent does not exist"), "{arguments:?}: {error}");
+        let weights = there.to_str().unwrap();
+        let in_its_place: Vec<String> = arguments.iter().map(|a| a.replace("/nonexistent", weights)).collect();
+        let error = stderr(&in_its_place.iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(error.contains("is no directory"), "{in_its_place:?}: {error}");
+    }
+    assert!(stderr(&["engine", path, "--socket", "s"]).contains("has no config.json"));
+    let error = stderr(&["serve", "--config", "/nonexistent.toml"]);
+    assert_eq!(error.matches("No such file").count(), 1, "{error}");
+    assert!(error.contains("cannot read the configuration file /nonexistent.toml"), "{error}");
+    std::fs::write(dir.path().join("config.json"), r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap();
     let grads = stderr(&["grads", "--model", path, "--examples", "x", "--out", there.to_str().unwrap()]);
     assert!(grads.contains("exists already"), "{grads}");
     assert_eq!(std::fs::read(&there).unwrap(), b"weights");
-    let error = stderr(&["serve", "--config", "/nonexistent.toml"]);
-    assert_eq!(error.matches("No such file").count(), 1, "{error}");
-    std::fs::write(dir.path().join("config.json"), r#"{"architectures": ["GPT2LMHeadModel"]}"#).unwrap();
     let live = dir.path().join("live");
     let stage = stderr(&["stage", path, live.to_str().unwrap()]);
     assert!(stage.contains("GPT2LMHeadModel") && !live.exists(), "{stage}");

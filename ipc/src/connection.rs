@@ -3,7 +3,7 @@
 use crate::Error;
 use crate::manifest::DOCUMENT_BYTES_MAX;
 use crate::process::{check_user, wait_for};
-use crate::protocol::{Answer, HELLO, Refusal, Request, read_line, write_line};
+use crate::protocol::{Answer, HELLO, LEASED, Refusal, Request, read_line, write_line};
 use std::io::{self, BufReader, ErrorKind};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -71,7 +71,11 @@ impl Connection {
             reason: "it closed the connection without an answer".into(),
         })?;
         if let Ok(refusal) = serde_json::from_slice::<Refusal>(&manifest) {
-            return Err(Error::Refused { socket: socket.to_owned(), reason: refusal.error });
+            let path = socket.to_owned();
+            return Err(match refusal.error.strip_prefix(LEASED).map(|pid| pid.parse().ok()) {
+                Some(pid) => Error::Leased { path, pid },
+                None => Error::Refused { socket: path, reason: refusal.error },
+            });
         }
         let talk = Mutex::new(Talk { reader, line: Vec::new(), owed: 0 });
         let peer = peer.pid.as_raw_nonzero().get().unsigned_abs();

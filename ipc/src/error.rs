@@ -143,9 +143,9 @@ pub enum Error {
     },
 
     /// Somebody else trains these weights.
-    #[error("{} is leased{}; only one trainer at a time may write these weights", path.display(), holder(*pid))]
+    #[error("the weights at {} are leased{}: another trainer has them, and only one at a time may write", path.display(), holder(*pid))]
     Leased {
-        /// The lease file.
+        /// The lease file, or the socket.
         path: PathBuf,
         /// Who holds it, if it says.
         pid: Option<u32>,

@@ -52,11 +52,29 @@ impl SharedWeights {
     /// The files do not hold exactly these tensors (a head that copies the embedding of a tied model aside);
     /// one of them is of a type that cannot be trained; there is no memory, or no such GPU.
     pub fn load(model_dir: &Path, expected: &[HfTensor], gpu: Option<&str>) -> Result<SharedWeights, Error> {
+        SharedWeights::load_checked(model_dir, expected, gpu, |_, _| Ok(()))
+    }
+
+    /// [`SharedWeights::load`] that shows every tensor to `check`, by its name in the files and with its bytes, as soon as
+    /// it is read.
+    ///
+    /// # Errors
+    /// Those of [`SharedWeights::load`], and of `check`.
+    pub fn load_checked<E: From<Error>>(
+        model_dir: &Path,
+        expected: &[HfTensor],
+        gpu: Option<&str>,
+        mut check: impl FnMut(&str, &[u8]) -> Result<(), E>,
+    ) -> Result<SharedWeights, E> {
         let model_dir = fs::canonicalize(model_dir).map_err(|source| Error::io("find", model_dir, source))?;
         let dir = SafetensorsDir::open(&model_dir)?;
         let (files, in_files) = mapped_files(&dir, expected)?;
         let (map, bytes) = laid_out(&in_files);
-        let read = |file_view: &View, out: &mut [u8]| dir.read_into(&files[file_view.server_tensor].name, out);
+        let mut read = |file_view: &View, out: &mut [u8]| {
+            let name = &files[file_view.server_tensor].name;
+            dir.read_into(name, out)?;
+            check(name, out)
+        };
         let pairs = map.views.iter().zip(&in_files.views);
         let (held, allocation) = match gpu {
             None => {

@@ -1,6 +1,6 @@
 //! The exporter's end of the socket: one lease at a time, and what the engine can be asked for.
 
-use crate::protocol::{Answer, HELLO, Refusal, Request, read_line, write_line};
+use crate::protocol::{Answer, HELLO, LEASED, Refusal, Request, read_line, write_line};
 use crate::{Control, Invalidation, Manifest, Server, SharedWeights};
 use std::collections::HashMap;
 use std::fmt;
@@ -226,7 +226,7 @@ impl Lender {
     fn lend(&self, number: u64, pid: u32) -> Result<(), String> {
         let mut state = self.lock();
         match state.lease {
-            Some((_, holder)) => Err(format!("leased by pid {holder}")),
+            Some((_, holder)) => Err(format!("{LEASED}{holder}")),
             None => {
                 state.lease = Some((number, pid));
                 Ok(())

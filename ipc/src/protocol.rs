@@ -31,6 +31,8 @@ use std::time::Instant;
 
 /// The version that `hello` asks for.
 pub(crate) const HELLO: u32 = 1;
+/// How an exporter refuses a second trainer; the holder's process id follows.
+pub(crate) const LEASED: &str = "leased by pid ";
 
 /// What an exporter may offer beyond signs of life; a manifest lists it in `controls`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -112,7 +112,7 @@ fn a_second_trainer_is_told_who_has_the_lease_and_gets_it_afterwards() {
     assert_eq!(handle.leased_by(), Some(std::process::id()));
     let error = Attachment::open(&exporter.source(), &exporter.expected).unwrap_err();
     assert!(
-        matches!(&error, Error::Refused { reason, .. } if *reason == format!("leased by pid {}", std::process::id())),
+        matches!(&error, Error::Leased { pid: Some(pid), path } if *pid == std::process::id() && *path == exporter.socket),
         "{error}"
     );
     drop(first);

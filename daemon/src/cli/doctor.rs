@@ -32,6 +32,7 @@ pub struct DoctorArgs {
 
 /// Runs the checks.
 pub fn run(args: &DoctorArgs) -> Result<ExitCode> {
+    super::need_model(&args.model)?;
     reading(&args.model, || crate::doctor::run(&args.device, args.threads, &args.model))?;
     Ok(ExitCode::SUCCESS)
 }

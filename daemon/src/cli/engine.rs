@@ -14,6 +14,7 @@ use crate::engine::{self, Options};
 #[derive(Debug, Args)]
 #[command(after_help = "\
 The first line on stdout is JSON: where it listens, its socket, its process id.
+Where .apollod has checksums, every tensor is compared with its own as it is loaded.
 
 Examples:
   apollod engine ./model --socket /tmp/engine.sock
@@ -38,16 +39,20 @@ pub struct EngineArgs {
     /// Compute threads of the CPU; 0 is one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Load the model although its files are not as their checksums in .apollod say.
+    #[arg(long)]
+    unchecked: bool,
 }
 
 /// Serves until told to stop.
 pub fn run(args: EngineArgs) -> Result<ExitCode> {
-    let EngineArgs { model, socket, listen, max_tokens, device, threads } = args;
+    let EngineArgs { model, socket, listen, max_tokens, device, threads, unchecked } = args;
     if !listen.ip().is_loopback() {
         anyhow::bail!("--listen {listen}: the embedded engine has no access control and stays on loopback");
     }
+    super::need_model(&model)?;
     super::need_tokenizer(&model)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    runtime.block_on(engine::run(Options { model, listen, socket, max_tokens, device, threads }))?;
+    runtime.block_on(engine::run(Options { model, listen, socket, max_tokens, device, threads, unchecked }))?;
     Ok(ExitCode::SUCCESS)
 }

@@ -48,6 +48,7 @@ enum Precision {
 
 /// Computes and writes.
 pub fn run(args: &GradsArgs) -> Result<ExitCode> {
+    super::need_model(&args.model)?;
     let widen = args.dtype == Precision::F32;
     let grads = Grads { model: &args.model, examples: &args.examples, out: &args.out, widen };
     crate::grads::run(&args.device, args.threads, grads)?;

@@ -22,7 +22,7 @@ use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use tracing::level_filters::LevelFilter;
 
-use crate::config::{Config, Sources};
+use crate::config::{self, Config, Sources};
 
 /// apollod: a daemon that makes a language model learn while it is being served.
 #[derive(Debug, Parser)]
@@ -109,6 +109,17 @@ impl ConfigArgs {
         config.validate()?;
         need_tokenizer(&config.model.dir)?;
         Ok(config)
+    }
+}
+
+/// Refuses what is no model directory.
+///
+/// # Errors
+/// What is in its place.
+pub fn need_model(model: &Path) -> Result<()> {
+    match config::no_model(model) {
+        Some(reason) => bail!(reason),
+        None => Ok(()),
     }
 }
 

@@ -13,7 +13,7 @@ use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArgs, LogFormat, client};
-use crate::config::Config;
+use crate::config::{Config, TrainConfig};
 use crate::examples::Templates;
 use crate::http::{App, router};
 use crate::queue::Queue;
@@ -59,6 +59,13 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
 
     // Another trainer's model may be anything.
     let longest = if args.trainer.is_some() { config.train.max_tokens } else { check(&config)? };
+    let asked = config.train.max_tokens;
+    // The default is nobody's wish.
+    if longest < asked && asked != TrainConfig::default().max_tokens {
+        tracing::warn!(
+            "train.max_tokens is {asked} and the model has {longest} positions: longer examples are refused"
+        );
+    }
     let templates = Templates::load(&config.model.dir, longest)?;
     let queue = Arc::new(Queue::open(&config.queue_path(), config.queue.capacity)?);
     let refused = queue.refuse_longer_than(longest)?;
@@ -73,6 +80,8 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         sync_on_shutdown: config.sync.on_shutdown,
         restart_delay: Duration::from_secs(1),
         server_delay: Duration::from_secs(1),
+        queue_delay: Duration::from_secs(5),
+        files: files(&config.model.dir),
         silence_max: Duration::from_secs(30),
     };
 
@@ -144,6 +153,21 @@ fn check(config: &Config) -> Result<usize> {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
     }
     Ok(trainer::longest(&model, &config.train))
+}
+
+/// What the files hold, for the status until a trainer says it.
+fn files(model_dir: &Path) -> Option<supervisor::Files> {
+    match checkpoint::current(model_dir) {
+        Ok(current) => current.map(|current| supervisor::Files {
+            generation: current.generation,
+            cursor: current.progress.cursor,
+            step: current.progress.step,
+        }),
+        Err(error) => {
+            tracing::warn!("{error}");
+            None
+        }
+    }
 }
 
 async fn wait_for_signal() -> Result<()> {

@@ -8,7 +8,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::gguf::{self, Gguf};
-use crate::reading::reading;
+use crate::reading::{checksums, reading};
 
 /// `apollod stage`
 #[derive(Debug, Args)]
@@ -24,7 +24,8 @@ For llama.cpp, which serves one GGUF file:
   llama-server -m /dev/shm/live/model.gguf -ngl 0 --no-cache-prompt --port 8000 &
 
 The copy is memory: server and trainer see the same pages. The model directory is only written by sync.
-After a reboot tmpfs is empty: stage again before the server starts.")]
+After a reboot tmpfs is empty: stage again before the server starts.
+Where .apollod has checksums, the files are compared with them first.")]
 pub struct StageArgs {
     /// Model directory as Hugging Face writes it.
     model: PathBuf,
@@ -34,10 +35,14 @@ pub struct StageArgs {
     /// hold the model directory's weights, unquantized.
     #[arg(long, value_name = "FILE", num_args = 0..=1, require_equals = true)]
     gguf: Option<Option<PathBuf>>,
+    /// Copy the model although its files are not as their checksums in .apollod say.
+    #[arg(long)]
+    unchecked: bool,
 }
 
 /// Copies and says what was copied.
 pub fn run(args: &StageArgs) -> Result<ExitCode> {
+    super::need_model(&args.model)?;
     let config = model::Config::read(&args.model).with_context(|| args.model.display().to_string())?;
     if !is_memory(&args.live) {
         eprintln!(
@@ -53,13 +58,18 @@ pub fn run(args: &StageArgs) -> Result<ExitCode> {
         bar.set_length(total);
         bar.set_position(done);
     };
-    let report = reading(&args.model, || match &args.gguf {
-        None => Ok(ipc::stage(&args.model, &args.live, &mut progress)?),
-        Some(None) => {
-            let file = Gguf::of(&args.model, &gguf::name(&args.model), None)?;
-            Ok(ipc::stage_gguf(&args.model, &args.live, file.bytes(), |path| file.write(path, &mut progress))?)
+    let report = reading(&args.model, || {
+        if let (false, Some(checksums)) = (args.unchecked, checksums(&args.model)?) {
+            checksums.check_all(&ipc::SafetensorsDir::open(&args.model)?)?;
         }
-        Some(Some(file)) => copy(&args.model, &args.live, file, &config),
+        match &args.gguf {
+            None => Ok(ipc::stage(&args.model, &args.live, &mut progress)?),
+            Some(None) => {
+                let file = Gguf::of(&args.model, &gguf::name(&args.model), None)?;
+                Ok(ipc::stage_gguf(&args.model, &args.live, file.bytes(), |path| file.write(path, &mut progress))?)
+            }
+            Some(Some(file)) => copy(&args.model, &args.live, file, &config),
+        }
     })?;
     bar.finish_and_clear();
     println!(

@@ -221,6 +221,10 @@ fn post(watch: &mut Watch<'_>, part: &Part) -> Result<Posted> {
                 watch.look()?;
                 std::thread::sleep(Duration::from_secs(answer.retry_after.unwrap_or(1)).min(RETRY_MAX));
             }
+            (507, _) => {
+                watch.say(format!("waiting for room: {}", answer.problem()));
+                std::thread::sleep(Duration::from_secs(answer.retry_after.unwrap_or(1)).min(RETRY_MAX));
+            }
             (413, Some(halves)) => return Ok(Posted::TooMuch(halves)),
             // All lines of the part were refused: they are listed, and the rest of the file goes on.
             (400, _) if answer.body["refused"].is_array() => return Ok(Posted::Answer(answer)),

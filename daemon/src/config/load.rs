@@ -25,7 +25,7 @@ const PREFIX: &str = "APOLLOD_";
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file could not be read.
-    #[error("{}: {source}; name the configuration file with --config", path.display())]
+    #[error("cannot read the configuration file {}: {source}", path.display())]
     Read {
         /// The file.
         path: PathBuf,

@@ -1,5 +1,8 @@
 //! Values that parse and make no sense, refused before anything starts, each with what to do.
 
+use std::io::ErrorKind;
+use std::path::Path;
+
 use super::{Config, ConfigError, GrowthLimit, Update};
 use crate::schedule::{Schedule, ScheduleError};
 
@@ -35,9 +38,7 @@ impl Config {
         check(!dir.as_os_str().is_empty(), "model.dir", || {
             "not set: name the model directory, in the file or with --set model.dir=DIR".into()
         })?;
-        check(dir.join("config.json").is_file(), "model.dir", || {
-            format!("{} has no config.json: not a Hugging Face model directory", dir.display())
-        })?;
+        no_model(dir).map_or(Ok(()), |reason| Err(invalid("model.dir", reason)))?;
         check(self.server.attach().is_some(), "server", || {
             "set exactly one of server.socket, server.manifest and server.live".into()
         })?;
@@ -100,6 +101,24 @@ impl Config {
         check(ordered(train.update_norm_min, train.update_norm_max), "train.update_norm_min", || {
             "must be below train.update_norm_max".into()
         })
+    }
+}
+
+/// What is in the place of a model directory; `None` if it is one, by the look of it.
+pub fn no_model(dir: &Path) -> Option<String> {
+    let (shown, config) = (dir.display(), dir.join("config.json"));
+    match std::fs::metadata(dir) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Some(format!("{shown} does not exist: name a model directory"))
+        }
+        Err(error) => Some(format!("cannot read {shown}: {error}")),
+        Ok(there) if !there.is_dir() => {
+            Some(format!("{shown} is no directory: name the model directory, not a file in it"))
+        }
+        Ok(_) if !config.is_file() => {
+            Some(format!("{shown} has no config.json: it is no model directory as Hugging Face writes it"))
+        }
+        Ok(_) => None,
     }
 }
 
@@ -175,7 +194,9 @@ mod tests {
         assert!(refusal(|c| c.train.norm_growth_limit = GrowthLimit::At(0.9)).starts_with("train.norm_growth_limit:"));
         assert!(refusal(|c| c.train.batch_examples = 0).starts_with("train.batch_examples:"));
         assert!(refusal(|c| (c.train.loss_min, c.train.loss_max) = (Some(2.0), Some(1.0))).contains("loss_max"));
-        assert!(refusal(|c| c.model.dir = "/nonexistent".into()).contains("no config.json"));
+        assert!(refusal(|c| c.model.dir = "/nonexistent".into()).contains("/nonexistent does not exist"));
+        assert!(refusal(|c| c.model.dir = "/dev/null".into()).contains("/dev/null is no directory"));
+        assert!(refusal(|c| c.model.dir = "/dev".into()).contains("/dev has no config.json"));
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The OpenAI interface: chat completions (also streamed), completions and models.
 
 use super::{Engine, Finish, Sampling};
+use crate::examples::Templates;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
@@ -89,32 +90,41 @@ async fn models(State(engine): State<Arc<Engine>>) -> Json<Value> {
 type Body = Result<Bytes, BytesRejection>;
 
 async fn chat(State(engine): State<Arc<Engine>>, body: Body) -> Response {
-    let request = match read(body) {
-        Ok(request) => request,
-        Err(message) => return refused(message),
-    };
-    let prompt = match request.messages.as_slice() {
-        [] => Err("messages is missing or empty".into()),
-        messages => engine.templates.render_prompt(messages).map_err(|e| e.to_string()),
-    };
-    answer(engine, request, prompt, Kind::Chat).await
+    answer(engine, body, Kind::Chat).await
 }
 
 async fn completions(State(engine): State<Arc<Engine>>, body: Body) -> Response {
-    let request = match read(body) {
-        Ok(request) => request,
-        Err(message) => return refused(message),
-    };
-    let prompt = match request.prompt.as_deref() {
-        Some("") | None => Err("prompt is missing or empty".into()),
-        Some(text) => engine.templates.encode(text).map_err(|e| e.to_string()),
-    };
-    answer(engine, request, prompt, Kind::Text).await
+    answer(engine, body, Kind::Text).await
 }
 
-fn read(body: Body) -> Result<Request, String> {
-    let body = body.map_err(|error| error.body_text())?;
-    serde_json::from_slice(&body).map_err(|error| {
+/// A request and its prompt, which leaves room for an answer within `max_tokens`.
+fn ask(templates: &Templates, max_tokens: usize, body: &[u8], kind: Kind) -> Result<(Request, Vec<u32>), String> {
+    let request = read(body)?;
+    let prompt = match (kind, request.messages.as_slice(), request.prompt.as_deref()) {
+        (Kind::Chat, [], _) => return Err("messages is missing or empty".into()),
+        (Kind::Chat, messages, _) => templates.render_prompt(messages),
+        (Kind::Text, _, Some("") | None) => return Err("prompt is missing or empty".into()),
+        (Kind::Text, _, Some(text)) => templates.encode(text),
+    };
+    match prompt.map_err(|error| error.to_string())? {
+        ids if ids.is_empty() => Err("the prompt is empty".into()),
+        ids if ids.len() >= max_tokens => {
+            Err(format!("the prompt has {} tokens; fewer than {max_tokens} fit", ids.len()))
+        }
+        ids => Ok((request, ids)),
+    }
+}
+
+/// The tokens of the prompt in a body of `/v1/chat/completions`, or, without `chat`, of `/v1/completions`.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn prompt(templates: &Templates, max_tokens: usize, body: &[u8], chat: bool) -> Result<Vec<u32>, String> {
+    Ok(ask(templates, max_tokens, body, if chat { Kind::Chat } else { Kind::Text })?.1)
+}
+
+fn read(body: &[u8]) -> Result<Request, String> {
+    serde_json::from_slice(body).map_err(|error| {
         let what = if error.is_data() { "the request does not fit" } else { "the body is not JSON" };
         format!("{what}: {}", crate::config::plain(&error.to_string()))
     })
@@ -126,15 +136,11 @@ fn refused(message: String) -> Response {
     (StatusCode::BAD_REQUEST, Json(error)).into_response()
 }
 
-async fn answer(engine: Arc<Engine>, request: Request, prompt: Result<Vec<u32>, String>, kind: Kind) -> Response {
-    let most = engine.max_tokens;
-    let prompt = prompt.and_then(|ids| match ids.len() {
-        0 => Err("the prompt is empty".into()),
-        n if n >= most => Err(format!("the prompt has {n} tokens; fewer than {most} fit")),
-        _ => Ok(ids),
-    });
-    let prompt = match prompt {
-        Ok(prompt) => prompt,
+async fn answer(engine: Arc<Engine>, body: Body, kind: Kind) -> Response {
+    let body = body.map_err(|error| error.body_text());
+    let asked = body.and_then(|body| ask(&engine.templates, engine.max_tokens, &body, kind));
+    let (request, prompt) = match asked {
+        Ok(asked) => asked,
         Err(message) => return refused(message),
     };
     if request.stream { stream(engine, request, prompt, kind) } else { whole(engine, request, prompt, kind).await }
@@ -213,7 +219,7 @@ mod tests {
 
     #[test]
     fn a_body_that_does_not_fit_is_told_why_in_plain_words() {
-        let refusal = |body: &'static str| read(Ok(Bytes::from_static(body.as_bytes()))).err().unwrap_or_default();
+        let refusal = |body: &'static str| read(body.as_bytes()).err().unwrap_or_default();
         assert!(refusal("{oops").starts_with("the body is not JSON"), "{}", refusal("{oops"));
         let error = refusal(r#"{"max_tokens": "many"}"#);
         assert!(error.starts_with("the request does not fit"), "{error}");

@@ -10,7 +10,7 @@ mod generate;
 
 use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
-use crate::reading::reading;
+use crate::reading::{checksums, reading};
 use anyhow::{Context, Result};
 use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
@@ -20,6 +20,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::net::TcpListener;
 
+pub use api::prompt;
 pub use generate::{Finish, Sampling};
 
 /// What `apollod engine` is told.
@@ -36,6 +37,8 @@ pub struct Options {
     pub device: DeviceChoice,
     /// Compute threads of the CPU; 0 is one per core.
     pub threads: usize,
+    /// Take the files as they are, whatever their checksums say.
+    pub unchecked: bool,
 }
 
 /// Continues a text by these tokens: the logits that follow.
@@ -77,7 +80,13 @@ impl OnDevice for Load<'_> {
 
     fn on<D: Backend>(self, device: Arc<D>) -> Self::Output {
         let (dir, tensors) = (&self.options.model, self.config.decoder.tensors());
-        let weights = Arc::new(reading(dir, || Ok(SharedWeights::load(dir, &tensors, device.gpu())?))?);
+        let load = || {
+            let checksums = if self.options.unchecked { None } else { checksums(dir)? };
+            SharedWeights::load_checked(dir, &tensors, device.gpu(), |name, bytes| {
+                checksums.as_ref().map_or(Ok(()), |checksums| checksums.check(name, bytes))
+            })
+        };
+        let weights = Arc::new(reading(dir, load)?);
         let model = Model::new(device.clone(), self.config, D::shared(&device, &weights), self.max_tokens);
         Ok((Box::new(model), weights))
     }

@@ -184,7 +184,7 @@ mod tests {
     fn what_is_too_long_is_refused_before_every_decision_was_looked_at() {
         let (_dir, templates) = templates(LAST_DIFFERS);
         let refusal = templates.prepare(&two_answers("one", &"long".repeat(3000))).unwrap_err();
-        assert!(refusal.reason.contains("train.max_tokens is 10000"), "{refusal}");
+        assert!(refusal.reason.contains("at most 10000 are taken"), "{refusal}");
     }
 
     #[test]

@@ -120,7 +120,8 @@ impl Templates {
             return Ok(());
         }
         let limit = self.max_tokens;
-        Err(Refusal::whole(format!("{tokens} tokens, train.max_tokens is {limit}: shorten it or raise the limit")))
+        let reason = "train.max_tokens, or the model's own limit if that is lower";
+        Err(Refusal::whole(format!("{tokens} tokens, at most {limit} are taken ({reason}): shorten it")))
     }
 
     /// The tokens of a conversation that waits for the model's answer.
@@ -249,7 +250,7 @@ mod tests {
         assert_eq!(field(json!({"context_ids": [], "decision_ids": [1]})), "context_ids");
         templates.prepare(&json!({"context": "abc", "decision": "d"})).unwrap();
         let refusal = templates.prepare(&json!({"context": "abcd", "decision": "e"})).unwrap_err();
-        assert!(refusal.reason.contains("6 tokens, train.max_tokens is 5"), "{refusal}");
+        assert!(refusal.reason.contains("6 tokens, at most 5 are taken"), "{refusal}");
     }
 
     #[test]

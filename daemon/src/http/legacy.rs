@@ -19,6 +19,10 @@ use super::{App, Problem, blocking};
 use crate::examples::Templates;
 use crate::queue::{Added, NewExample, Record, State as ExampleState, new_id};
 
+/// Tokens of all steps of a job that repeats its samples. Each step is an example in the queue, so that a short body could
+/// otherwise become queue.capacity copies of a long example.
+const JOB_TOKENS_MAX: u64 = 1 << 24;
+
 struct TrainingData {
     samples: Vec<Sample>,
     learning_rate: Option<f64>,
@@ -95,6 +99,61 @@ fn given<'a>(object: &'a Map<String, Value>, key: &str) -> Option<&'a Value> {
     object.get(key).filter(|value| !value.is_null())
 }
 
+/// What a body of `POST /train` asks for.
+pub struct Job {
+    samples: Vec<NewExample>,
+    steps: usize,
+    /// What is done with the samples' rationales.
+    rationale: &'static str,
+}
+
+impl Job {
+    /// Reads a body, for a queue in which `capacity` examples may wait.
+    ///
+    /// # Errors
+    /// A [`Problem`] that names the field.
+    pub fn read(templates: &Templates, capacity: u64, body: &[u8]) -> Result<Job, Problem> {
+        let TrainingData { samples: posted, learning_rate: lr, max_steps } = TrainingData::parse(body)?;
+        let samples = prepare(templates, &posted, learning_rate(lr)?)?;
+        let steps = max_steps.unwrap_or(samples.len() as u64);
+        let of_steps = |detail| Err(field("training_data.config.max_steps", detail));
+        if steps == 0 || steps > capacity {
+            return of_steps(format!("must lie in 1..={capacity} (queue.capacity), is {steps}"));
+        }
+        let rationale = match (posted.iter().any(|sample| sample.rationale.is_some()), templates.renders_reasoning()) {
+            (false, _) => "none given",
+            (true, true) => "learned as reasoning before the answer",
+            (true, false) => "left out: the model's template has no place for reasoning",
+        };
+        let job = Job { samples, steps: steps as usize, rationale };
+        let tokens = job.tokens();
+        if job.steps > job.samples.len() && tokens > JOB_TOKENS_MAX {
+            return of_steps(format!(
+                "{steps} steps of these samples come to {tokens} tokens, and a job may have {JOB_TOKENS_MAX}: lower it, or \
+                 post the rest as another job"
+            ));
+        }
+        Ok(job)
+    }
+
+    /// How many steps it has.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// The tokens of all its steps.
+    pub fn tokens(&self) -> u64 {
+        let of = |samples: &[NewExample]| samples.iter().map(|sample| sample.ids.len() as u64).sum::<u64>();
+        let (rounds, rest) = (self.steps / self.samples.len(), self.steps % self.samples.len());
+        rounds as u64 * of(&self.samples) + of(&self.samples[..rest])
+    }
+
+    /// The example of each step.
+    fn examples(&self) -> impl Iterator<Item = &NewExample> {
+        self.samples.iter().cycle().take(self.steps)
+    }
+}
+
 /// `POST /train`
 pub async fn train(
     State(app): State<App>,
@@ -104,25 +163,11 @@ pub async fn train(
     let body = body?;
     let idempotency = idempotency(&headers, "/train", &body)?;
     blocking(move || {
-        let TrainingData { samples, learning_rate: lr, max_steps } = TrainingData::parse(&body)?;
-        let lr = learning_rate(lr)?;
-        let prepared = prepare(&app.templates, &samples)?;
-        let steps = max_steps.unwrap_or(prepared.len() as u64);
-        let capacity = app.queue.capacity();
-        if steps == 0 || steps > capacity {
-            let detail = format!("must lie in 1..={capacity} (queue.capacity), is {steps}");
-            return Err(field("training_data.config.max_steps", detail));
-        }
-        let job = new_id();
-        let of_job = |example: &NewExample| NewExample { lr, job: Some(job.clone()), ..example.clone() };
-        let examples: Vec<NewExample> = prepared.iter().cycle().take(steps as usize).map(of_job).collect();
-        let rationale =
-            match (samples.iter().any(|sample| sample.rationale.is_some()), app.templates.renders_reasoning()) {
-                (false, _) => "none given",
-                (true, true) => "learned as reasoning before the answer",
-                (true, false) => "left out: the model's template has no place for reasoning",
-            };
-        let answer = json!({ "job_id": job, "status": "queued", "max_steps": steps, "rationale": rationale });
+        let job = Job::read(&app.templates, app.queue.capacity(), &body)?;
+        let (id, steps) = (new_id(), job.steps());
+        let of_job = |example: &NewExample| NewExample { job: Some(id.clone()), ..example.clone() };
+        let examples: Vec<NewExample> = job.examples().map(of_job).collect();
+        let answer = json!({ "job_id": id, "status": "queued", "max_steps": steps, "rationale": job.rationale });
         let added = app.queue.add(&examples, idempotency.as_ref(), |_| (202, answer.to_string()));
         match added.map_err(|error| full(error, &app.supervisor.status()))? {
             Added::New(_) => {
@@ -176,7 +221,7 @@ fn learning_rate(lr: Option<f64>) -> Result<Option<f32>, Problem> {
 }
 
 /// All samples as examples; a job is taken whole or not at all.
-fn prepare(templates: &Templates, samples: &[Sample]) -> Result<Vec<NewExample>, Problem> {
+fn prepare(templates: &Templates, samples: &[Sample], lr: Option<f32>) -> Result<Vec<NewExample>, Problem> {
     if samples.is_empty() {
         return Err(field("training_data.samples", "empty: there is nothing to learn".into()));
     }
@@ -196,7 +241,7 @@ fn prepare(templates: &Templates, samples: &[Sample]) -> Result<Vec<NewExample>,
             priority: 0,
             tags: Vec::new(),
             source: Some("POST /train".into()),
-            lr: None,
+            lr,
             job: None,
         })
     };
@@ -205,4 +250,32 @@ fn prepare(templates: &Templates, samples: &[Sample]) -> Result<Vec<NewExample>,
 
 fn field(name: &str, reason: String) -> Problem {
     Problem::new(400, "field", format!("{name}: {reason}")).with("field", name.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::examples::tiny_model;
+
+    /// What a job of one sample with this many steps is refused for.
+    fn refusal(steps: u64, sample: &str) -> Option<String> {
+        let dir = tempfile::tempdir().unwrap();
+        tiny_model::write(dir.path(), tiny_model::CHATML);
+        let templates = Templates::load(dir.path(), 1 << 20).unwrap();
+        let data = json!({"samples": [{"input": sample, "expected_output": "y"}], "config": {"max_steps": steps}});
+        let body = json!({ "training_data": data }).to_string();
+        let job = Job::read(&templates, 1_000_000, body.as_bytes());
+        job.map(|job| assert_eq!(job.examples().count() as u64, steps)).err().map(|problem| format!("{problem:?}"))
+    }
+
+    #[test]
+    fn a_short_body_cannot_become_many_copies_of_a_long_example() {
+        let long = "x".repeat(100_000);
+        assert_eq!(refusal(100, &long), None);
+        assert_eq!(refusal(100_000, "short"), None);
+        let refused = refusal(1000, &long).unwrap();
+        assert!(refused.contains("max_steps") && refused.contains("a job may have 16777216"), "{refused}");
+        // What is not repeated is as long as its body.
+        assert_eq!(refusal(1, &long), None);
+    }
 }

@@ -21,7 +21,9 @@ fn text(status: &Status) -> String {
     out.gauge("ready", "Whether a trainer is attached and can train.", u8::from(status.state.is_ready()));
     out.gauge("weight_version", "Updates that the live weights have had.", status.weight_version);
     out.gauge("step", "Number of the last step.", status.step);
-    out.gauge("generation", "The generation that the files hold.", status.generation);
+    if let Some(generation) = status.generation {
+        out.gauge("generation", "The generation that the files hold.", generation);
+    }
     let examples: Vec<_> = status.queue.iter().map(|(state, count)| (state.as_str(), *count)).collect();
     out.family("examples", "gauge", "Examples in each state.", "state", &examples);
     let waiting = ["queued", "training"].iter().filter_map(|state| status.queue.get(*state)).sum::<u64>();

@@ -28,6 +28,7 @@ use crate::supervisor::Handle;
 
 pub use body::{Item, items};
 pub use control::GenerationView;
+pub use legacy::Job;
 pub use problem::Problem;
 
 /// What the handlers share.

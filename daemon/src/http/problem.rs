@@ -8,6 +8,9 @@ use serde_json::{Map, Value, json};
 use crate::queue::QueueError;
 use crate::supervisor::ControlError;
 
+/// After how many seconds it is worth looking whether a full disk has room, in s.
+const NO_ROOM_RETRY_S: u64 = 5;
+
 /// An error as the client sees it. Boxed, because it travels in the error side of many results.
 #[derive(Debug, Clone)]
 pub struct Problem(Box<Document>);
@@ -83,6 +86,7 @@ impl From<QueueError> for Problem {
                 Self::new(413, "too-many", detail)
             }
             QueueError::Full { .. } => Self::new(429, "queue-full", error.to_string()),
+            QueueError::NoRoom { .. } => Self::new(507, "no-room", error.to_string()).retry_after(NO_ROOM_RETRY_S),
             QueueError::KeyReused(_) => Self::new(422, "idempotency-key-reused", error.to_string()),
             error => {
                 tracing::error!("{error}");

@@ -19,10 +19,12 @@ mod types;
 #[cfg(test)]
 mod tests;
 
+use std::fs::DirBuilder;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 
-use rusqlite::{Connection, OptionalExtension, Row, Transaction, TransactionBehavior, params};
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 
 pub use types::{Added, Batch, Idempotency, NewExample, Record, State};
@@ -39,13 +41,24 @@ const IDEMPOTENCY_MS: i64 = 24 * 3_600_000;
 /// Why the queue could not do something.
 #[derive(Debug, thiserror::Error)]
 pub enum QueueError {
-    /// The file cannot be opened.
+    /// SQLite failed.
     #[error("queue {}: {source}", path.display())]
-    Open {
+    Sqlite {
         /// The file.
         path: PathBuf,
         /// What SQLite said.
         source: rusqlite::Error,
+    },
+    /// The file system is full.
+    #[error(
+        "queue {}: no room on its file system ({free} bytes free): free some; it goes on by itself then",
+        path.display()
+    )]
+    NoRoom {
+        /// The file.
+        path: PathBuf,
+        /// Bytes that are free for this user.
+        free: u64,
     },
     /// The file is damaged.
     #[error(
@@ -82,28 +95,77 @@ pub enum QueueError {
     /// An idempotency key was used again for something else.
     #[error("the Idempotency-Key {0:?} was used before with another body")]
     KeyReused(String),
-    /// SQLite failed.
-    #[error("queue: {0}")]
-    Sqlite(#[from] rusqlite::Error),
+}
+
+impl QueueError {
+    /// What SQLite said of this file.
+    fn of(path: &Path, source: rusqlite::Error) -> Self {
+        let path = path.to_owned();
+        match source.sqlite_error() {
+            Some(error) if no_room(error) => {
+                let folder = path.parent().unwrap_or(Path::new("/"));
+                let free = rustix::fs::statvfs(folder).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize));
+                Self::NoRoom { path, free }
+            }
+            _ => Self::Sqlite { path, source },
+        }
+    }
+}
+
+/// Whether a file could not grow: the database or its log, or the index of the log, which is another kind of error.
+fn no_room(error: &rusqlite::ffi::Error) -> bool {
+    error.code == ErrorCode::DiskFull || error.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE
+}
+
+/// What can go wrong within a transaction, where the file has no name yet.
+enum Fault {
+    Sqlite(rusqlite::Error),
+    Queue(QueueError),
+}
+
+impl From<rusqlite::Error> for Fault {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error)
+    }
+}
+
+impl From<QueueError> for Fault {
+    fn from(error: QueueError) -> Self {
+        Self::Queue(error)
+    }
 }
 
 /// The queue. One process at a time has it open for writing in earnest: the supervisor.
 pub struct Queue {
+    path: PathBuf,
     connection: Mutex<Connection>,
     capacity: u64,
 }
 
+#[cfg(test)]
 impl Queue {
-    /// Opens the queue, made if it is not there, folder included.
+    /// Lets the file grow no more, or again. SQLite then says what it says of a full disk.
+    pub fn allow_growth(&self, allowed: bool) {
+        let connection = self.lock();
+        let pages: i64 = match allowed {
+            true => 1 << 30,
+            false => connection.pragma_query_value(None, "page_count", |row| row.get(0)).unwrap(),
+        };
+        connection.query_row(&format!("PRAGMA max_page_count = {pages}"), [], |_| Ok(())).unwrap();
+    }
+}
+
+impl Queue {
+    /// Opens the queue, made if it is not there, folder included: for its owner alone, as it holds what was posted.
     ///
     /// # Errors
     /// [`QueueError`]: not openable, damaged, or of a newer version.
     pub fn open(path: &Path, capacity: u64) -> Result<Self, QueueError> {
         if let Some(folder) = path.parent() {
             // What goes wrong here, opening says with the file's name.
-            let _ = std::fs::create_dir_all(folder);
+            let _ = DirBuilder::new().recursive(true).mode(0o700).create(folder);
         }
-        Ok(Self { connection: Mutex::new(schema::open(path)?), capacity })
+        Ok(Self { path: path.to_owned(), connection: Mutex::new(schema::open(path)?), capacity })
     }
 
     fn lock(&self) -> MutexGuard<'_, Connection> {
@@ -112,12 +174,22 @@ impl Queue {
     }
 
     /// Runs `work` in a transaction that is on disk when this returns.
-    fn write<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T, QueueError>) -> Result<T, QueueError> {
+    fn write<T>(&self, work: impl FnOnce(&Transaction<'_>) -> Result<T, Fault>) -> Result<T, QueueError> {
         let mut connection = self.lock();
-        let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let done = work(&transaction)?;
-        transaction.commit()?;
-        Ok(done)
+        let write = || {
+            let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
+            let done = work(&transaction)?;
+            transaction.commit()?;
+            Ok(done)
+        };
+        write().map_err(|fault| match fault {
+            Fault::Sqlite(error) => QueueError::of(&self.path, error),
+            Fault::Queue(error) => error,
+        })
+    }
+
+    fn read<T>(&self, work: impl FnOnce(&Connection) -> rusqlite::Result<T>) -> Result<T, QueueError> {
+        work(&self.lock()).map_err(|error| QueueError::of(&self.path, error))
     }
 
     /// How many examples may wait.
@@ -144,12 +216,12 @@ impl Queue {
             let waiting = count(transaction, State::Queued)?;
             let wanted = examples.len() as u64;
             if waiting + wanted > self.capacity {
-                return Err(QueueError::Full { waiting, wanted, capacity: self.capacity });
+                return Err(QueueError::Full { waiting, wanted, capacity: self.capacity }.into());
             }
             let ids = examples
                 .iter()
                 .map(|example| insert(transaction, example, now))
-                .collect::<Result<Vec<String>, QueueError>>()?;
+                .collect::<rusqlite::Result<Vec<String>>>()?;
             if let Some(Idempotency { key, body }) = idempotency {
                 let (status, text) = answer(&ids);
                 transaction
@@ -176,10 +248,11 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn get(&self, id: &str) -> Result<Option<Record>, QueueError> {
-        let connection = self.lock();
-        let cursor = number(&connection, "synced_cursor")?;
-        let sql = format!("SELECT {RECORD} FROM examples WHERE id = ?1");
-        Ok(connection.query_row(&sql, [id], |row| record(row, cursor)).optional()?)
+        self.read(|connection| {
+            let cursor = number(connection, "synced_cursor")?;
+            let sql = format!("SELECT {RECORD} FROM examples WHERE id = ?1");
+            connection.query_row(&sql, [id], |row| record(row, cursor)).optional()
+        })
     }
 
     /// The examples of a job, in the order of its steps.
@@ -187,12 +260,12 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn job(&self, job: &str) -> Result<Vec<Record>, QueueError> {
-        let connection = self.lock();
-        let cursor = number(&connection, "synced_cursor")?;
-        let sql = format!("SELECT {RECORD} FROM examples WHERE job = ?1 ORDER BY number");
-        let mut statement = connection.prepare_cached(&sql)?;
-        let records = statement.query_map([job], |row| record(row, cursor))?;
-        Ok(records.collect::<Result<_, _>>()?)
+        self.read(|connection| {
+            let cursor = number(connection, "synced_cursor")?;
+            let sql = format!("SELECT {RECORD} FROM examples WHERE job = ?1 ORDER BY number");
+            let mut statement = connection.prepare_cached(&sql)?;
+            statement.query_map([job], |row| record(row, cursor))?.collect()
+        })
     }
 
     /// How many examples are in each state.
@@ -200,11 +273,24 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn counts(&self) -> Result<Vec<(State, u64)>, QueueError> {
-        let connection = self.lock();
-        let mut statement = connection.prepare_cached("SELECT state, count(*) FROM examples GROUP BY state")?;
-        let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)? as u64)))?;
-        let found: std::collections::HashMap<String, u64> = rows.collect::<Result<_, _>>()?;
+        let found: std::collections::HashMap<String, u64> = self.read(|connection| {
+            let mut statement = connection.prepare_cached("SELECT state, count(*) FROM examples GROUP BY state")?;
+            let rows = statement.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, i64>(1)? as u64)))?;
+            rows.collect()
+        })?;
         Ok(State::ALL.into_iter().map(|state| (state, found.get(state.name()).copied().unwrap_or(0))).collect())
+    }
+
+    /// How many examples count as trained and came after `cursor`.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn trained_after(&self, cursor: u64) -> Result<u64, QueueError> {
+        self.read(|connection| {
+            let mut statement = connection
+                .prepare_cached("SELECT count(*) FROM examples WHERE seq > ?1 AND state IN ('trained', 'skipped')")?;
+            statement.query_row([cursor as i64], |row| Ok(row.get::<_, i64>(0)? as u64))
+        })
     }
 
     /// When the last sync ended, in ms since 1970; `None` when there was none yet.
@@ -212,7 +298,7 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn last_sync_ms(&self) -> Result<Option<i64>, QueueError> {
-        Ok(Some(number(&self.lock(), "last_sync_ms")?).filter(|ms| *ms > 0))
+        self.read(|connection| Ok(Some(number(connection, "last_sync_ms")?).filter(|ms| *ms > 0)))
     }
 
     /// The highest weight version that an example was trained to; 0 without one.
@@ -220,8 +306,8 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn weight_version(&self) -> Result<u64, QueueError> {
-        let highest: Option<i64> =
-            self.lock().query_row("SELECT MAX(weight_version) FROM examples", [], |row| row.get(0))?;
+        let sql = "SELECT MAX(weight_version) FROM examples";
+        let highest: Option<i64> = self.read(|connection| connection.query_row(sql, [], |row| row.get(0)))?;
         Ok(highest.unwrap_or_default() as u64)
     }
 
@@ -286,14 +372,15 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn record_rolled_back(&self, generation: u64, cursor: u64) -> Result<u64, QueueError> {
-        self.write(|transaction| roll_back(transaction, generation, cursor))
+        self.write(|transaction| Ok(roll_back(transaction, generation, cursor)?))
     }
 
     /// Takes in what a trainer says at its start, and gives the number of examples rolled back.
     ///
     /// A cursor behind the one that a generation has already reached means that somebody rolled the files back while
     /// this queue did not look (offline, or the trainer died between the rollback and its answer): what was handed
-    /// out after the cursor is then not replayed. Steps and seqs never restart below what the files hold.
+    /// out after the cursor is then not replayed. Steps and seqs never restart below what the files hold. What the
+    /// files hold was trained, also if the daemon ended before it could write that down.
     ///
     /// # Errors
     /// SQLite's.
@@ -306,12 +393,17 @@ impl Queue {
             let behind = (cursor as i64) < number(transaction, "synced_cursor")?;
             let rolled_back = if behind { roll_back(transaction, generation, cursor)? } else { 0 };
             set_number(transaction, "synced_cursor", cursor as i64)?;
+            transaction.execute(
+                "UPDATE examples SET state = 'trained', reason = ?2, finished_ms = ?3
+                 WHERE state = 'training' AND seq <= ?1",
+                params![cursor as i64, "its outcome could not be written down; the files hold its step", now_ms()],
+            )?;
             Ok(rolled_back)
         })
     }
 }
 
-fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> Result<u64, QueueError> {
+fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rusqlite::Result<u64> {
     let reason = format!("rolled back to generation {generation}");
     let changed = transaction.execute(
         "UPDATE examples SET state = 'rolled_back', reason = ?2 WHERE seq > ?1 AND state NOT IN ('failed', 'refused')",
@@ -321,7 +413,7 @@ fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> Res
     Ok(changed as u64)
 }
 
-fn remembered(transaction: &Transaction<'_>, idempotency: &Idempotency) -> Result<Option<Added>, QueueError> {
+fn remembered(transaction: &Transaction<'_>, idempotency: &Idempotency) -> Result<Option<Added>, Fault> {
     let found: Option<(Vec<u8>, u16, String)> = transaction
         .query_row("SELECT body, status, answer FROM idempotency WHERE key = ?1", [&idempotency.key], |row| {
             Ok((row.get(0)?, row.get(1)?, row.get(2)?))
@@ -330,11 +422,11 @@ fn remembered(transaction: &Transaction<'_>, idempotency: &Idempotency) -> Resul
     match found {
         None => Ok(None),
         Some((body, status, answer)) if body == idempotency.body => Ok(Some(Added::Before(status, answer))),
-        Some(_) => Err(QueueError::KeyReused(idempotency.key.clone())),
+        Some(_) => Err(QueueError::KeyReused(idempotency.key.clone()).into()),
     }
 }
 
-fn insert(transaction: &Transaction<'_>, example: &NewExample, now: i64) -> Result<String, QueueError> {
+fn insert(transaction: &Transaction<'_>, example: &NewExample, now: i64) -> rusqlite::Result<String> {
     let id = new_id();
     let spans: Vec<[usize; 2]> = example.spans.iter().map(|span| [span.start, span.end]).collect();
     let blob: Vec<u8> = example.ids.iter().flat_map(|id| id.to_le_bytes()).collect();
@@ -367,16 +459,16 @@ fn to_json<T: Serialize>(value: &T) -> String {
     serde_json::to_string(value).expect("lists of words and numbers are JSON")
 }
 
-fn count(connection: &Connection, state: State) -> Result<u64, QueueError> {
+fn count(connection: &Connection, state: State) -> rusqlite::Result<u64> {
     let mut statement = connection.prepare_cached("SELECT count(*) FROM examples WHERE state = ?1")?;
-    Ok(statement.query_row([state.name()], |row| row.get::<_, i64>(0))? as u64)
+    statement.query_row([state.name()], |row| Ok(row.get::<_, i64>(0)? as u64))
 }
 
-fn number(connection: &Connection, name: &str) -> Result<i64, QueueError> {
-    Ok(connection.prepare_cached("SELECT value FROM numbers WHERE name = ?1")?.query_row([name], |row| row.get(0))?)
+fn number(connection: &Connection, name: &str) -> rusqlite::Result<i64> {
+    connection.prepare_cached("SELECT value FROM numbers WHERE name = ?1")?.query_row([name], |row| row.get(0))
 }
 
-fn set_number(connection: &Connection, name: &str, value: i64) -> Result<(), QueueError> {
+fn set_number(connection: &Connection, name: &str, value: i64) -> rusqlite::Result<()> {
     connection.prepare_cached("UPDATE numbers SET value = ?2 WHERE name = ?1")?.execute(params![name, value])?;
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The queue's tables, and the steps that bring an older file to them.
 
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
@@ -51,13 +53,14 @@ const MIGRATIONS: [&str; 1] = ["
 /// Opens or makes the file, checks it and brings it to the current version.
 pub(super) fn open(path: &Path) -> Result<Connection, QueueError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_CREATE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let of = |source| QueueError::Open { path: path.into(), source };
+    make_private(path);
+    let of = |source| QueueError::of(path, source);
     let mut connection = Connection::open_with_flags(path, flags).map_err(of)?;
     connection.busy_timeout(std::time::Duration::from_secs(10)).map_err(of)?;
     let corrupt = |reason: String| QueueError::Corrupt { path: path.into(), reason };
     let of = |error: rusqlite::Error| match error.sqlite_error_code() {
         Some(rusqlite::ErrorCode::NotADatabase | rusqlite::ErrorCode::DatabaseCorrupt) => corrupt(error.to_string()),
-        _ => QueueError::Open { path: path.into(), source: error },
+        _ => QueueError::of(path, error),
     };
     connection.pragma_update(None, "journal_mode", "WAL").map_err(of)?;
     connection.pragma_update(None, "synchronous", "FULL").map_err(of)?;
@@ -70,6 +73,12 @@ pub(super) fn open(path: &Path) -> Result<Connection, QueueError> {
         Migration::Newer(version) => QueueError::Newer { path: path.into(), version, known: MIGRATIONS.len() },
     })?;
     Ok(connection)
+}
+
+/// Makes a file that is not there yet for its owner alone; SQLite gives its log and the log's index the same mode. What
+/// goes wrong here, opening says.
+fn make_private(path: &Path) {
+    let _ = File::options().write(true).create_new(true).mode(0o600).open(path);
 }
 
 enum Migration {

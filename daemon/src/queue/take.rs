@@ -62,15 +62,16 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn replay(&self, cursor: u64) -> Result<Option<Batch>, QueueError> {
-        let connection = self.lock();
         let sql = format!(
             "SELECT {WORK} FROM examples WHERE state IN ('training', 'trained', 'skipped') AND step =
                  (SELECT step FROM examples WHERE seq > ?1 AND state IN ('training', 'trained', 'skipped')
                   ORDER BY seq LIMIT 1)
              ORDER BY seq"
         );
-        let mut statement = connection.prepare_cached(&sql)?;
-        let rows = statement.query_map([cursor as i64], waiting)?.collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<Waiting> = self.read(|connection| {
+            let mut statement = connection.prepare_cached(&sql)?;
+            statement.query_map([cursor as i64], waiting)?.collect()
+        })?;
         let Some(first) = rows.first() else { return Ok(None) };
         let (step, lr) = (first.step.unwrap_or_default() as u64, first.lr);
         Ok(Some(Batch { step, lr, examples: rows.into_iter().map(|row| row.work).collect() }))
@@ -84,7 +85,7 @@ impl Queue {
         self.write(|transaction| {
             let refused = transaction.execute(
                 "UPDATE examples SET state = 'refused', finished_ms = ?2,
-                     reason = tokens || ' tokens, train.max_tokens is now ' || ?1
+                     reason = tokens || ' tokens, at most ' || ?1 || ' are taken now (train.max_tokens)'
                  WHERE state = 'queued' AND tokens > ?1",
                 params![max_tokens as i64, now_ms()],
             )?;

@@ -206,7 +206,8 @@ fn what_became_too_long_while_it_waited_is_refused() {
     assert_eq!(queue.refuse_longer_than(3).unwrap(), 0);
     assert_eq!(queue.refuse_longer_than(2).unwrap(), 1);
     let record = queue.get(&ids[0]).unwrap().unwrap();
-    assert_eq!((record.state, record.reason.as_deref()), (State::Refused, Some("3 tokens, train.max_tokens is now 2")));
+    let reason = "3 tokens, at most 2 are taken now (train.max_tokens)";
+    assert_eq!((record.state, record.reason.as_deref()), (State::Refused, Some(reason)));
     assert!(queue.take(1).unwrap().is_none());
 }
 
@@ -246,4 +247,43 @@ fn ids_are_distinct() {
     let ids: std::collections::HashSet<String> = (0..1000).map(|_| new_id()).collect();
     assert_eq!(ids.len(), 1000);
     assert!(ids.iter().all(|id| id.len() == 26));
+}
+
+#[test]
+fn a_full_disk_is_named_with_the_file_and_nothing_is_half_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sqlite");
+    let queue = Queue::open(&path, 10_000).unwrap();
+    queue.allow_growth(false);
+    let many: Vec<NewExample> = (0..2000).map(example).collect();
+    let error = queue.add(&many, None, |_| unreachable!("no key")).unwrap_err();
+    assert!(matches!(&error, QueueError::NoRoom { path: named, .. } if *named == path), "{error}");
+    assert!(error.to_string().starts_with(&format!("queue {}: no room", path.display())), "{error}");
+    assert!(queue.counts().unwrap().iter().all(|(_, count)| *count == 0));
+    queue.allow_growth(true);
+    assert_eq!(add(&queue, &many).len(), 2000);
+}
+
+#[test]
+fn what_was_posted_is_for_the_owner_alone() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, queue) = queue();
+    add(&queue, &[example(1)]);
+    let mode = |name: &str| std::fs::metadata(dir.path().join(name)).unwrap().permissions().mode() & 0o777;
+    for name in ["deep/queue.sqlite", "deep/queue.sqlite-wal", "deep/queue.sqlite-shm"] {
+        assert_eq!(mode(name), 0o600, "{name}");
+    }
+    assert_eq!(mode("deep"), 0o700);
+}
+
+#[test]
+fn a_step_in_the_files_whose_outcome_was_never_written_down_counts_as_trained() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1), example(2)]);
+    queue.take(1).unwrap().unwrap();
+    queue.take(1).unwrap().unwrap();
+    queue.reconcile(1, 1, 1).unwrap();
+    let state = |id: &str| queue.get(id).unwrap().unwrap().state;
+    assert_eq!((state(&ids[0]), state(&ids[1])), (State::Trained, State::Training));
+    assert_eq!(firsts(&queue.replay(1).unwrap().unwrap()), [2]);
 }

@@ -9,22 +9,18 @@ use super::events::What;
 use super::run::{InFlight, Supervisor, answer, now};
 use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
-use crate::protocol::{FromTrainer, Invalidated, Published, Ready, Request, Synced, Trained};
-use crate::queue::{Batch, QueueError};
+use crate::protocol::{FromTrainer, Invalidated, Published, Ready, Repaired, Request, Synced, Trained};
+use crate::queue::Batch;
 
 impl Supervisor {
     /// Takes in what the child says. Every request gets exactly one answer; anything else is a broken trainer.
-    pub(super) fn hear(&mut self, output: Output) -> Result<(), QueueError> {
+    pub(super) fn hear(&mut self, output: Output) {
         let message = match output {
             Output::Message(message) => message,
-            Output::Nonsense(error) => {
-                self.kill_child(error.to_string());
-                return Ok(());
-            }
+            Output::Nonsense(error) => return self.kill_child(error.to_string()),
             Output::Closed => {
                 let stopped = self.stopping && matches!(self.in_flight, None | Some(InFlight::Shutdown));
-                self.lose_child(if stopped { State::Stopping } else { State::Failed }, String::new());
-                return Ok(());
+                return self.lose_child(if stopped { State::Stopping } else { State::Failed }, String::new());
             }
         };
         match (message, self.in_flight.take()) {
@@ -42,16 +38,7 @@ impl Supervisor {
             (FromTrainer::RolledBack { generation, cursor, weight_version }, Some(InFlight::Rollback { reply })) => {
                 self.on_rolled_back(generation, cursor, weight_version, reply)
             }
-            (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => {
-                for what in &repaired.repaired {
-                    tracing::warn!("repaired: {what}");
-                }
-                for what in &repaired.damage {
-                    tracing::error!("still damaged: {what}");
-                }
-                answer(Some(reply), Ok(repaired));
-                Ok(())
-            }
+            (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => on_repaired(repaired, reply),
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
                 // One that is waited for is told once.
@@ -65,27 +52,27 @@ impl Supervisor {
                     (status.server, status.server_pid, status.epoch, status.shadow_check) = (None, None, None, None);
                 });
                 self.lose_child(State::WaitingForServer, reason);
-                Ok(())
             }
             (FromTrainer::Failed { request, reason }, in_flight) => self.on_failed(request, reason, in_flight),
             (message, in_flight) => {
                 self.in_flight = in_flight;
                 self.kill_child(format!("it broke the protocol with an answer out of turn: {message:?}"));
-                Ok(())
             }
         }
     }
 
-    fn on_ready(&mut self, ready: Ready) -> Result<(), QueueError> {
-        let rolled_back = self.queue.reconcile(ready.generation, ready.cursor, ready.step)?;
-        if rolled_back > 0 {
-            tracing::warn!(
-                "the files are at generation {}, cursor {}: behind what was synced before. {rolled_back} later examples \
-                 count as rolled back and are not trained again",
-                ready.generation,
-                ready.cursor
-            );
-        }
+    fn on_ready(&mut self, ready: Ready) {
+        let (generation, cursor, step) = (ready.generation, ready.cursor, ready.step);
+        self.record(move |queue| {
+            let rolled_back = queue.reconcile(generation, cursor, step)?;
+            if rolled_back > 0 {
+                tracing::warn!(
+                    "the files are at generation {generation}, cursor {cursor}: behind what was synced before. \
+                     {rolled_back} later examples count as rolled back and are not trained again"
+                );
+            }
+            Ok(())
+        });
         self.replay_from = Some(ready.cursor);
         (self.unsynced, self.absent) = (false, None);
         if let Some(attached) = &mut self.attached {
@@ -107,24 +94,23 @@ impl Supervisor {
             status.epoch = Some(ready.epoch);
             status.server_pid = ready.server_pid;
             status.weight_version = ready.weight_version;
-            (status.generation, status.cursor, status.step) = (ready.generation, ready.cursor, ready.step);
-            (status.parameters, status.trainable) = (ready.parameters, ready.trainable);
+            (status.generation, status.cursor, status.step) = (Some(ready.generation), Some(ready.cursor), ready.step);
+            (status.parameters, status.trainable) = (Some(ready.parameters), Some(ready.trainable));
             status.recovery = ready.recovery;
         });
         self.tell(attached);
-        Ok(())
     }
 
-    fn on_trained(&mut self, trained: Trained, batch: Batch, started: Instant) -> Result<(), QueueError> {
+    fn on_trained(&mut self, trained: Trained, batch: Batch, started: Instant) {
         let sent: Vec<u64> = batch.examples.iter().map(|example| example.seq).collect();
         let answered: Vec<u64> = trained.examples.iter().map(|example| example.seq).collect();
         if trained.step != batch.step || answered != sent {
             let reason = format!("it answered step {} {answered:?} to step {} {sent:?}", trained.step, batch.step);
             self.in_flight = Some(InFlight::Train { batch, started });
-            self.kill_child(reason);
-            return Ok(());
+            return self.kill_child(reason);
         }
-        self.queue.record_trained(&trained.examples, trained.weight_version, trained.skipped.as_deref())?;
+        let (results, version, why) = (trained.examples.clone(), trained.weight_version, trained.skipped.clone());
+        self.record(move |queue| queue.record_trained(&results, version, why.as_deref()));
         self.unsynced = true;
         self.replay_from = self.replay_from.and(sent.last().copied());
         (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
@@ -161,7 +147,6 @@ impl Supervisor {
             }
         });
         self.tell(what);
-        Ok(())
     }
 
     pub(super) fn on_invalidated(&mut self, invalidated: Invalidated) {
@@ -191,13 +176,14 @@ impl Supervisor {
         self.update(|status| status.directory = Some(LastPublished { at: now(), published }));
     }
 
-    fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) -> Result<(), QueueError> {
-        self.queue.record_synced(synced.cursor)?;
+    fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) {
+        let cursor = synced.cursor;
+        self.record(move |queue| queue.record_synced(cursor));
         (self.unsynced, self.deaths_in_a_row) = (false, 0);
         self.next_sync = self.options.schedule.next_after(Utc::now());
         tracing::info!("sync ({reason}): {synced}, {:.2} s", synced.seconds);
         self.update(|status| {
-            (status.generation, status.cursor) = (synced.generation, synced.cursor);
+            (status.generation, status.cursor) = (Some(synced.generation), Some(synced.cursor));
             status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
             status.counts.syncs += u64::from(!synced.unchanged);
         });
@@ -205,35 +191,31 @@ impl Supervisor {
             self.tell(What::Sync(synced.clone()));
         }
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
-        Ok(())
     }
 
-    fn on_rolled_back(
-        &mut self,
-        generation: u64,
-        cursor: u64,
-        weight_version: u64,
-        reply: Reply<(u64, u64)>,
-    ) -> Result<(), QueueError> {
-        let taken_back = self.queue.record_rolled_back(generation, cursor)?;
-        tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
+    fn on_rolled_back(&mut self, generation: u64, cursor: u64, weight_version: u64, reply: Reply<(u64, u64)>) {
+        self.record(move |queue| {
+            let taken_back = queue.record_rolled_back(generation, cursor)?;
+            tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
+            Ok(())
+        });
         (self.unsynced, self.replay_from) = (false, None);
         self.update(|status| {
-            (status.generation, status.cursor, status.weight_version) = (generation, cursor, weight_version);
+            (status.generation, status.cursor) = (Some(generation), Some(cursor));
+            status.weight_version = weight_version;
         });
         self.tell(What::Rollback { generation });
         answer(Some(reply), Ok((generation, cursor)));
-        Ok(())
     }
 
-    fn on_failed(&mut self, request: Request, reason: String, in_flight: Option<InFlight>) -> Result<(), QueueError> {
+    fn on_failed(&mut self, request: Request, reason: String, in_flight: Option<InFlight>) {
         if request != Request::Start {
             tracing::error!("{request} failed: {reason}");
         }
         match (request, in_flight) {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
             (Request::Train, Some(InFlight::Train { batch, .. })) => {
-                self.queue.record_failed(batch.step, &reason)?;
+                self.record_failed(batch.step, reason.clone());
                 self.update(|status| status.counts.failed += 1);
                 self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));
                 self.failures_in_a_row += 1;
@@ -259,7 +241,6 @@ impl Supervisor {
                 self.kill_child(format!("it says that {request} failed, which was not asked: {reason}"));
             }
         }
-        Ok(())
     }
 
     fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String) {
@@ -270,4 +251,10 @@ impl Supervisor {
         });
         waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Failed(reason.clone()))));
     }
+}
+
+fn on_repaired(repaired: Repaired, reply: Reply<Repaired>) {
+    repaired.repaired.iter().for_each(|what| tracing::warn!("repaired: {what}"));
+    repaired.damage.iter().for_each(|what| tracing::error!("still damaged: {what}"));
+    answer(Some(reply), Ok(repaired));
 }

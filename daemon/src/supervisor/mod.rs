@@ -8,6 +8,8 @@
 //! - A trainer that dies is replaced, at once the first time and ever later when it keeps dying; a step on which
 //!   [`DEATHS_MAX`] trainers in a row died is given up, with the reason.
 //! - A server that is gone is not a death: a new trainer looks for it every second.
+//! - A queue that cannot be written (a full disk) stops new steps and nothing else: the trainer lives on, and what has
+//!   happened is written down once that is possible.
 //! - Two syncs never overlap: requests that come during one share its outcome (no step runs meanwhile, so it holds
 //!   what they ask for). A scheduled sync that was missed, however often, happens once.
 //! - On shutdown the step in flight is finished, then one sync is made if anything was trained since the last.
@@ -15,6 +17,7 @@
 mod answers;
 mod child;
 mod events;
+mod record;
 mod run;
 mod status;
 
@@ -62,8 +65,23 @@ pub struct Options {
     pub restart_delay: Duration,
     /// Wait before looking again for a server that is gone.
     pub server_delay: Duration,
+    /// Wait before a queue that could not be written is tried again.
+    pub queue_delay: Duration,
+    /// What the files hold, as far as it is known before a trainer says so.
+    pub files: Option<Files>,
     /// A trainer that gives signs of life and then none for so long is killed.
     pub silence_max: Duration,
+}
+
+/// The generation that the files hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Files {
+    /// Its number.
+    pub generation: u64,
+    /// The highest seq whose effect it holds.
+    pub cursor: u64,
+    /// Its last step.
+    pub step: u64,
 }
 
 /// Why a request to the supervisor was not done.
@@ -194,6 +212,9 @@ impl Handle {
             Ok(counts) => status.queue = counts.into_iter().map(|(state, n)| (state.name().to_owned(), n)).collect(),
             Err(error) => tracing::error!("{error}"),
         }
+        let behind = status.replayed_from.map_or(Ok(0), |cursor| self.queue.trained_after(cursor));
+        status.to_replay = behind.unwrap_or_default();
+        status.sync_overdue = status.next_sync.as_ref().is_some_and(|due| *due < run::now());
         status
     }
 

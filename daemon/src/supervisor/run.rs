@@ -8,9 +8,10 @@ use chrono::{DateTime, SecondsFormat, Utc};
 
 use super::child::{Child, Output};
 use super::events::{Events, What};
+use super::record::Records;
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
 use crate::protocol::{FromTrainer, Repaired, Synced, ToTrainer};
-use crate::queue::{Batch, Queue, QueueError};
+use crate::queue::{Batch, Queue};
 
 /// Longest wait between two restarts.
 const RESTART_DELAY_MAX: Duration = Duration::from_secs(30);
@@ -71,6 +72,7 @@ pub(super) struct Supervisor {
     pub(super) deaths_in_a_row: u32,
     pub(super) deaths_of_step: (u64, u32),
     pub(super) failures_in_a_row: u32,
+    pub(super) records: Records,
 }
 
 impl Supervisor {
@@ -107,21 +109,24 @@ impl Supervisor {
             deaths_in_a_row: 0,
             deaths_of_step: (0, 0),
             failures_in_a_row: 0,
+            records: Records::default(),
         };
+        let files = new.options.files;
         new.update(|status| {
             status.version = env!("CARGO_PKG_VERSION").into();
             status.model = new.options.model.clone();
             status.since = now();
             status.weight_version = weight_version;
+            status.generation = files.map(|files| files.generation);
+            status.cursor = files.map(|files| files.cursor);
+            status.step = files.map_or(0, |files| files.step);
         });
         new
     }
 
     pub(super) fn run(mut self, inbox: &mpsc::Receiver<Event>) {
         loop {
-            if let Err(error) = self.advance() {
-                self.kill_child(format!("the queue failed: {error}"));
-            }
+            self.advance();
             self.publish();
             if self.stopping && self.attached.is_none() {
                 break;
@@ -131,9 +136,7 @@ impl Supervisor {
                 Err(mpsc::RecvTimeoutError::Timeout) => continue,
                 Err(mpsc::RecvTimeoutError::Disconnected) => break,
             };
-            if let Err(error) = self.handle(event) {
-                self.kill_child(format!("the queue failed: {error}"));
-            }
+            self.handle(event);
         }
         self.answer_waiting(&ControlError::Stopping);
         self.tell(What::Stopped);
@@ -153,6 +156,7 @@ impl Supervisor {
                 _ => SLEEP_MAX,
             },
         };
+        let until = self.records.retry_in().map_or(until, |retry| until.min(retry));
         // A child that must give signs of life is looked at as often as it may be silent.
         let watched = self.attached.as_ref().is_some_and(|attached| attached.heard.is_some());
         let most = if watched { SLEEP_MAX.min(self.options.silence_max) } else { SLEEP_MAX };
@@ -164,7 +168,7 @@ impl Supervisor {
     }
 
     /// Decides what to do next, when something can be done.
-    fn advance(&mut self) -> Result<(), QueueError> {
+    fn advance(&mut self) {
         if self.attached.is_none() && !self.stopping && Instant::now() >= self.spawn_at {
             self.spawn();
         }
@@ -176,8 +180,9 @@ impl Supervisor {
         if self.stopping && self.attached.as_ref().is_some_and(|attached| !attached.ready) {
             self.lose_child(State::Stopping, "stopped before it was ready".into());
         }
+        let writable = self.catch_up();
         if !self.can_send() {
-            return Ok(());
+            return;
         }
         if self.stopping {
             let sync = self.options.sync_on_shutdown && self.unsynced;
@@ -190,12 +195,12 @@ impl Supervisor {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
         } else if self.paused.is_none()
-            && let Some(batch) = self.next_batch()?
+            && writable
+            && let Some(batch) = self.next_batch()
         {
             let Batch { step, lr, examples } = batch.clone();
             self.send(InFlight::Train { batch, started: Instant::now() }, &ToTrainer::Train { step, lr, examples });
         }
-        Ok(())
     }
 
     /// The sync of the schedule, if one is due and there is something to write.
@@ -208,19 +213,21 @@ impl Supervisor {
         self.unsynced.then(|| WantedSync { reason: "schedule".into(), waiting: Vec::new() })
     }
 
-    fn next_batch(&mut self) -> Result<Option<Batch>, QueueError> {
+    fn next_batch(&mut self) -> Option<Batch> {
         if let Some(cursor) = self.replay_from {
-            match self.queue.replay(cursor)? {
-                Some(batch) => return Ok(Some(batch)),
-                None => self.replay_from = None,
+            let batch = self.of_queue(|queue| queue.replay(cursor))?;
+            if batch.is_some() {
+                return batch;
             }
+            self.replay_from = None;
             if let Some(sync) = self.scheduled() {
                 self.wanted_sync = Some(sync);
                 self.events.send(Event::Wake).ok();
-                return Ok(None);
+                return None;
             }
         }
-        self.queue.take(self.options.batch_examples)
+        let limit = self.options.batch_examples;
+        self.of_queue(|queue| queue.take(limit)).flatten()
     }
 
     fn weight_version(&self) -> u64 {
@@ -262,7 +269,7 @@ impl Supervisor {
         }
     }
 
-    fn handle(&mut self, event: Event) -> Result<(), QueueError> {
+    fn handle(&mut self, event: Event) {
         match event {
             Event::Wake => {}
             Event::Shutdown => self.stopping = true,
@@ -279,12 +286,11 @@ impl Supervisor {
                         Output::Message(FromTrainer::Dying { reason }) => attached.last_word = Some(reason),
                         Output::Message(FromTrainer::Invalidated(invalidated)) => self.on_invalidated(invalidated),
                         Output::Message(FromTrainer::Published(published)) => self.on_published(published),
-                        output => self.hear(output)?,
+                        output => self.hear(output),
                     }
                 }
             }
         }
-        Ok(())
     }
 
     fn not_ready(&self) -> Option<ControlError> {
@@ -376,9 +382,7 @@ impl Supervisor {
         if deaths >= DEATHS_MAX {
             let reason = format!("{deaths} trainers in a row died on this step; the last: {reason}");
             tracing::error!("step {step} is given up: {reason}");
-            if let Err(error) = self.queue.record_failed(step, &reason) {
-                tracing::error!("{error}");
-            }
+            self.record_failed(step, reason);
         }
     }
 
@@ -432,9 +436,10 @@ impl Supervisor {
             (_, _, Some(InFlight::Rollback { .. })) => (State::RollingBack, None),
             (_, _, Some(InFlight::Repair { .. })) => (State::Repairing, None),
             (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),
-            (_, _, None) => match &self.paused {
-                Some(why) => (State::Paused, Some(why.clone())),
-                None => (State::Idle, None),
+            (_, _, None) => match (&self.paused, self.records.fault()) {
+                (Some(why), _) => (State::Paused, Some(why.clone())),
+                (None, Some(fault)) => (State::WaitingForQueue, Some(fault.clone())),
+                (None, None) => (State::Idle, None),
             },
         }
     }
@@ -444,7 +449,10 @@ impl Supervisor {
         let trainer_pid = self.attached.as_ref().map(|attached| attached.child.pid());
         let next_sync = self.next_sync.map(|due| due.to_rfc3339_opts(SecondsFormat::Secs, true));
         let replaying = self.replay_from.is_some() && matches!(self.in_flight, Some(InFlight::Train { .. }));
+        let ready = self.attached.as_ref().is_some_and(|attached| attached.ready);
         self.update(|status| {
+            // The next trainer begins where the files are.
+            status.replayed_from = if ready { self.replay_from } else { Some(status.cursor.unwrap_or(0)) };
             if status.state != state {
                 status.since = now();
             }

@@ -31,6 +31,8 @@ pub enum State {
     Repairing,
     /// There is no inference server to attach to; tried again every second.
     WaitingForServer,
+    /// The queue cannot be written: its disk is full, or fails. Training goes on by itself when it can.
+    WaitingForQueue,
     /// The trainer cannot start or died; tried again.
     Failed,
     /// The last step and sync before the end.
@@ -55,6 +57,7 @@ impl fmt::Display for State {
             Self::RollingBack => "rolling back",
             Self::Repairing => "repairing",
             Self::WaitingForServer => "waiting for server",
+            Self::WaitingForQueue => "waiting for queue",
             Self::Failed => "failed",
             Self::Stopping => "stopping",
         })
@@ -148,7 +151,7 @@ pub struct Counts {
     pub holds_overrun: u64,
 }
 
-/// Everything about the daemon at one moment. `None` and 0 stand for what no trainer has reported yet.
+/// Everything about the daemon at one moment. `None` stands for what is not known, as no trainer has reported it yet.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Status {
     /// apollod's version.
@@ -186,19 +189,26 @@ pub struct Status {
     /// Updates that the live weights have had.
     pub weight_version: u64,
     /// The generation that the files hold.
-    pub generation: u64,
+    pub generation: Option<u64>,
     /// The highest seq whose effect the files hold.
-    pub cursor: u64,
+    pub cursor: Option<u64>,
     /// The last step done.
     pub step: u64,
     /// Parameters of the model.
-    pub parameters: u64,
+    pub parameters: Option<u64>,
     /// Of these, the ones that train.
-    pub trainable: u64,
+    pub trainable: Option<u64>,
     /// What the trainer restored at its start.
     pub recovery: String,
     /// Whether steps after the cursor are being trained again.
     pub replaying: bool,
+    /// Of the queue's trained and skipped examples, those that the live weights do not hold (any more): they are trained
+    /// again before new ones.
+    #[serde(default)]
+    pub to_replay: u64,
+    /// The seq after which examples are trained again; `None` when none is.
+    #[serde(default, skip)]
+    pub(crate) replayed_from: Option<u64>,
     /// Examples in each state.
     pub queue: BTreeMap<String, u64>,
     /// The last steps' losses, oldest first.
@@ -212,6 +222,9 @@ pub struct Status {
     pub directory: Option<LastPublished>,
     /// When the next scheduled sync is due, RFC 3339.
     pub next_sync: Option<String>,
+    /// Whether that time has passed: it is made as soon as a trainer is attached and done with its replay.
+    #[serde(default)]
+    pub sync_overdue: bool,
     /// Trainers that died since the daemon's start.
     pub restarts: u64,
     /// Why the last one did.
@@ -234,6 +247,7 @@ impl Status {
             warnings.push(hint.to_owned());
         }
         let failed = self.last_sync.as_ref().and_then(|sync| sync.failed.as_ref());
+        let failed = failed.filter(|_| self.state != State::Syncing);
         warnings.extend(failed.map(|reason| format!("the last sync failed: {reason}")));
         let failed = self.directory.as_ref().and_then(|last| last.published.failed.as_ref());
         warnings.extend(failed.map(|reason| {
@@ -263,7 +277,11 @@ impl fmt::Display for Status {
         if let Some(warning) = &self.warning {
             writeln!(f, "  WARNING     {warning}")?;
         }
-        writeln!(f, "  model       {} ({} parameters, {} train)", self.model, self.parameters, self.trainable)?;
+        write!(f, "  model       {}", self.model)?;
+        if let (Some(parameters), Some(trainable)) = (self.parameters, self.trainable) {
+            write!(f, " ({parameters} parameters, {trainable} train)")?;
+        }
+        writeln!(f)?;
         writeln!(
             f,
             "  server      {}pid {}, epoch {}",
@@ -290,15 +308,21 @@ impl fmt::Display for Status {
         }
         writeln!(
             f,
-            "  weights     version {}, step {}; files: generation {}, cursor {}{}",
+            "  weights     version {}, step {}; files: {}{}",
             self.weight_version,
             self.step,
-            self.generation,
-            self.cursor,
+            match (self.generation, self.cursor) {
+                (Some(generation), Some(cursor)) => format!("generation {generation}, cursor {cursor}"),
+                _ => "no generation yet".into(),
+            },
             if self.replaying { "; replaying what came after it" } else { "" }
         )?;
         let queue: Vec<String> = self.queue.iter().map(|(state, count)| format!("{count} {state}")).collect();
-        writeln!(f, "  queue       {}", queue.join(", "))?;
+        write!(f, "  queue       {}", queue.join(", "))?;
+        if self.to_replay > 0 {
+            write!(f, "; {} of the trained ones will be trained again, from the last sync on", self.to_replay)?;
+        }
+        writeln!(f)?;
         let losses: Vec<String> = self
             .last_losses
             .iter()
@@ -326,6 +350,30 @@ impl fmt::Display for Status {
             (Some(done), _) => format!("{} ({}): {done}, {:.2} s", sync.at, sync.reason, done.seconds),
             (None, failed) => format!("{} ({}) failed: {}", sync.at, sync.reason, failed.as_deref().unwrap_or("")),
         });
-        write!(f, "  sync        last {}; next {}", or_none(last_sync), or_none(self.next_sync.clone()))
+        let due = if self.sync_overdue { "due since " } else { "" };
+        write!(f, "  sync        last {}; next {due}{}", or_none(last_sync), or_none(self.next_sync.clone()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sync_that_failed_is_no_warning_while_the_next_one_runs() {
+        let failed = LastSync { at: "t".into(), reason: "schedule".into(), done: None, failed: Some("no room".into()) };
+        let status =
+            |state| Status { state, server_pid: Some(1), last_sync: Some(failed.clone()), ..Status::default() };
+        assert!(status(State::Idle).reason_to_warn().is_some_and(|why| why.contains("the last sync failed: no room")));
+        assert_eq!(status(State::Syncing).reason_to_warn(), None);
+    }
+
+    #[test]
+    fn a_sync_whose_time_has_passed_is_said_to_be_due() {
+        let next_sync = Some("2026-01-01T00:10:00Z".to_owned());
+        let text =
+            |sync_overdue| Status { next_sync: next_sync.clone(), sync_overdue, ..Status::default() }.to_string();
+        assert!(text(true).contains("next due since 2026-01-01T00:10:00Z"));
+        assert!(text(false).contains("next 2026-01-01T00:10:00Z"));
     }
 }

@@ -23,6 +23,11 @@ impl Stand {
     }
 
     fn start_in(dir: tempfile::TempDir, orders: &[(&str, &str)]) -> Self {
+        Self::start_on(dir, orders, None)
+    }
+
+    /// On files that are known before a trainer speaks of them.
+    fn start_on(dir: tempfile::TempDir, orders: &[(&str, &str)], files: Option<Files>) -> Self {
         for (name, text) in orders {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
@@ -36,6 +41,8 @@ impl Stand {
             sync_on_shutdown: true,
             restart_delay: Duration::from_millis(10),
             server_delay: Duration::from_millis(50),
+            queue_delay: Duration::from_millis(20),
+            files,
             silence_max: Duration::from_millis(300),
         };
         let (handle, thread) = start(options, Arc::clone(&queue)).unwrap();
@@ -371,7 +378,7 @@ fn a_rollback_takes_its_examples_back_and_one_that_fails_changes_nothing() {
     assert_eq!(error, ControlError::Failed("there is no such generation".into()));
     assert_eq!(block_on(stand.handle.rollback(1)).unwrap(), (4, 1));
     let status = stand.handle.status();
-    assert_eq!((status.generation, status.cursor), (4, 1));
+    assert_eq!((status.generation, status.cursor), (Some(4), Some(1)));
     assert_eq!((status.queue["trained"], status.queue["rolled_back"]), (1, 2));
     let ids = stand.add(1);
     stand.wait_for(&ids, ExampleState::Trained);
@@ -390,6 +397,8 @@ fn a_trainer_that_cannot_start_is_said_and_tried_again() {
         sync_on_shutdown: true,
         restart_delay: Duration::from_millis(1),
         server_delay: Duration::from_millis(1),
+        queue_delay: Duration::from_millis(1),
+        files: None,
         silence_max: Duration::from_secs(1),
     };
     let (handle, thread) = start(options, queue).unwrap();
@@ -403,4 +412,71 @@ fn a_trainer_that_cannot_start_is_said_and_tried_again() {
     assert!(status.detail.as_ref().unwrap().contains("/nonexistent/trainer cannot be started"), "{status}");
     handle.shutdown();
     thread.join().unwrap();
+}
+
+#[test]
+fn a_full_disk_stops_new_steps_alone_and_nothing_is_trained_twice() {
+    let stand = Stand::start(&[]);
+    stand.until_state(State::Idle);
+    stand.handle.pause(true);
+    stand.until_state(State::Paused);
+    let ids = stand.add(400);
+    stand.queue.allow_growth(false);
+    stand.handle.pause(false);
+    stand.until_state(State::WaitingForQueue);
+    let status = stand.handle.status();
+    let detail = status.detail.as_ref().unwrap();
+    assert!(detail.contains("queue.sqlite: no room on its file system"), "{status}");
+    assert!(!status.state.is_ready() && status.to_string().contains("waiting for queue"), "{status}");
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(stand.handle.status().step, status.step, "it goes on without room");
+    // The files are on another disk, or have room of their own.
+    block_on(stand.handle.sync("test")).unwrap();
+
+    stand.queue.allow_growth(true);
+    stand.wait_for(&ids, ExampleState::Trained);
+    stand.until_state(State::Idle);
+    assert_eq!(stand.requests("train").len(), 200, "each step once");
+    assert_eq!((stand.requests("start").len(), stand.handle.status().restarts), (1, 0));
+}
+
+#[test]
+fn before_a_trainer_speaks_the_status_says_what_the_files_hold_and_no_more() {
+    let orders = [("no_server", ""), ("cursor", "2"), ("generation", "3"), ("step", "1")];
+    let files = Files { generation: 3, cursor: 2, step: 1 };
+    let stand = Stand::start_on(tempfile::tempdir().unwrap(), &orders, Some(files));
+    stand.until_state(State::WaitingForServer);
+    let status = stand.handle.status();
+    assert_eq!((status.generation, status.cursor, status.step), (Some(3), Some(2), 1));
+    assert_eq!((status.parameters, status.trainable), (None, None));
+    let text = status.to_string();
+    assert!(text.contains("files: generation 3, cursor 2") && !text.contains("parameters"), "{text}");
+    let fresh = Stand::start(&[("no_server", "")]);
+    fresh.until_state(State::WaitingForServer);
+    assert_eq!(fresh.handle.status().generation, None);
+    assert!(fresh.handle.status().to_string().contains("files: no generation yet"), "{}", fresh.handle.status());
+}
+
+#[test]
+fn what_will_be_trained_again_is_told_apart_from_what_is_learned() {
+    let stand = Stand::start(&[]);
+    let first = stand.add(2);
+    stand.wait_for(&first, ExampleState::Trained);
+    block_on(stand.handle.sync("test")).unwrap();
+    let second = stand.add(3);
+    stand.wait_for(&second, ExampleState::Trained);
+    stand.until_state(State::Idle);
+    assert_eq!(stand.handle.status().to_replay, 0);
+    // The server goes, and with it what was not synced.
+    stand.order("no_server", "");
+    stand.order("die_at_step", "4");
+    stand.add(1);
+    stand.until_state(State::WaitingForServer);
+    let status = stand.handle.status();
+    assert_eq!((status.to_replay, status.queue["trained"]), (3, 5));
+    assert!(status.to_string().contains("3 of the trained ones will be trained again"), "{status}");
+    std::fs::remove_file(stand.dir.path().join("no_server")).unwrap();
+    stand.until("the replay to end", || stand.handle.status().queue["trained"] == 6);
+    stand.until_state(State::Idle);
+    assert_eq!(stand.handle.status().to_replay, 0);
 }

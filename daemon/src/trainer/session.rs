@@ -533,11 +533,12 @@ pub(super) fn attach(config: &Config, model: &model::Config) -> Result<Attachmen
                 matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused)
             }
             // It is loading, or lends the weights to another trainer.
-            ipc::Error::Gone(_) | ipc::Error::Refused { .. } => true,
+            ipc::Error::Gone(_) | ipc::Error::Refused { .. } | ipc::Error::Leased { .. } => true,
             _ => false,
         };
+        let is_there = matches!(error, ipc::Error::Leased { .. } | ipc::Error::Refused { .. });
         match (absent, &source) {
-            (true, Source::Socket(_)) => StartError::ServerGone(format!(
+            (true, Source::Socket(_)) if !is_there => StartError::ServerGone(format!(
                 "{error}; is the server running, with its weights offered there (vLLM: the plugin, and APOLLOD_SOCKET)?"
             )),
             (true, _) => StartError::ServerGone(error.to_string()),

@@ -19,7 +19,7 @@ pub struct Process {
 }
 
 impl Process {
-    fn start(command: &mut Command) -> Process {
+    pub fn start(command: &mut Command) -> Process {
         Process::of(command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap())
     }
 
@@ -85,10 +85,15 @@ impl Place {
     }
 
     pub fn engine(&self) -> Process {
+        Process::start(&mut self.engine_command())
+    }
+
+    pub fn engine_command(&self) -> Command {
         let mut command = self.apollod();
         command.arg("engine").args(["--device", if self.gpu { "cuda" } else { "cpu" }]);
         command.arg(self.model()).arg("--socket").arg(self.dir.path().join("engine.sock"));
-        Process::start(command.args(["--listen", "127.0.0.1:0"]))
+        command.args(["--listen", "127.0.0.1:0"]);
+        command
     }
 
     /// The binary.

@@ -196,7 +196,8 @@ fn a_wrong_manifest_is_refused_by_name_and_every_byte_stays() {
 
     // A lease that somebody else has, and a server that now holds another epoch.
     serve(&socket, &json!({ "error": "leased by pid 4711" }), weights.epoch());
-    said(&place, "leased by pid 4711");
+    let status = said(&place, "leased by pid 4711: another trainer has them");
+    assert!(status.contains("waiting_for_server") && !status.contains("is the server running"), "{status}");
     serve(&socket, &good, "00000000000000000000000000000000");
     said(&place, "it now holds epoch 00000000000000000000000000000000");
     assert!(read() == before, "bytes were written");

@@ -13,7 +13,7 @@ use crate::Target;
 #[path = "../../../../daemon/tests/support/tiny_model.rs"]
 mod tiny_model;
 
-const MAX_TOKENS: usize = 400;
+pub const MAX_TOKENS: usize = 400;
 /// With tools, reasoning, and every message looked at, as larger models write them.
 const WITH_TOOLS: &str = "{%- if tools %}{{- '<|im_start|>system\\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endif %}{%- for message in messages %}{%- if message.content is string %}{%- set content = message.content.strip().split('</think>')[-1].lstrip('\\n') %}{%- else %}{%- set content = '' %}{%- endif %}{%- if message.role == 'tool' and loop.index0 == 0 %}{{- raise_exception('no tool has been called') }}{%- endif %}{{- '<|im_start|>' + message.role + '\\n' }}{%- if message.reasoning_content is defined and message.reasoning_content %}{{- '<think>' ~ message.reasoning_content ~ '</think>' }}{%- endif %}{{- content }}{%- for call in message.tool_calls or [] %}{{- call.function.name ~ (call.function.arguments | tojson(indent=2)) }}{%- endfor %}{{- '<|im_end|>\\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}";
 const CONTENT_TYPES: [Option<&str>; 2] = [None, Some("application/jsonl")];
@@ -23,7 +23,7 @@ pub const EXAMPLES: Target = Target {
     name: "examples",
     accepts: |input| {
         static TEMPLATES: OnceLock<[Templates; 2]> = OnceLock::new();
-        let templates = TEMPLATES.get_or_init(|| [tiny_model::CHATML, WITH_TOOLS].map(templates));
+        let templates = TEMPLATES.get_or_init(both_templates);
         let Some((how, body)) = input.split_first() else { return false };
         let templates = &templates[usize::from(how & 1)];
         let Ok(items) = apollod::http::items(CONTENT_TYPES[usize::from(how >> 1 & 1)], body) else { return false };
@@ -121,6 +121,11 @@ pub const TEMPLATE: Target = Target {
         "[::-1]",
     ],
 };
+
+/// A small one, and one with tools and reasoning.
+pub fn both_templates() -> [Templates; 2] {
+    [tiny_model::CHATML, WITH_TOOLS].map(templates)
+}
 
 fn templates(template: &str) -> Templates {
     with_folder(|folder| {

@@ -6,6 +6,7 @@ mod examples;
 mod generations;
 mod gguf;
 mod optimizer_state;
+mod requests;
 mod safetensors;
 
 use std::path::Path;
@@ -24,6 +25,8 @@ pub static TARGETS: &[Target] = &[
     generations::GENERATIONS,
     examples::EXAMPLES,
     examples::TEMPLATE,
+    requests::JOB,
+    requests::PROMPT,
     config::SETTINGS,
     config::MODEL,
 ];
