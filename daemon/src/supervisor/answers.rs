@@ -103,7 +103,7 @@ impl Supervisor {
             What::Attached { epoch: ready.epoch.clone(), server_pid: ready.server_pid, generation: ready.generation };
         self.update(|status| {
             (status.server, status.shadow_check) = (ready.server, ready.shadow_check);
-            status.warnings_of_trainer = ready.warnings;
+            (status.warnings_of_trainer, status.budget) = (ready.warnings, ready.budget);
             status.epoch = Some(ready.epoch);
             status.server_pid = ready.server_pid;
             status.weight_version = ready.weight_version;
@@ -126,6 +126,7 @@ impl Supervisor {
         }
         self.queue.record_trained(&trained.examples, trained.weight_version, trained.skipped.as_deref())?;
         self.unsynced = true;
+        self.rest_after(started);
         self.replay_from = self.replay_from.and(sent.last().copied());
         (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
         let timings = Timings {
@@ -232,7 +233,8 @@ impl Supervisor {
         }
         match (request, in_flight) {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
-            (Request::Train, Some(InFlight::Train { batch, .. })) => {
+            (Request::Train, Some(InFlight::Train { batch, started })) => {
+                self.rest_after(started);
                 self.queue.record_failed(batch.step, &reason)?;
                 self.update(|status| status.counts.failed += 1);
                 self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));

@@ -71,6 +71,8 @@ pub(super) struct Supervisor {
     pub(super) deaths_in_a_row: u32,
     pub(super) deaths_of_step: (u64, u32),
     pub(super) failures_in_a_row: u32,
+    /// Until when no step is begun, for the duty cycle.
+    rest_until: Option<Instant>,
 }
 
 impl Supervisor {
@@ -107,6 +109,7 @@ impl Supervisor {
             deaths_in_a_row: 0,
             deaths_of_step: (0, 0),
             failures_in_a_row: 0,
+            rest_until: None,
         };
         new.update(|status| {
             status.version = env!("CARGO_PKG_VERSION").into();
@@ -151,12 +154,24 @@ impl Supervisor {
             Some(_) => match self.next_sync {
                 Some(due) if self.can_send() => (due - Utc::now()).to_std().unwrap_or_default(),
                 _ => SLEEP_MAX,
-            },
+            }
+            .min(self.rest().unwrap_or(SLEEP_MAX)),
         };
         // A child that must give signs of life is looked at as often as it may be silent.
         let watched = self.attached.as_ref().is_some_and(|attached| attached.heard.is_some());
         let most = if watched { SLEEP_MAX.min(self.options.silence_max) } else { SLEEP_MAX };
         until.clamp(Duration::from_millis(1), most)
+    }
+
+    /// Plans the rest that the duty cycle asks for after a step that began then.
+    pub(super) fn rest_after(&mut self, started: Instant) {
+        let share = self.options.duty_cycle;
+        self.rest_until = (share < 1.0).then(|| Instant::now() + started.elapsed().mul_f64((1.0 - share) / share));
+    }
+
+    /// What is left of the rest.
+    fn rest(&self) -> Option<Duration> {
+        self.rest_until.map(|until| until.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
     }
 
     fn can_send(&self) -> bool {
@@ -190,6 +205,7 @@ impl Supervisor {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
         } else if self.paused.is_none()
+            && self.rest().is_none()
             && let Some(batch) = self.next_batch()?
         {
             let Batch { step, lr, examples } = batch.clone();
@@ -434,7 +450,7 @@ impl Supervisor {
             (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),
             (_, _, None) => match &self.paused {
                 Some(why) => (State::Paused, Some(why.clone())),
-                None => (State::Idle, None),
+                None => (State::Idle, self.rest().map(|_| "rests after a step (train.duty_cycle)".into())),
             },
         }
     }
