@@ -4,13 +4,13 @@
 //! moments of a lookup (slots, n): only rows that had a gradient have a slot, under a cap.
 
 use crate::settings::{Rule, Settings, Tensor, TensorKind};
-use compute::{AdamRow, Device};
+use compute::{AdamRow, Device, Dtype};
 use std::collections::HashMap;
 
 /// Compressed or dense moments of one tensor; empty for a frozen one.
 pub(crate) struct State<D: Device> {
-    pub exp_avg: D::Buffer,
-    pub exp_avg_sq: D::Buffer,
+    pub exp_avg: D::Stored,
+    pub exp_avg_sq: D::Stored,
     pub lookup: Lookup,
 }
 
@@ -30,8 +30,8 @@ pub(crate) struct Slot {
 
 impl<D: Device> State<D> {
     pub fn new(device: &D, tensor: &Tensor, settings: &Settings) -> State<D> {
-        let len = moments_len(tensor, settings);
-        State { exp_avg: device.zeros(len), exp_avg_sq: device.zeros(len), lookup: Lookup::default() }
+        let zeros = || device.stored(moments_dtype(tensor, settings), moments_len(tensor, settings));
+        State { exp_avg: zeros(), exp_avg_sq: zeros(), lookup: Lookup::default() }
     }
 
     /// Gives each row a slot of moments: its own, a free one, or that of the row unused for longest.
@@ -56,8 +56,8 @@ impl<D: Device> State<D> {
             .map(|&row| {
                 let slot = self.lookup.take(row, capacity as u32, now, |slot| {
                     let zeros = vec![0.0; cols];
-                    device.write(&mut self.exp_avg, slot as usize * cols, &zeros);
-                    device.write(&mut self.exp_avg_sq, slot as usize * cols, &zeros);
+                    device.write_stored(&mut self.exp_avg, slot as usize * cols, &zeros);
+                    device.write_stored(&mut self.exp_avg_sq, slot as usize * cols, &zeros);
                 });
                 AdamRow { row, slot: slot.slot, step: step_of(slot.gradients) }
             })
@@ -67,11 +67,11 @@ impl<D: Device> State<D> {
     /// To at least `len` values, which is at most `most`.
     fn grow(&mut self, device: &D, len: usize, most: usize) {
         for buffer in [&mut self.exp_avg, &mut self.exp_avg_sq] {
-            let old = device.len(buffer);
+            let old = device.stored_len(buffer);
             if len > old {
                 // Doubling keeps the number of copies small.
-                let mut larger = device.zeros(len.max((2 * old).min(most)));
-                device.copy(&mut larger, 0, buffer, 0, old);
+                let mut larger = device.stored(device.stored_dtype(buffer), len.max((2 * old).min(most)));
+                device.copy_stored(&mut larger, 0, buffer, 0, old);
                 *buffer = larger;
             }
         }
@@ -101,7 +101,12 @@ impl Lookup {
     }
 }
 
-/// f32 values in each moment of a tensor; a lookup grows with the rows that it sees.
+/// What the moments of a tensor are stored in. A vector has so few that halving them saves nothing.
+pub(crate) fn moments_dtype(tensor: &Tensor, settings: &Settings) -> Dtype {
+    if tensor.kind == TensorKind::Vector { Dtype::F32 } else { settings.moments }
+}
+
+/// Values in each moment of a tensor; a lookup grows with the rows that it sees.
 pub(crate) fn moments_len(tensor: &Tensor, settings: &Settings) -> usize {
     match (tensor.effective_rule(), tensor.kind) {
         (Rule::Frozen, _) | (_, TensorKind::Lookup) => 0,

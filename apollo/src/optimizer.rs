@@ -129,6 +129,8 @@ enum Ready<D: Device> {
 
 impl<D: Device> Optimizer<D> {
     /// Fresh moments for these tensors.
+    ///
+    /// Panics if the device does not store `settings.moments` ([`Device::stores`]).
     pub fn new(device: Arc<D>, tensors: Vec<Tensor>, settings: Settings) -> Optimizer<D> {
         let states = tensors.iter().map(|t| State::new(&*device, t, &settings)).collect();
         let norms = device.zeros(tensors.len() * NORM_SLOTS);
@@ -196,8 +198,8 @@ impl<D: Device> Optimizer<D> {
     }
     /// Bytes of moments.
     pub fn state_bytes(&self) -> usize {
-        let len = |s: &State<D>| self.device.len(&s.exp_avg) + self.device.len(&s.exp_avg_sq);
-        4 * self.states.iter().map(len).sum::<usize>()
+        let bytes = |moment: &D::Stored| self.device.stored_len(moment) * self.device.stored_dtype(moment).size();
+        self.states.iter().map(|s| bytes(&s.exp_avg) + bytes(&s.exp_avg_sq)).sum()
     }
 
     /// Applies one step, or nothing: [`Optimizer::prepare`], then [`Optimizer::commit`].
@@ -436,7 +438,7 @@ impl<D: Device> Optimizer<D> {
                 }
                 Ready::Dense { pair, .. } => {
                     let (factors, write) = (factors(spec, pair), write(tensor, corrected));
-                    self.device.adamw_factors(w, exp_avg, exp_avg_sq, &factors, settings.moments(), write);
+                    self.device.adamw_factors(w, exp_avg, exp_avg_sq, &factors, settings.decay(), write);
                 }
                 Ready::Vector { g, .. } | Ready::Lookup { g, .. } => {
                     adamw.push(AdamwRows { w, rows, g: &**g, exp_avg, exp_avg_sq, write: write(tensor, corrected) });
@@ -444,7 +446,7 @@ impl<D: Device> Optimizer<D> {
             }
         }
         self.device.apollo_commit(&mut self.norms, &mut apollo);
-        self.device.adamw_rows(&mut adamw, settings.moments());
+        self.device.adamw_rows(&mut adamw, settings.decay());
     }
 
     /// For each tensor that is ready, its rows that AdamW writes; rows of a lookup get their slots.
@@ -455,7 +457,8 @@ impl<D: Device> Optimizer<D> {
             Ready::Vector { .. } => vec![AdamRow { row: 0, slot: 0, step: step_of(self.steps) }],
             Ready::Lookup { tensor, rows, .. } => {
                 let cols = self.tensors[*tensor].cols;
-                let capacity = (self.lookup_bytes / (8 * cols)).max(rows.len());
+                let row_bytes = 2 * self.settings.moments.size() * cols;
+                let capacity = (self.lookup_bytes / row_bytes).max(rows.len());
                 self.states[*tensor].assign_slots(&*self.device, rows, cols, capacity, self.steps, step_of)
             }
         };
@@ -493,7 +496,7 @@ fn factors<'a, D: Device>(tensor: &Tensor, pair: &'a Pair<D>) -> Factors<'a, D::
 }
 
 fn compressed<'a, B>(settings: &Settings, projection: &'a B, rank: usize) -> Compressed<'a, B> {
-    Compressed { projection, rank, scale_type: settings.scale_type, moments: settings.moments() }
+    Compressed { projection, rank, scale_type: settings.scale_type, moments: settings.decay() }
 }
 
 fn outside(value: f32, min: Option<f32>, max: Option<f32>) -> Option<f32> {

@@ -1,6 +1,6 @@
 //! What an operator tunes, and which rule trains which tensor.
 
-use compute::{Moments, ScaleType};
+use compute::{Dtype, Moments, ScaleType};
 
 /// How the factor alpha on the update is formed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +44,8 @@ pub struct Settings {
     pub warmup_steps: u64,
     /// Of projections and stochastic rounding.
     pub seed: u64,
+    /// What the moments of matrices and embeddings are stored in, f32 or bf16; a vector's are f32.
+    pub moments: Dtype,
 }
 
 impl Default for Settings {
@@ -63,13 +65,14 @@ impl Default for Settings {
             norm_growth_floor: 0.5,
             warmup_steps: 0,
             seed: 0,
+            moments: Dtype::F32,
         }
     }
 }
 
 impl Settings {
     /// Adam's constants.
-    pub fn moments(&self) -> Moments {
+    pub fn decay(&self) -> Moments {
         Moments { beta1: self.beta1, beta2: self.beta2, eps: self.eps }
     }
 

@@ -1,21 +1,26 @@
 //! The optimizer's state as bytes, saved and restored bit for bit.
 //!
-//! Layout, little-endian: `APOLLO1\n` · u64 length of the header · header (JSON) · then, for each
-//! tensor in the header, exp_avg and exp_avg_sq, f32. Norms and counters are in the header: an f32
-//! is written there as its bits. Of a lookup the slots in use are written.
+//! Layout, little-endian: `APOLLO2\n` · u64 length of the header · header (JSON) · then, for each
+//! tensor in the header, exp_avg and exp_avg_sq, f32 or bf16 as the header says. Norms and counters are in the header:
+//! an f32 is written there as its bits. Of a lookup the slots in use are written. `APOLLO1\n`, which is read too, knew
+//! f32 only.
+//!
+//! Moments that are to be of another type than they were saved in are converted: to f32 exactly, to bf16 by stochastic
+//! rounding, with the same random numbers each time that the same state is read.
 //!
 //! Reading trusts nothing: no length is allocated that the optimizer's own tensors do not ask for,
 //! and values that no step can leave are refused.
 
-use crate::moments::{Slot, moments_len, rank_of};
+use crate::moments::{Slot, moments_dtype, moments_len, rank_of};
 use crate::optimizer::Optimizer;
 use crate::settings::{Rule, TensorKind};
-use compute::{Device, NORM_PREVIOUS, NORM_SLOTS};
+use compute::{Device, Dtype, NORM_PREVIOUS, NORM_SLOTS, Stream, narrow, widen};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 
-const MAGIC: &[u8; 8] = b"APOLLO1\n";
+const MAGIC: &[u8; 8] = b"APOLLO2\n";
+const MAGIC_OF_F32: &[u8; 8] = b"APOLLO1\n";
 /// Values moved between device and file at a time.
 const CHUNK: usize = 1 << 16;
 /// No header is longer; what says otherwise is not a state.
@@ -38,8 +43,31 @@ struct Saved {
     rule: String,
     rank: usize,
     len: usize,
+    #[serde(default)]
+    moments: Element,
     norm_bits: u32,
     lookup: BTreeMap<u32, Slot>,
+}
+
+/// Type of a tensor's moments.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+enum Element {
+    #[default]
+    F32,
+    Bf16,
+}
+
+impl Element {
+    fn of(dtype: Dtype) -> Element {
+        if dtype == Dtype::F32 { Element::F32 } else { Element::Bf16 }
+    }
+    fn dtype(self) -> Dtype {
+        match self {
+            Element::F32 => Dtype::F32,
+            Element::Bf16 => Dtype::BF16,
+        }
+    }
 }
 
 /// What [`Optimizer::load`] took over.
@@ -50,6 +78,8 @@ pub struct Restored {
     /// Tensors that are not in the state, or whose rank, shape or rule changed since: their moments
     /// start from zero. Also tensors of the state that the optimizer does not have.
     pub reset: Vec<String>,
+    /// Tensors whose moments were saved in another type than they have now: they were converted.
+    pub converted: Vec<String>,
 }
 
 /// A state that cannot be read.
@@ -75,6 +105,7 @@ impl<D: Device> Optimizer<D> {
             rule: rule_name(t.effective_rule()).into(),
             rank: rank_of(t, &self.settings),
             len: self.saved_len(i),
+            moments: Element::of(moments_dtype(t, &self.settings)),
             norm_bits: norms[i * NORM_SLOTS + NORM_PREVIOUS].to_bits(),
             lookup: self.states[i].lookup.slots.iter().map(|(k, v)| (*k, *v)).collect(),
         });
@@ -84,8 +115,8 @@ impl<D: Device> Optimizer<D> {
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(&header)?;
         for (i, state) in self.states.iter().enumerate() {
-            for buffer in [&state.exp_avg, &state.exp_avg_sq] {
-                write_buffer(&*self.device, buffer, self.saved_len(i), out)?;
+            for moment in [&state.exp_avg, &state.exp_avg_sq] {
+                write_moment(&*self.device, moment, self.saved_len(i), out)?;
             }
         }
         Ok(())
@@ -107,7 +138,7 @@ impl<D: Device> Optimizer<D> {
         let header = read_header(input)?;
         let mut missing: BTreeMap<String, usize> =
             self.tensors.iter().enumerate().map(|(i, t)| (t.name.clone(), i)).collect();
-        let mut restored = Restored { steps: header.steps, reset: Vec::new() };
+        let mut restored = Restored { steps: header.steps, ..Restored::default() };
         self.steps = header.steps;
         for saved in &header.tensors {
             let same = missing.get(&saved.name).copied().filter(|&i| self.matches(i, saved));
@@ -121,20 +152,29 @@ impl<D: Device> Optimizer<D> {
             check_lookup(saved, header.steps)?;
             let norm = f32::from_bits(saved.norm_bits);
             self.device.write(&mut self.norms, i * NORM_SLOTS + NORM_PREVIOUS, &[norm]);
+            let dtype = moments_dtype(&self.tensors[i], &self.settings);
+            if saved.moments.dtype() != dtype {
+                restored.converted.push(saved.name.clone());
+            }
+            // Of a step that is none: steps are counted from 1.
+            let streams = Stream::rounding(self.settings.seed, 0, i).of_moments();
+            let mut moment =
+                |stream, possible: fn(f32) -> bool| read_moment(&*self.device, saved, dtype, stream, input, possible);
+            let exp_avg = moment(streams[0], |v| v.is_finite())?;
+            let exp_avg_sq = moment(streams[1], |v| v.is_finite() && v >= 0.0)?;
             let state = &mut self.states[i];
+            (state.exp_avg, state.exp_avg_sq) = (exp_avg, exp_avg_sq);
             state.lookup.slots = saved.lookup.iter().map(|(k, v)| (*k, *v)).collect();
-            state.exp_avg = read_buffer(&*self.device, saved, input, |v| v.is_finite())?;
-            state.exp_avg_sq = read_buffer(&*self.device, saved, input, |v| v.is_finite() && v >= 0.0)?;
         }
         restored.reset.extend(missing.into_keys());
         Ok(restored)
     }
 
-    /// f32 values of each moment that are worth saving.
+    /// Values of each moment that are worth saving.
     fn saved_len(&self, i: usize) -> usize {
         match self.tensors[i].kind {
             TensorKind::Lookup => self.states[i].lookup.slots.len() * self.tensors[i].cols,
-            _ => self.device.len(&self.states[i].exp_avg),
+            _ => self.device.stored_len(&self.states[i].exp_avg),
         }
     }
 
@@ -163,8 +203,8 @@ fn rule_name(rule: Rule) -> &'static str {
 fn read_header(input: &mut dyn Read) -> Result<Header, StateError> {
     let (mut magic, mut length) = ([0; 8], [0; 8]);
     input.read_exact(&mut magic)?;
-    if &magic != MAGIC {
-        return Err(StateError::Format(format!("begins with {magic:02x?}, not with {:?}", "APOLLO1")));
+    if ![MAGIC, MAGIC_OF_F32].contains(&&magic) {
+        return Err(StateError::Format(format!("begins with {magic:02x?}, not with {:?}", "APOLLO2")));
     }
     input.read_exact(&mut length)?;
     let length = u64::from_le_bytes(length);
@@ -204,44 +244,48 @@ fn check_lookup(saved: &Saved, steps: u64) -> Result<(), StateError> {
     Ok(())
 }
 
-fn write_buffer<D: Device>(device: &D, buffer: &D::Buffer, len: usize, out: &mut dyn Write) -> io::Result<()> {
+fn write_moment<D: Device>(device: &D, moment: &D::Stored, len: usize, out: &mut dyn Write) -> io::Result<()> {
     let mut values = [0f32; CHUNK].to_vec();
-    let mut bytes = Vec::with_capacity(CHUNK * 4);
+    let dtype = device.stored_dtype(moment);
     for at in (0..len).step_by(CHUNK) {
         let values = &mut values[..CHUNK.min(len - at)];
-        device.read(buffer, at, values);
-        bytes.clear();
-        values.iter().for_each(|v| bytes.extend_from_slice(&v.to_le_bytes()));
-        out.write_all(&bytes)?;
+        device.read_stored(moment, at, values);
+        // Exact: they were stored in this type.
+        out.write_all(&narrow(dtype, values))?;
     }
     Ok(())
 }
 
-/// One moment; every value is one that a step can leave, or it would spread to the weights.
-fn read_buffer<D: Device>(
+/// One moment, to be of type `dtype`; every value is one that a step can leave, or it would spread to the weights.
+fn read_moment<D: Device>(
     device: &D,
     saved: &Saved,
+    dtype: Dtype,
+    stream: Stream,
     input: &mut dyn Read,
     possible: fn(f32) -> bool,
-) -> Result<D::Buffer, StateError> {
-    let len = saved.len;
-    let mut buffer = device.zeros(len);
-    let mut bytes = vec![0; CHUNK * 4];
+) -> Result<D::Stored, StateError> {
+    let (len, from) = (saved.len, saved.moments.dtype());
+    let mut moment = device.stored(dtype, len);
+    let mut bytes = vec![0; CHUNK * from.size()];
     for at in (0..len).step_by(CHUNK) {
-        let bytes = &mut bytes[..CHUNK.min(len - at) * 4];
+        let bytes = &mut bytes[..CHUNK.min(len - at) * from.size()];
         input.read_exact(bytes)?;
-        let values: Vec<f32> = bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+        let mut values = widen(from, bytes);
         if let Some(v) = values.iter().find(|v| !possible(**v)) {
             return Err(StateError::Format(format!("{}: moment {v}", saved.name)));
         }
-        device.write(&mut buffer, at, &values);
+        if (from, dtype) == (Dtype::F32, Dtype::BF16) {
+            stream.round_to_bf16(at as u64, &mut values);
+        }
+        device.write_stored(&mut moment, at, &values);
     }
-    Ok(buffer)
+    Ok(moment)
 }
 
 /// Passes over both moments of a tensor.
 fn skip(input: &mut dyn Read, saved: &Saved) -> Result<(), StateError> {
-    let bytes = (saved.len as u64).saturating_mul(8);
+    let bytes = (saved.len as u64).saturating_mul(2 * saved.moments.dtype().size() as u64);
     if io::copy(&mut input.take(bytes), &mut io::sink())? != bytes {
         return Err(io::Error::from(io::ErrorKind::UnexpectedEof).into());
     }

@@ -8,7 +8,7 @@
 //! the work of one can be recorded and replayed for the next ([`Device::record`]). The optimizer's operations take
 //! all tensors of a model at once, which a GPU does in a few launches.
 //!
-//! Activations, gradients, moments and norms are f32. Weights are *foreign*: they belong to an
+//! Activations, gradients and norms are f32; moments, and keys and values of a context, f32 or bf16. Weights are *foreign*: they belong to an
 //! inference server, keep its dtype (f32, f16 or bf16), are read where they lie and are written in
 //! place: in a step by exactly three operations, [`Device::apollo_commit`], [`Device::adamw_factors`] and
 //! [`Device::adamw_rows`], and between steps, to restore them, by [`Device::write_weight`].
@@ -46,9 +46,9 @@ pub struct Attention {
 /// Keys and values of the frozen context: `len` rows of (kv_heads · head_dim), at positions 0..len.
 pub struct Past<'a, D: Device> {
     /// Keys after rope, at least `len` rows.
-    pub keys: &'a D::Buffer,
+    pub keys: &'a D::Stored,
     /// Values, at least `len` rows.
-    pub values: &'a D::Buffer,
+    pub values: &'a D::Stored,
     /// Number of rows that count: one element.
     pub len: &'a D::Ids,
 }
@@ -187,19 +187,19 @@ pub struct Write {
 }
 
 /// One tensor of [`Device::apollo_prepare`].
-pub struct ApolloPrepare<'a, B> {
+pub struct ApolloPrepare<'a, D: Device> {
     /// The scaling, max(m,n) elements, or 1 for tensor scaling: set.
-    pub s: &'a mut B,
+    pub s: &'a mut D::Buffer,
     /// First of this tensor's [`NORM_SLOTS`].
     pub at: usize,
     /// First moment of R, (max(m,n), r).
-    pub exp_avg: &'a B,
+    pub exp_avg: &'a D::Stored,
     /// Second moment of R, likewise.
-    pub exp_avg_sq: &'a B,
+    pub exp_avg_sq: &'a D::Stored,
     /// The gradient.
-    pub factors: Factors<'a, B>,
+    pub factors: Factors<'a, D::Buffer>,
     /// Projection and constants.
-    pub compressed: Compressed<'a, B>,
+    pub compressed: Compressed<'a, D::Buffer>,
 }
 
 /// One tensor of [`Device::apollo_commit`].
@@ -211,9 +211,9 @@ pub struct ApolloCommit<'a, D: Device> {
     /// First of this tensor's [`NORM_SLOTS`].
     pub at: usize,
     /// First moment of R, (max(m,n), r): written.
-    pub exp_avg: &'a mut D::Buffer,
+    pub exp_avg: &'a mut D::Stored,
     /// Second moment of R: written.
-    pub exp_avg_sq: &'a mut D::Buffer,
+    pub exp_avg_sq: &'a mut D::Stored,
     /// The gradient.
     pub factors: Factors<'a, D::Buffer>,
     /// Projection and constants.
@@ -231,9 +231,9 @@ pub struct AdamwRows<'a, D: Device> {
     /// Gradient, (rows.len(), n).
     pub g: &'a D::Buffer,
     /// First moments, (·,n).
-    pub exp_avg: &'a mut D::Buffer,
+    pub exp_avg: &'a mut D::Stored,
     /// Second moments, likewise.
-    pub exp_avg_sq: &'a mut D::Buffer,
+    pub exp_avg_sq: &'a mut D::Stored,
     /// Decay and random numbers; each row has a step of its own.
     pub write: Write,
 }
@@ -244,6 +244,9 @@ pub struct AdamwRows<'a, D: Device> {
 pub trait Device: Sized + Send + Sync + 'static {
     /// f32 elements in device memory, owned.
     type Buffer: Send + Sync;
+    /// f32 elements, or bf16 ones where [`Device::stores`] says so, that outlive a step, owned: moments, and keys and
+    /// values of a context. Operations compute with them in f32, and round moments in bf16 stochastically.
+    type Stored: Send + Sync + From<Self::Buffer>;
     /// Unsigned integers in device memory, owned: token ids, targets, lengths.
     type Ids: Send + Sync;
     /// A weight in foreign memory.
@@ -293,6 +296,23 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn write_weight(&self, w: &Self::Weight, at: usize, bytes: &[u8]);
     /// `dst[dst_at..][..len] = src[src_at..][..len]`.
     fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
+
+    /// Whether elements can be stored in this type.
+    fn stores(&self, dtype: Dtype) -> bool;
+    /// `len` stored zeros of a type that the device stores.
+    fn stored(&self, dtype: Dtype, len: usize) -> Self::Stored;
+    /// Number of stored elements.
+    fn stored_len(&self, stored: &Self::Stored) -> usize;
+    /// Their type.
+    fn stored_dtype(&self, stored: &Self::Stored) -> Dtype;
+    /// `dst[dst_at..][..len]` becomes the first `len` of src, rounded to the nearest.
+    fn store(&self, dst: &mut Self::Stored, dst_at: usize, src: &Self::Buffer, len: usize);
+    /// `dst[dst_at..][..len] = src[src_at..][..len]`, both of one type.
+    fn copy_stored(&self, dst: &mut Self::Stored, dst_at: usize, src: &Self::Stored, src_at: usize, len: usize);
+    /// Waits for all that was queued and copies `dst.len()` elements to the host.
+    fn read_stored(&self, src: &Self::Stored, at: usize, dst: &mut [f32]);
+    /// Copies host values into `dst` from element `at` on, rounded to the nearest.
+    fn write_stored(&self, dst: &mut Self::Stored, at: usize, src: &[f32]);
 
     /// x (t,n): row i is row ids\[i\] of W (vocab,n). Ids beyond W are the caller's mistake.
     fn embed(&self, x: &mut Self::Buffer, w: &Self::Weight, ids: &Self::Ids);
@@ -403,7 +423,7 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// scaling) of each tensor from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`. If
     /// anything overflows, a square of the compressed gradient included, that slot is not finite and
     /// s is unspecified: such a step must not be committed.
-    fn apollo_prepare(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloPrepare<Self::Buffer>]);
+    fn apollo_prepare(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloPrepare<Self>]);
     /// Slots `NORM_FACTOR` and `NORM_NEXT` from `NORM_PREVIOUS` and `NORM_UPDATE`, for each (at, limiter).
     fn limit(&self, norms: &mut Self::Buffer, limiters: &[(usize, Limiter)]);
     /// Second pass: moments and W of each tensor are written, each once; `NORM_PREVIOUS` becomes `NORM_NEXT`.
@@ -414,8 +434,8 @@ pub trait Device: Sized + Send + Sync + 'static {
     fn adamw_factors(
         &self,
         w: &Self::Weight,
-        exp_avg: &mut Self::Buffer,
-        exp_avg_sq: &mut Self::Buffer,
+        exp_avg: &mut Self::Stored,
+        exp_avg_sq: &mut Self::Stored,
         f: &Factors<Self::Buffer>,
         moments: Moments,
         write: Write,

@@ -7,6 +7,7 @@
 //! of threads, and on a GPU.
 
 use crate::cpu::simd::multiversion;
+use crate::cpu::stored::round_bf16;
 
 const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
 const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
@@ -52,6 +53,8 @@ fn rounds<const N: usize>(mut key: [u32; 2], mut c: [[u64; N]; 4]) -> [[u64; N];
 enum Purpose {
     Rounding = 1,
     Projection = 2,
+    FirstMoment = 3,
+    SecondMoment = 4,
 }
 
 /// The random numbers of one purpose, step and tensor.
@@ -71,6 +74,15 @@ impl Stream {
     /// For the stochastic rounding of a tensor's write in a step.
     pub fn rounding(seed: u64, step: u64, tensor: usize) -> Stream {
         Stream::new(seed, Purpose::Rounding, step, tensor)
+    }
+
+    /// For the rounding of the moments that belong to a write with this stream of [`Stream::rounding`].
+    pub fn of_moments(&self) -> [Stream; 2] {
+        let stream = |purpose: Purpose| {
+            let other = (Purpose::Rounding as u32 ^ purpose as u32) << 24;
+            Stream { key: [self.key[0], self.key[1] ^ other], ..*self }
+        };
+        [stream(Purpose::FirstMoment), stream(Purpose::SecondMoment)]
     }
 
     /// For the `refresh`-th projection of all tensors whose smaller dimension is `dim`.
@@ -105,6 +117,14 @@ impl Stream {
             }
             (rest, skip, group) = (later, 0, group + 1);
         }
+    }
+
+    /// Rounds values to bf16 stochastically; the first is element `first`.
+    pub fn round_to_bf16(&self, first: u64, values: &mut [f32]) {
+        let (mut random, mut rounded) = (vec![0; values.len()], vec![0; values.len()]);
+        self.fill_u16(first, &mut random);
+        round_bf16(values, &random, &mut rounded);
+        values.iter_mut().zip(rounded).for_each(|(v, r)| *v = f32::from_bits((r as u32) << 16));
     }
 
     /// Fills `out` with N(0, sigma²) numbers `first..` by Box-Muller: four per block, computed in

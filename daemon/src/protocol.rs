@@ -287,6 +287,20 @@ pub struct Ready {
     /// What an operator should look at although training goes on.
     #[serde(default)]
     pub warnings: Vec<String>,
+    /// What it takes of the machine.
+    #[serde(default)]
+    pub budget: Option<Budget>,
+}
+
+/// What the trainer takes of the machine.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Budget {
+    /// Threads of a step on a CPU.
+    pub threads: usize,
+    /// Niceness of its process.
+    pub nice: i32,
+    /// Share of the time in which steps run.
+    pub duty_cycle: f64,
 }
 
 /// What the trainer says.

@@ -4,8 +4,9 @@
 //! x (t,H) residual stream · q (t,h·d) · k, v (t,g·d) · attention out (t,h·d) · gate, up, act (t,I)
 
 use crate::config::Config;
+use crate::prefixes::{BLOCK, PrefixLimits, Prefixes, Shape};
 use crate::recorded::Recorded;
-use compute::{Attention, Device, LinearOutput, Past, TensorId};
+use compute::{Attention, Device, Dtype, LinearOutput, Past, TensorId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weight_map::HfTensor;
@@ -53,15 +54,20 @@ pub struct Model<D: Device> {
 
 /// Keys and values of a context, per layer, for up to `capacity` tokens.
 ///
-/// It knows which tokens it holds, so that a context which begins like the last one is not run again.
-/// That is right only as long as the weights are the same: [`Cache::truncate`] to 0 when they moved.
+/// It knows which tokens it holds, so that a context which begins like the last one is not run again; beside it are
+/// those of earlier contexts, as far as [`Cache::keep_prefixes`] allows. Both are right only as long as the weights are
+/// the same: [`Cache::weights_moved`] says that they are not.
 pub struct Cache<D: Device> {
     device: Arc<D>,
-    layers: Vec<(D::Buffer, D::Buffer)>,
+    layers: Vec<(D::Stored, D::Stored)>,
     ids: Vec<u32>,
     /// Number of tokens, where the device reads it: one element.
     pub(crate) len: D::Ids,
     capacity: usize,
+    prefixes: Prefixes<D>,
+    /// The oldest weights that any of the tokens rests on, as `prefixes` counts them.
+    version: u64,
+    tokens_run: u64,
     /// Windows over these keys and values that were recorded.
     pub(crate) recorded: Vec<Recorded<D>>,
 }
@@ -97,22 +103,62 @@ impl<D: Device> Cache<D> {
     pub fn capacity(&self) -> usize {
         self.capacity
     }
+    /// Tokens that were run to fill it, ever.
+    pub fn tokens_run(&self) -> u64 {
+        self.tokens_run
+    }
+    /// Tokens of earlier contexts that are kept beside it.
+    pub fn tokens_kept(&self) -> usize {
+        self.prefixes.tokens()
+    }
+    /// From now on keeps what contexts begin with, within these limits.
+    pub fn keep_prefixes(&mut self, limits: PrefixLimits) {
+        self.prefixes.limit(limits);
+    }
+    /// Forgets the context, and of the earlier ones what rests on weights that are too old now.
+    pub fn weights_moved(&mut self) {
+        self.truncate(0);
+        self.prefixes.weights_moved();
+    }
+    /// Forgets everything.
+    pub fn forget(&mut self) {
+        self.truncate(0);
+        self.prefixes.forget();
+    }
     /// Forgets all but the first `len` tokens.
     pub fn truncate(&mut self, len: usize) {
         self.ids.truncate(len);
         self.tell_len();
     }
     fn extend(&mut self, ids: &[u32]) {
+        if self.ids.is_empty() {
+            self.version = self.prefixes.updates();
+        }
         self.ids.extend_from_slice(ids);
         self.tell_len();
     }
     fn tell_len(&mut self) {
         self.device.write_ids(&mut self.len, &[self.ids.len() as u32]);
     }
-    /// Forgets what does not begin `context`.
-    pub(crate) fn keep_common(&mut self, context: &[u32]) {
+    /// Forgets what does not begin `context`, and takes over what earlier contexts have of the rest.
+    pub(crate) fn recall(&mut self, context: &[u32]) {
         let common = self.ids.iter().zip(context).take_while(|(a, b)| a == b).count();
         self.truncate(common);
+        let blocks = self.prefixes.find(context);
+        let end = blocks.len() * BLOCK;
+        let Some(version) = self.prefixes.version(&blocks).filter(|_| end > common) else { return };
+        for (i, &block) in blocks.iter().enumerate().skip(common / BLOCK) {
+            let first = common.saturating_sub(i * BLOCK);
+            for (layer, cached) in self.layers.iter_mut().enumerate() {
+                self.prefixes.copy_out(block, first, layer, cached, i * BLOCK + first);
+            }
+        }
+        self.extend(&context[common..end]);
+        self.version = self.version.min(version);
+    }
+    /// Keeps what the context begins with for later ones.
+    pub(crate) fn keep(&mut self) {
+        self.prefixes.keep(&self.ids, &self.layers, self.version);
     }
     pub(crate) fn past(&self, layer: usize) -> Past<'_, D> {
         let (keys, values) = &self.layers[layer];
@@ -167,13 +213,26 @@ impl<D: Device> Model<D> {
         self.positions
     }
 
-    /// An empty cache for `capacity` tokens.
+    /// An empty cache for `capacity` tokens: in bf16 where the weights have 16 bits and the device can, else in f32.
     pub fn cache(&self, capacity: usize) -> Cache<D> {
-        let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
-        let buffer = || self.device.uninit(capacity * row);
-        let layers = self.layers.iter().map(|_| (buffer(), buffer())).collect();
-        let len = self.device.ids(&[0]);
-        Cache { device: self.device.clone(), layers, ids: Vec::new(), len, capacity, recorded: Vec::new() }
+        let weights = self.device.dtype(&self.weights[self.layers[0].k.weight]);
+        let narrow = weights != Dtype::F32 && self.device.stores(Dtype::BF16);
+        self.cache_in(if narrow { Dtype::BF16 } else { Dtype::F32 }, capacity)
+    }
+
+    /// An empty cache for `capacity` tokens with keys and values of a type that the device stores.
+    pub fn cache_in(&self, dtype: Dtype, capacity: usize) -> Cache<D> {
+        let device = self.device.clone();
+        let shape = Shape {
+            layers: self.layers.len(),
+            row: self.config.decoder.kv_heads * self.config.decoder.head_dim,
+            dtype,
+        };
+        let stored = || device.stored(dtype, capacity * shape.row);
+        let layers = self.layers.iter().map(|_| (stored(), stored())).collect();
+        let (len, prefixes) = (device.ids(&[0]), Prefixes::new(device.clone(), shape));
+        let (ids, recorded) = (Vec::new(), Vec::new());
+        Cache { device, layers, ids, len, capacity, prefixes, version: 0, tokens_run: 0, recorded }
     }
 
     /// Runs tokens after those in the cache without gradients and adds their keys and values.
@@ -211,10 +270,11 @@ impl<D: Device> Model<D> {
                 (saved.k, saved.v)
             };
             let (keys, values) = &mut cache.layers[layer];
-            self.device.copy(keys, len * row, &k, 0, t * row);
-            self.device.copy(values, len * row, &v, 0, t * row);
+            self.device.store(keys, len * row, &k, t * row);
+            self.device.store(values, len * row, &v, t * row);
         }
         cache.extend(ids);
+        cache.tokens_run += t as u64;
         want_output.then_some(x)
     }
 

@@ -13,11 +13,13 @@ mod config;
 mod forward;
 #[cfg(feature = "oracle")]
 pub mod oracle;
+mod prefixes;
 mod recorded;
 mod rope;
 mod window;
 
 pub use config::{Config, ConfigError};
 pub use forward::{Cache, Model};
+pub use prefixes::PrefixLimits;
 pub use rope::{Rope, Scaling};
 pub use window::{Example, ExampleError, Extent, Report, Timings};

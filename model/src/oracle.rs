@@ -150,16 +150,16 @@ impl<D: Device> Sink<D> for LayerSink<D> {
 }
 
 /// Keys and values of a frozen context by the kernels.
-fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) -> (D::Buffer, D::Buffer) {
+fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) -> (D::Stored, D::Stored) {
     let device = &model.device;
-    let none = (device.zeros(0), device.zeros(0));
+    let none = (device.zeros(0).into(), device.zeros(0).into());
     if len == 0 {
         return none;
     }
     let zero = device.ids(&[0]);
     let past = Past { keys: &none.0, values: &none.1, len: &zero };
     let (_, saved) = model.layer(layer, Arc::new(upload(&**device, x)), past, len);
-    (saved.k, saved.v)
+    (saved.k.into(), saved.v.into())
 }
 
 fn layer_tensors<D: Device>(model: &Model<D>, layer: usize) -> Vec<TensorId> {

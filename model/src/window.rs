@@ -170,7 +170,7 @@ impl<D: Device> Model<D> {
 
     /// Forward and backward over every span of an example that passed [`Model::check`]. `scale` is
     /// the weight of one token's loss in the step's loss: 1 over the step's decision tokens. The
-    /// cache is overwritten, but for what the context shares with the one in it.
+    /// cache is overwritten, but for what the context shares with the one in it or with earlier ones that it keeps.
     pub fn train(
         &self,
         cache: &mut Cache<D>,
@@ -210,8 +210,9 @@ impl<D: Device> Model<D> {
         for span in &example.spans {
             let start = Example::window_start(span, extent);
             let clock = Instant::now();
-            cache.keep_common(&example.ids[..start]);
+            cache.recall(&example.ids[..start]);
             self.prefill(cache, &example.ids[cache.len()..start]);
+            cache.keep();
             self.device.synchronize();
             timings.prefill_ms += ms(clock);
             let window = Window { ids: &example.ids[start..span.end - 1], targets: &example.ids[span.clone()] };

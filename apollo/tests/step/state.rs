@@ -1,6 +1,6 @@
 //! Saving, loading and repeating: bit for bit.
 
-use crate::common::{Random, Rig, header, settings, stored_norm, tensor, tensors};
+use crate::common::{Random, Rig, distance, header, settings, stored_norm, tensor, tensors};
 use apollo::{Optimizer, Restored, Rule, Settings, StateError, TensorKind};
 use compute::Dtype;
 
@@ -31,12 +31,13 @@ fn resumed(from: &Rig, tensors: Vec<apollo::Tensor>, settings: Settings) -> (Rig
 #[test]
 fn continuing_after_a_load_is_bit_for_bit_the_uninterrupted_run() {
     // Interrupted at every step of nine, over two refreshes of the projection (gap 3).
-    for at in 0..9 {
+    for (at, moments) in (0..9).flat_map(|at| [(at, Dtype::F32), (at, Dtype::BF16)]) {
         let mut r = Random::new("resume");
-        let mut whole = rig(settings());
+        let settings = Settings { moments, ..settings() };
+        let mut whole = rig(settings.clone());
         run(&mut whole, &mut r, at);
-        let (mut second, restored) = resumed(&whole, tensors(), settings());
-        assert_eq!(restored, Restored { steps: at as u64, reset: vec![] });
+        let (mut second, restored) = resumed(&whole, tensors(), settings);
+        assert_eq!(restored, Restored { steps: at as u64, ..Restored::default() });
         assert!(second.snapshot() == whole.snapshot(), "at {at}");
         let rest = r.next();
         let after = |rig: &mut Rig| {
@@ -75,7 +76,8 @@ fn another_rank_resets_the_compressed_tensors_and_names_them() {
     let mut old = rig(settings());
     run(&mut old, &mut r, 4);
     let (mut new, restored) = resumed(&old, tensors(), Settings { rank: 6, ..settings() });
-    assert_eq!(restored, Restored { steps: 4, reset: vec!["tall".into(), "wide".into(), "tied".into()] });
+    let reset = vec!["tall".into(), "wide".into(), "tied".into()];
+    assert_eq!(restored, Restored { steps: 4, reset, ..Restored::default() });
     assert_eq!(new.optimizer.steps(), 4);
     assert_eq!(stored_norm(&new, crate::common::TALL), 0.0);
     let (before, after) = (header(&old.saved()), header(&new.saved()));
@@ -100,6 +102,104 @@ fn tensors_of_another_shape_rule_or_name_start_from_zero_and_are_named() {
     restored.reset.sort();
     assert_eq!(restored.reset, ["embed", "frozen", "head", "new", "renamed", "tall"]);
     assert_eq!(stored_norm(&new, 1), stored_norm(&old, 1));
+}
+
+fn in_bf16() -> Settings {
+    Settings { moments: Dtype::BF16, ..settings() }
+}
+
+/// Bytes of moments behind the header.
+fn moments(state: &[u8]) -> usize {
+    state.len() - 16 - u64::from_le_bytes(state[8..16].try_into().expect("eight bytes")) as usize
+}
+
+#[test]
+fn moments_in_bf16_take_half_the_memory_and_half_the_state() {
+    let mut r = Random::new("halves");
+    let (mut wide, mut narrow) = (rig(settings()), rig(in_bf16()));
+    for _ in 0..5 {
+        let g = wide.gradients(&mut r, 3);
+        wide.apply(&g);
+        narrow.apply(&g);
+    }
+    // But for the vector, 24 elements in each of two moments.
+    let half = |bytes: usize| (bytes - 2 * 24 * 4) / 2 + 2 * 24 * 4;
+    assert_eq!(narrow.optimizer.state_bytes(), half(wide.optimizer.state_bytes()));
+    assert_eq!(moments(&narrow.saved()), half(moments(&wide.saved())));
+}
+
+#[test]
+fn moments_in_bf16_move_weights_nearly_as_those_in_f32_do() {
+    let mut r = Random::new("nearly");
+    let make = |settings| Rig::new(tensors(), settings, Dtype::F32);
+    let (mut wide, mut narrow) = (make(settings()), make(in_bf16()));
+    let start = wide.values();
+    for _ in 0..60 {
+        let g = wide.gradients(&mut r, 3);
+        wide.apply(&g);
+        narrow.apply(&g);
+    }
+    for (i, (a, b)) in wide.values().iter().zip(narrow.values()).enumerate() {
+        let (apart, moved) = (distance(a, &b), distance(a, &start[i]));
+        println!("{}: {apart:.2e} apart after {moved:.2e}", tensors()[i].name);
+        // AdamW divides each element by its own rounded moments, 2^-8 of them; APOLLO takes norms of many.
+        assert!(apart <= 0.03 * moved, "{}: {apart} apart after {moved}", tensors()[i].name);
+        assert!(i == crate::common::NORM || i == crate::common::FROZEN || apart > 0.0, "the test must compare two");
+    }
+}
+
+#[test]
+fn a_state_in_the_other_type_is_converted_the_same_way_each_time() {
+    let trained: Vec<String> = ["tall", "wide", "head", "embed", "tied"].map(String::from).to_vec();
+    let mut r = Random::new("convert");
+    let mut wide = rig(settings());
+    run(&mut wide, &mut r, 6);
+    let (narrow, restored) = resumed(&wide, tensors(), in_bf16());
+    assert_eq!(restored.steps, 6);
+    assert!(restored.reset.is_empty());
+    let matrices = |names: &[String]| names.iter().filter(|n| *n != "frozen").cloned().collect::<Vec<_>>();
+    assert_eq!(matrices(&restored.converted), trained);
+    assert!(resumed(&wide, tensors(), in_bf16()).0.saved() == narrow.saved(), "a replay converts again");
+    assert_eq!(stored_norm(&narrow, crate::common::TALL), stored_norm(&wide, crate::common::TALL));
+
+    // What bf16 holds f32 holds too, and rounds to itself.
+    let (widened, restored) = resumed(&narrow, tensors(), settings());
+    assert_eq!(matrices(&restored.converted), trained);
+    assert_eq!(moments(&widened.saved()), moments(&wide.saved()));
+    let (again, _) = resumed(&widened, tensors(), in_bf16());
+    assert!(again.saved() == narrow.saved());
+
+    // Rounded to either neighbour, not cut.
+    let values = |rig: &Rig| {
+        let state = rig.saved();
+        let bytes = &state[state.len() - moments(&state)..];
+        compute::widen(Dtype::F32, bytes)
+    };
+    let (before, after) = (values(&wide), values(&widened));
+    let (mut up, mut down) = (0, 0);
+    for (a, b) in before.iter().zip(&after) {
+        assert!((a - b).abs() <= a.abs() / 128.0, "{a} became {b}");
+        up += usize::from(b.abs() > a.abs());
+        down += usize::from(b.abs() < a.abs());
+    }
+    assert!(up > 200 && down > 200, "{up} up, {down} down");
+}
+
+/// The format before moments had a type.
+#[test]
+fn a_state_of_the_first_format_is_read_as_f32() {
+    let mut r = Random::new("first format");
+    let mut rig = rig(settings());
+    run(&mut rig, &mut r, 3);
+    let saved = rig.saved();
+    let length = u64::from_le_bytes(saved[8..16].try_into().expect("eight bytes")) as usize;
+    let text = String::from_utf8(saved[16..16 + length].to_vec()).expect("JSON").replace("\"moments\":\"f32\",", "");
+    assert!(text.len() < length);
+    let old = [b"APOLLO1\n", &(text.len() as u64).to_le_bytes()[..], text.as_bytes(), &saved[16 + length..]].concat();
+    let mut new = Rig::new(tensors(), settings(), Dtype::BF16);
+    let restored = new.optimizer.load(&mut &old[..]).expect("it is read");
+    assert_eq!(restored, Restored { steps: 3, ..Restored::default() });
+    assert!(new.saved() == saved);
 }
 
 #[test]

@@ -5,17 +5,20 @@
 //! S = scale·q kᵀ, P = softmax(S) over the keys a query sees, out = P v.
 //!
 //! Queries are taken in blocks, so that memory is linear in the context: a block's scores are
-//! (block, keys it can see). Own and past keys are two segments of one row of scores.
+//! (block, keys it can see). Own and past keys are two segments of one row of scores; past ones may be bf16.
 //! Backward computes P again by the same softmax and takes rowsum(P·dP) itself instead of exp(S - lse)
 //! and dout·out: a query that sees one key then gets a gradient of exactly 0 instead of rounding noise.
 
 use super::gemm::{Shared, View, product};
-use super::{simd, with_scratch};
+use super::{Stored, simd, with_scratch};
 use crate::{Attention, AttentionGrads, AttentionSaved, Past};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// Queries whose scores are held at a time.
 const QUERIES: usize = 64;
+/// Past keys or values that are widened at a time: with a head_dim of 128, 64 KiB.
+const KEYS: usize = 128;
 
 /// The keys that a block of queries may see: past rows `past..len` and own rows `own..own_end`.
 #[derive(Clone, Copy)]
@@ -42,7 +45,7 @@ impl Span {
         self.past_rows() + self.own_rows()
     }
     /// Columns of the scores that query `i` of the window sees.
-    fn visible(&self, i: usize, window: Option<usize>) -> std::ops::Range<usize> {
+    fn visible(&self, i: usize, window: Option<usize>) -> Range<usize> {
         let position = self.len + i;
         let lowest = window.map_or(0, |w| (position + 1).saturating_sub(w));
         let column = |p: usize| if p < self.len { p - self.past } else { self.past_rows() + p - self.len - self.own };
@@ -52,18 +55,46 @@ impl Span {
 
 /// Keys or values of one kv head as the two segments of a span.
 struct Segments<'a> {
-    past: View<'a>,
+    past: PastRows<'a>,
     own: View<'a>,
 }
 
+/// Rows of the past, each d elements from `at` on, `stride` apart.
+struct PastRows<'a> {
+    stored: &'a Stored,
+    at: usize,
+    rows: usize,
+    d: usize,
+    stride: usize,
+}
+
 impl<'a> Segments<'a> {
-    fn of(past: &'a [f32], own: &'a [f32], span: &Span, head: usize, shape: &Attention) -> Segments<'a> {
+    fn of(past: &'a Stored, own: &'a [f32], span: &Span, head: usize, shape: &Attention) -> Segments<'a> {
         let (d, stride) = (shape.head_dim, shape.kv_heads * shape.head_dim);
-        let cut = |data: &'a [f32], first: usize, rows: usize| {
-            let at = if rows == 0 { 0 } else { first * stride + head * d };
-            View::new(&data[at..], rows, d, stride)
-        };
-        Segments { past: cut(past, span.past, span.past_rows()), own: cut(own, span.own, span.own_rows()) }
+        let at = |first: usize, rows: usize| if rows == 0 { 0 } else { first * stride + head * d };
+        let (past_rows, own_rows) = (span.past_rows(), span.own_rows());
+        Segments {
+            past: PastRows { stored: past, at: at(span.past, past_rows), rows: past_rows, d, stride },
+            own: View::new(&own[at(span.own, own_rows)..], own_rows, d, stride),
+        }
+    }
+}
+
+impl PastRows<'_> {
+    /// Hands all rows to `work`, in order, as f32: at once where they are f32, else [`KEYS`] at a time.
+    fn each_block(&self, mut work: impl FnMut(Range<usize>, View)) {
+        let (rows, d, stride) = (self.rows, self.d, self.stride);
+        if let Stored::F32(values) = self.stored {
+            return work(0..rows, View::new(&values[self.at..], rows, d, stride));
+        }
+        let mut block = vec![0.0; KEYS.min(rows) * d];
+        for first in (0..rows).step_by(KEYS) {
+            let range = first..(first + KEYS).min(rows);
+            for (row, out) in range.clone().zip(block.chunks_exact_mut(d)) {
+                self.stored.read(self.at + row * stride, out);
+            }
+            work(range.clone(), View::dense(&block, range.len(), d));
+        }
     }
 }
 
@@ -95,7 +126,9 @@ fn score(scores: &mut [f32], a: Rows, b: &Segments, span: &Span, scale: f32) {
     simd::transpose(a.data, n, d, a.stride, &mut columns, n);
     let columns = View::dense(&columns, d, n);
     let (past, own) = by_key.split_at_mut(span.past_rows() * n);
-    product(past, b.past, columns, scale, false);
+    b.past.each_block(|rows, keys| {
+        product(&mut past[rows.start * n..rows.end * n], keys, columns, scale, false);
+    });
     product(own, b.own, columns, scale, false);
     simd::transpose(&by_key, keys, n, n, scores, keys);
 }
@@ -106,13 +139,14 @@ fn score(scores: &mut [f32], a: Rows, b: &Segments, span: &Span, scale: f32) {
 /// Nobody else uses the block.
 unsafe fn mix(out: &Shared, at: usize, stride: usize, p: &[f32], n: usize, b: &Segments, span: &Span) {
     let keys = span.keys();
-    let past = View::new(p, n, span.past_rows(), keys);
+    b.past.each_block(|rows, values| {
+        let weights = View::new(&p[rows.start..], n, rows.len(), keys);
+        // SAFETY: the caller's promise.
+        unsafe { out.product(at, stride, weights, values, 1.0, rows.start > 0) };
+    });
     let own = View::new(&p[span.past_rows()..], n, span.own_rows(), keys);
     // SAFETY: the caller's promise.
-    unsafe {
-        out.product(at, stride, past, b.past, 1.0, false);
-        out.product(at, stride, own, b.own, 1.0, span.past_rows() > 0);
-    }
+    unsafe { out.product(at, stride, own, b.own, 1.0, span.past_rows() > 0) };
 }
 
 /// See [`crate::Device::attention`].
@@ -152,7 +186,7 @@ pub fn attention(
 }
 
 /// Softmax over the visible columns, zero elsewhere; returns the log-sum-exp.
-fn softmax(row: &mut [f32], visible: std::ops::Range<usize>) -> f32 {
+fn softmax(row: &mut [f32], visible: Range<usize>) -> f32 {
     row[..visible.start].fill(0.0);
     row[visible.end..].fill(0.0);
     let seen = &mut row[visible];

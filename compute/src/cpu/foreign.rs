@@ -8,6 +8,7 @@
 //! x86 and Arm split at element boundaries at worst).
 
 use super::simd::multiversion;
+use super::stored::round_bf16;
 use crate::{Dtype, RowOrder, Stream};
 use half::slice::HalfFloatSliceExt;
 use std::cell::UnsafeCell;
@@ -342,19 +343,6 @@ multiversion! {
     fn subtract(w: &mut [f32], u: &[f32], keep: f32) {
         for (w, &u) in w.iter_mut().zip(u) {
             *w = (*w - u) * keep;
-        }
-    }
-}
-
-multiversion! {
-    /// bf16 is the upper half of an f32: add 16 random bits below the cut, then cut. A finite value
-    /// never becomes infinite: the largest finite bf16 takes its place.
-    fn round_bf16(values: &[f32], random: &[u16], out: &mut [u16]) {
-        for ((o, &v), &r) in out.iter_mut().zip(values).zip(random) {
-            let bits = v.to_bits();
-            let sign = (bits >> 16) & 0x8000;
-            let magnitude = ((bits & 0x7FFF_FFFF) + r as u32) >> 16;
-            *o = (magnitude.min(0x7F7F) | sign) as u16;
         }
     }
 }

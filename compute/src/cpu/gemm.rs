@@ -39,21 +39,21 @@ impl<'a> View<'a> {
 
 /// A buffer that the tasks of one parallel operation write at disjoint places.
 #[derive(Clone, Copy)]
-pub struct Shared<'a> {
-    data: *mut f32,
+pub struct Shared<'a, T = f32> {
+    data: *mut T,
     len: usize,
-    owner: PhantomData<&'a mut [f32]>,
+    owner: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: `Shared` borrows its buffer mutably for 'a; the unsafe methods that hand out parts of it
 // make the caller promise that parts in use at the same time do not overlap.
-unsafe impl Send for Shared<'_> {}
+unsafe impl<T: Send> Send for Shared<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for Shared<'_> {}
+unsafe impl<T: Send> Sync for Shared<'_, T> {}
 
-impl<'a> Shared<'a> {
+impl<'a, T> Shared<'a, T> {
     /// Borrows `buffer` for a parallel operation.
-    pub fn new(buffer: &'a mut [f32]) -> Shared<'a> {
+    pub fn new(buffer: &'a mut [T]) -> Shared<'a, T> {
         Shared { data: buffer.as_mut_ptr(), len: buffer.len(), owner: PhantomData }
     }
 
@@ -62,18 +62,20 @@ impl<'a> Shared<'a> {
     /// # Safety
     /// No other task uses an overlapping part while the slice lives.
     #[allow(clippy::mut_from_ref)]
-    pub unsafe fn slice(&self, at: usize, len: usize) -> &'a mut [f32] {
+    pub unsafe fn slice(&self, at: usize, len: usize) -> &'a mut [T] {
         // SAFETY: inside the buffer, which is borrowed for 'a; disjoint by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.pointer(at, len), len) }
     }
 
     /// Element `at`, with as many as `len` from there inside the buffer.
-    pub fn pointer(&self, at: usize, len: usize) -> *mut f32 {
+    pub fn pointer(&self, at: usize, len: usize) -> *mut T {
         assert!(at + len <= self.len, "{at}+{len} outside a buffer of {}", self.len);
         // SAFETY: inside the buffer as asserted.
         unsafe { self.data.add(at) }
     }
+}
 
+impl Shared<'_> {
     /// The (a.rows, b.cols) block at element `at` with rows `stride` apart becomes scale·a·b, or
     /// has it added if `accumulate`.
     ///

@@ -13,9 +13,11 @@ mod linear;
 mod optimizer;
 mod pointwise;
 pub(crate) mod simd;
+pub(crate) mod stored;
 
 pub use buffer::Buffer;
 pub use foreign::Weight;
+pub use stored::Stored;
 
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
@@ -68,6 +70,7 @@ fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
 
 impl Device for Cpu {
     type Buffer = Buffer;
+    type Stored = Stored;
     type Ids = Vec<u32>;
     type Weight = Weight;
     /// Nothing is recorded: queueing costs nothing here, and padding would cost time.
@@ -125,6 +128,31 @@ impl Device for Cpu {
     }
     fn copy(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, src_at: usize, len: usize) {
         dst[dst_at..dst_at + len].copy_from_slice(&src[src_at..src_at + len]);
+    }
+
+    fn stores(&self, dtype: Dtype) -> bool {
+        dtype != Dtype::F16
+    }
+    fn stored(&self, dtype: Dtype, len: usize) -> Stored {
+        Stored::zeros(dtype, len)
+    }
+    fn stored_len(&self, stored: &Stored) -> usize {
+        stored.len()
+    }
+    fn stored_dtype(&self, stored: &Stored) -> Dtype {
+        stored.dtype()
+    }
+    fn store(&self, dst: &mut Stored, dst_at: usize, src: &Buffer, len: usize) {
+        dst.write(dst_at, &src[..len]);
+    }
+    fn copy_stored(&self, dst: &mut Stored, dst_at: usize, src: &Stored, src_at: usize, len: usize) {
+        dst.copy(dst_at, src, src_at, len);
+    }
+    fn read_stored(&self, src: &Stored, at: usize, dst: &mut [f32]) {
+        src.read(at, dst);
+    }
+    fn write_stored(&self, dst: &mut Stored, at: usize, src: &[f32]) {
+        dst.write(at, src);
     }
 
     fn embed(&self, x: &mut Buffer, w: &Weight, ids: &Vec<u32>) {
@@ -231,7 +259,7 @@ impl Device for Cpu {
             stream.fill_normal((i * CHUNK) as u64, sigma, out);
         });
     }
-    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
+    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Cpu>]) {
         // Whole tensors side by side: threads that wait for each other's parts of one would sleep and wake at every part.
         let updates: Vec<f32> = tensors.par_iter_mut().map(optimizer::prepare).collect();
         tensors.iter().zip(updates).for_each(|(tensor, norm)| norms[tensor.at + NORM_UPDATE] = norm);
@@ -249,8 +277,8 @@ impl Device for Cpu {
     fn adamw_factors(
         &self,
         w: &Weight,
-        exp_avg: &mut Buffer,
-        exp_avg_sq: &mut Buffer,
+        exp_avg: &mut Stored,
+        exp_avg_sq: &mut Stored,
         f: &Factors<Buffer>,
         moments: Moments,
         write: Write,

@@ -7,12 +7,14 @@
 //!
 //! Why low rank is enough: only the norms of the channels are used, never their directions.
 //! Two passes: `prepare` writes nothing but s and ‖U‖, so that a step can still be refused;
-//! `commit` recomputes R, which is cheap, and writes moments and W, each once.
+//! `commit` recomputes R, which is cheap, and writes moments and W, each once. Moments that are stored in bf16 are
+//! rounded there; what a step does to W is computed before the rounding.
 
 use super::gemm::Shared;
 use super::kernel::{self, Panels, Rows};
 use super::simd::{self, LANES, multiversion};
-use super::{Buffer, Weight, with_scratch};
+use super::stored::{SharedStored, update_pair};
+use super::{Buffer, Stored, Weight, with_scratch};
 use crate::{
     AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Cpu, Factors, Limiter, Moments, NORM_FACTOR,
     NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType, Write,
@@ -69,7 +71,7 @@ fn transposed(x: &[f32], t: usize, c: usize) -> Buffer {
 }
 
 /// See [`crate::Device::apollo_prepare`]: sets s and returns ‖U‖.
-pub fn prepare(tensor: &mut ApolloPrepare<Buffer>) -> f32 {
+pub fn prepare(tensor: &mut ApolloPrepare<Cpu>) -> f32 {
     let ApolloPrepare { s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
     let (channels, _) = channels_of(f);
     let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
@@ -78,9 +80,11 @@ pub fn prepare(tensor: &mut ApolloPrepare<Buffer>) -> f32 {
         let first = block * CHANNELS;
         with_scratch(CHANNELS * c.rank, |r| {
             compress(r, &big, &q, first, squares.len());
+            let (mut room, mut room_sq) = (Vec::new(), Vec::new());
             for (i, (square, r)) in squares.iter_mut().zip(r.chunks_exact(c.rank)).enumerate() {
                 let state = (first + i) * c.rank..(first + i + 1) * c.rank;
-                *square = channel_squares(r, &exp_avg[state.clone()], &exp_avg_sq[state], c.moments);
+                let (m, v) = (exp_avg.wide(state.clone(), &mut room), exp_avg_sq.wide(state, &mut room_sq));
+                *square = channel_squares(r, m, v, c.moments);
             }
         });
     });
@@ -335,16 +339,19 @@ pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
     let ApolloCommit { w, s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
     let (channels, _) = channels_of(f);
     let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
-    let len = channels * c.rank;
-    let (exp_avg, exp_avg_sq) = (&mut exp_avg[..len], &mut exp_avg_sq[..len]);
-    exp_avg.par_chunks_mut(CHANNELS * c.rank).zip(exp_avg_sq.par_chunks_mut(CHANNELS * c.rank)).enumerate().for_each(
-        |(block, (exp_avg, exp_avg_sq))| {
-            with_scratch(exp_avg.len(), |r| {
-                compress(r, &big, &q, block * CHANNELS, exp_avg.len() / c.rank);
-                update_moments(r, exp_avg, exp_avg_sq, c.moments);
+    let (len, block) = (channels * c.rank, CHANNELS * c.rank);
+    let streams = write.stream.of_moments();
+    let blocks = exp_avg.part(0..len).chunks(block).into_par_iter().zip(exp_avg_sq.part(0..len).chunks(block));
+    blocks.enumerate().for_each(|(i, moments)| {
+        let first = i * CHANNELS;
+        let n = CHANNELS.min(channels - first);
+        with_scratch(n * c.rank, |r| {
+            compress(r, &big, &q, first, n);
+            update_pair(moments, first * c.rank, &streams, |at, exp_avg, exp_avg_sq| {
+                update_moments(&r[at..at + exp_avg.len()], exp_avg, exp_avg_sq, c.moments);
             });
-        },
-    );
+        });
+    });
     let (step, per_channel) = match c.scale_type {
         ScaleType::Tensor => (write.step * factor * s[0], None),
         ScaleType::Channel => (write.step * factor, Some(&s[..channels])),
@@ -374,22 +381,26 @@ multiversion! {
 /// See [`crate::Device::adamw_factors`].
 pub fn adamw_factors(
     w: &Weight,
-    exp_avg: &mut [f32],
-    exp_avg_sq: &mut [f32],
+    exp_avg: &mut Stored,
+    exp_avg_sq: &mut Stored,
     f: &Factors<Buffer>,
     moments: Moments,
     write: Write,
 ) {
     assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
-    let (exp_avg, exp_avg_sq) = (Shared::new(exp_avg), Shared::new(exp_avg_sq));
+    let (exp_avg, exp_avg_sq) = (SharedStored::new(exp_avg), SharedStored::new(exp_avg_sq));
+    let streams = write.stream.of_moments();
     Formed::new(f, transposed(f.dy, f.t, f.m)).each_row(w, |row, col, g| {
         let at = row * f.n + col;
         // SAFETY: these elements of the moments belong to the task that writes the same ones of W.
-        let (m, v) = unsafe { (exp_avg.slice(at, g.len()), exp_avg_sq.slice(at, g.len())) };
+        let pair = unsafe { (exp_avg.part(at, g.len()), exp_avg_sq.part(at, g.len())) };
         let mut line = [0.0; PIECE_COLUMNS];
         let line = &mut line[..g.len()];
         w.read(row, col, line);
-        adamw(line, g, m, v, moments, write.step, 1.0 - write.decay);
+        update_pair(pair, at, &streams, |at, m, v| {
+            let (line, g) = (&mut line[at..at + m.len()], &g[at..at + m.len()]);
+            adamw(line, g, m, v, moments, write.step, 1.0 - write.decay);
+        });
         w.write(row, col, line, &write.stream);
     });
 }
@@ -397,12 +408,16 @@ pub fn adamw_factors(
 /// See [`crate::Device::adamw_rows`].
 pub fn adamw_rows(tensor: &mut AdamwRows<Cpu>, moments: Moments) {
     let AdamwRows { w, rows, g, exp_avg, exp_avg_sq, write } = tensor;
-    let n = w.cols();
+    let (n, streams) = (w.cols(), write.stream.of_moments());
     let mut line = vec![0.0; n];
     for (r, g) in rows.iter().zip(g.chunks_exact(n)) {
         let state = r.slot as usize * n..(r.slot as usize + 1) * n;
         w.read(r.row as usize, 0, &mut line);
-        adamw(&mut line, g, &mut exp_avg[state.clone()], &mut exp_avg_sq[state], moments, r.step, 1.0 - write.decay);
+        let pair = (exp_avg.part(state.clone()), exp_avg_sq.part(state.clone()));
+        update_pair(pair, state.start, &streams, |at, m, v| {
+            let (line, g) = (&mut line[at..at + m.len()], &g[at..at + m.len()]);
+            adamw(line, g, m, v, moments, r.step, 1.0 - write.decay);
+        });
         w.write(r.row as usize, 0, &line, &write.stream);
     }
 }

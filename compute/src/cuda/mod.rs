@@ -253,6 +253,8 @@ impl Cuda {
 
 impl Device for Cuda {
     type Buffer = Buffer;
+    /// Always f32: the kernels know no other.
+    type Stored = Buffer;
     type Ids = Ids;
     type Weight = Weight;
     type Graph = Graph;
@@ -334,6 +336,32 @@ impl Device for Cuda {
             // SAFETY: `range` checks; two buffers do not overlap.
             check(unsafe { result::memcpy_dtod_async(dst, src, 4 * len, self.stream.0) }, "cuMemcpyDtoDAsync");
         }
+    }
+
+    fn stores(&self, dtype: Dtype) -> bool {
+        dtype == Dtype::F32
+    }
+    fn stored(&self, dtype: Dtype, len: usize) -> Buffer {
+        assert!(self.stores(dtype), "{dtype} is not stored on a GPU");
+        self.zeros(len)
+    }
+    fn stored_len(&self, stored: &Buffer) -> usize {
+        stored.len()
+    }
+    fn stored_dtype(&self, _: &Buffer) -> Dtype {
+        Dtype::F32
+    }
+    fn store(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, len: usize) {
+        self.copy(dst, dst_at, src, 0, len);
+    }
+    fn copy_stored(&self, dst: &mut Buffer, dst_at: usize, src: &Buffer, src_at: usize, len: usize) {
+        self.copy(dst, dst_at, src, src_at, len);
+    }
+    fn read_stored(&self, src: &Buffer, at: usize, dst: &mut [f32]) {
+        self.read(src, at, dst);
+    }
+    fn write_stored(&self, dst: &mut Buffer, at: usize, src: &[f32]) {
+        self.write(dst, at, src);
     }
 
     fn embed(&self, x: &mut Buffer, w: &Weight, ids: &Ids) {
@@ -437,7 +465,7 @@ impl Device for Cuda {
     fn normal_projection(&self, p: &mut Buffer, rank: usize, dim: usize, stream: RandomStream) {
         optimizer::normal_projection(self, p, rank, dim, stream);
     }
-    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
+    fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Cuda>]) {
         optimizer::prepare(self, norms, tensors);
     }
     fn limit(&self, norms: &mut Buffer, limiters: &[(usize, Limiter)]) {

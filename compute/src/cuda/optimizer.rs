@@ -221,7 +221,7 @@ fn project(cuda: &Cuda, tasks: &mut [ApolloTask]) -> Block {
 }
 
 /// First pass, see [`crate::Device::apollo_prepare`].
-pub(super) fn prepare(cuda: &Cuda, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Buffer>]) {
+pub(super) fn prepare(cuda: &Cuda, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Cuda>]) {
     let mut tasks: Vec<ApolloTask> = tensors
         .iter()
         .map(|p| {

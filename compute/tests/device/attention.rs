@@ -133,8 +133,8 @@ struct Uploaded<D: Machine> {
     q: D::Buffer,
     k: D::Buffer,
     v: D::Buffer,
-    past_k: D::Buffer,
-    past_v: D::Buffer,
+    past_k: D::Stored,
+    past_v: D::Stored,
     len: D::Ids,
     out: D::Buffer,
     lse: D::Buffer,
@@ -143,7 +143,8 @@ struct Uploaded<D: Machine> {
 impl<D: Machine> Uploaded<D> {
     /// With out and lse as forward leaves them, poisoned before.
     fn forward(device: &Arc<D>, case: &Case, i: &Inputs) -> Uploaded<D> {
-        let [q, k, v, past_k, past_v] = [&i.q, &i.k, &i.v, &i.past_k, &i.past_v].map(|x| device.upload(x));
+        let [q, k, v] = [&i.q, &i.k, &i.v].map(|x| device.upload(x));
+        let [past_k, past_v] = [&i.past_k, &i.past_v].map(|x| device.upload(x).into());
         let (out, lse) = (device.poisoned(case.queries()), device.poisoned(case.heads * case.t));
         let mut u = Uploaded { q, k, v, past_k, past_v, len: device.ids(&[case.past as u32]), out, lse };
         let past = Past { keys: &u.past_k, values: &u.past_v, len: &u.len };

@@ -99,9 +99,10 @@ fn write_all_ways(w: &Weight, r: &mut Random) -> [&'static str; 3] {
     let f = Factors { x: &x, dy: &dy, t, m, n };
     let write = Write { step: 0.5, decay: 0.01, stream: Stream::rounding(1, 1, 1) };
     let zeros = |n: usize| device.zeros(n);
+    let stored = |n: usize| device.stored(Dtype::F32, n);
     let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
     let (mut s, mut norms, mut a, mut b) =
-        (zeros(m.max(n)), zeros(NORM_SLOTS), zeros(rank * m.max(n)), zeros(rank * m.max(n)));
+        (zeros(m.max(n)), zeros(NORM_SLOTS), stored(rank * m.max(n)), stored(rank * m.max(n)));
     device.run(|| {
         device.apollo_prepare(
             &mut norms,
@@ -121,11 +122,11 @@ fn write_all_ways(w: &Weight, r: &mut Random) -> [&'static str; 3] {
                 write,
             }],
         );
-        device.adamw_factors(w, &mut zeros(m * n), &mut zeros(m * n), &f, MOMENTS, write);
+        device.adamw_factors(w, &mut stored(m * n), &mut stored(m * n), &f, MOMENTS, write);
         let rows = [0, m - 1].map(|row| AdamRow { row: row as u32, slot: 0, step: 0.5 });
         let g = r.normals(2 * n);
         device.adamw_rows(
-            &mut [AdamwRows { w, rows: &rows, g: &g, exp_avg: &mut zeros(n), exp_avg_sq: &mut zeros(n), write }],
+            &mut [AdamwRows { w, rows: &rows, g: &g, exp_avg: &mut stored(n), exp_avg_sq: &mut stored(n), write }],
             MOMENTS,
         );
     });

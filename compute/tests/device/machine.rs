@@ -27,6 +27,11 @@ pub trait Machine: Device {
         self.read(x, 0, &mut values);
         values
     }
+    fn download_stored(&self, x: &Self::Stored) -> Vec<f32> {
+        let mut values = vec![0.0; self.stored_len(x)];
+        self.read_stored(x, 0, &mut values);
+        values
+    }
 }
 
 impl Machine for Cpu {

@@ -9,6 +9,7 @@ mod layers;
 mod linear;
 mod loss;
 mod machine;
+mod moments;
 mod optimizer;
 mod parity;
 mod random;

@@ -148,7 +148,7 @@ fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
     // The norms of this tensor lie behind those of another, which must stay.
     let (mut norms, at) = (device.upload(&[3.0; 2 * NORM_SLOTS]), NORM_SLOTS);
     device.write(&mut norms, at + NORM_PREVIOUS, &[0.0]);
-    let (mut exp_avg, mut exp_avg_sq) = (device.zeros(rank * channels), device.zeros(rank * channels));
+    let [mut exp_avg, mut exp_avg_sq] = [(); 2].map(|()| device.stored(Dtype::F32, rank * channels));
     let (step, decay) = (0.05f32, 0.003f32);
     for (i, size) in [1.0f32, 30.0, 0.01, 5.0, 5.0].into_iter().enumerate() {
         let what = format!("{case:?} step {i}");
@@ -158,7 +158,7 @@ fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
         let f = Factors { x: &x_buffer, dy: &dy_buffer, t, m, n };
         let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
         let mut s = device.poisoned(channels);
-        let state = (device.download(&exp_avg), device.download(&exp_avg_sq), device.weight_values(&w));
+        let state = (device.download_stored(&exp_avg), device.download_stored(&exp_avg_sq), device.weight_values(&w));
         device.apollo_prepare(
             &mut norms,
             &mut [ApolloPrepare {
@@ -171,7 +171,7 @@ fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
             }],
         );
         device.limit(&mut norms, &[(at, limiter)]);
-        let after = (device.download(&exp_avg), device.download(&exp_avg_sq), device.weight_values(&w));
+        let after = (device.download_stored(&exp_avg), device.download_stored(&exp_avg_sq), device.weight_values(&w));
         assert!(state == after, "{what}: prepare wrote");
         let (values, slots) = (device.download(&s), device.download(&norms));
 
@@ -208,8 +208,8 @@ fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
         let slots = device.download(&norms);
         assert_eq!(slots[at + NORM_PREVIOUS], slots[at + NORM_NEXT], "{what}: stored norm");
         assert_eq!(slots[..at], [3.0; NORM_SLOTS], "{what}: another tensor's norms");
-        assert_close(&device.download(&exp_avg), &direct.m, 3e-5, &format!("{what} exp_avg"));
-        assert_close(&device.download(&exp_avg_sq), &direct.v, 3e-5, &format!("{what} exp_avg_sq"));
+        assert_close(&device.download_stored(&exp_avg), &direct.m, 3e-5, &format!("{what} exp_avg"));
+        assert_close(&device.download_stored(&exp_avg_sq), &direct.v, 3e-5, &format!("{what} exp_avg_sq"));
         let before = w64.clone();
         w64.iter_mut().zip(&want.update).for_each(|(w, u)| *w = (*w - step as f64 * u) * (1.0 - decay as f64));
         let (moved, error) = (distance(&w64, &before), distance(&wide(&device.weight_values(&w)), &w64));
@@ -269,7 +269,7 @@ fn adamw_on_factors_is_adamw_on_the_formed_gradient<D: Machine>(device: &Arc<D>)
     let mut r = Random::new("adamw_factors");
     for (m, n, t) in [(1, 1, 1), (13, 7, 3), (7, 13, 20), (300, 33, 2), (3, 700, 5)] {
         let (w, mut w64) = r.weight(device, Dtype::F32, m, n, 0.1);
-        let (mut a, mut b) = (device.zeros(m * n), device.zeros(m * n));
+        let [mut a, mut b] = [(); 2].map(|()| device.stored(Dtype::F32, m * n));
         let mut adam: Vec<Adam> = (0..m * n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect();
         for i in 1..=4 {
             let (x, dy) = (r.normals(t * n), r.normals(t * m));
@@ -283,8 +283,13 @@ fn adamw_on_factors_is_adamw_on_the_formed_gradient<D: Machine>(device: &Arc<D>)
             }
             // 1e-4: an element of G that nearly cancels keeps fewer digits, and Adam takes its sign.
             assert_close(&device.weight_values(&w), &w64, 1e-4, &format!("({m},{n}) step {i}"));
-            assert_close(&device.download(&a), &adam.iter().map(|a| a.m).collect::<Vec<_>>(), 1e-5, "exp_avg");
-            assert_close(&device.download(&b), &adam.iter().map(|a| a.v).collect::<Vec<_>>(), 1e-5, "exp_avg_sq");
+            assert_close(&device.download_stored(&a), &adam.iter().map(|a| a.m).collect::<Vec<_>>(), 1e-5, "exp_avg");
+            assert_close(
+                &device.download_stored(&b),
+                &adam.iter().map(|a| a.v).collect::<Vec<_>>(),
+                1e-5,
+                "exp_avg_sq",
+            );
         }
     }
 }
@@ -293,7 +298,7 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names<D: Machine>(device: &A
     let mut r = Random::new("adamw_rows");
     let (rows, n) = (9, 21);
     let (w, mut w64) = r.weight(device, Dtype::F32, rows, n, 0.1);
-    let (mut a, mut b) = (device.zeros(3 * n), device.zeros(3 * n));
+    let [mut a, mut b] = [(); 2].map(|()| device.stored(Dtype::F32, 3 * n));
     // Row 7 has slot 0, row 2 has slot 2; slot 1 belongs to nobody. Row 2 is one gradient behind.
     let mut adam: Vec<Vec<Adam>> = (0..2).map(|_| (0..n).map(|_| Adam { m: 0.0, v: 0.0, t: 0 }).collect()).collect();
     for i in 1..=3 {
@@ -321,8 +326,8 @@ fn adamw_on_rows_touches_the_rows_and_slots_that_it_names<D: Machine>(device: &A
         all.extend(adam[1].iter().map(f));
         all
     };
-    assert_close(&device.download(&a), &moments(&|a| a.m), 1e-5, "exp_avg");
-    assert_close(&device.download(&b), &moments(&|a| a.v), 1e-5, "exp_avg_sq");
+    assert_close(&device.download_stored(&a), &moments(&|a| a.m), 1e-5, "exp_avg");
+    assert_close(&device.download_stored(&b), &moments(&|a| a.v), 1e-5, "exp_avg_sq");
 }
 
 fn a_step_on_16_bit_weights_is_right_on_average<D: Machine>(device: &Arc<D>) {
@@ -339,7 +344,7 @@ fn a_step_on_16_bit_weights_is_right_on_average<D: Machine>(device: &Arc<D>) {
                 let f = Factors { x: &x, dy: &dy, t, m, n };
                 let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
                 let (mut s, mut norms) = (device.zeros(n), device.zeros(NORM_SLOTS));
-                let (mut a, mut b) = (device.zeros(rank * n), device.zeros(rank * n));
+                let [mut a, mut b] = [(); 2].map(|()| device.stored(Dtype::F32, rank * n));
                 let write = Write { step: 1e-3, decay: 1e-4, stream: Stream::rounding(seed, 1, 0) };
                 device.apollo_prepare(
                     &mut norms,
@@ -407,8 +412,8 @@ fn an_overflow_shows_in_the_norm_of_the_update<D: Machine>(device: &Arc<D>) {
                 &mut [ApolloPrepare {
                     s: &mut s,
                     at: 0,
-                    exp_avg: &device.zeros(rank * m),
-                    exp_avg_sq: &device.zeros(rank * m),
+                    exp_avg: &device.stored(Dtype::F32, rank * m),
+                    exp_avg_sq: &device.stored(Dtype::F32, rank * m),
                     factors: f,
                     compressed: c,
                 }],

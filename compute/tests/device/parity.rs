@@ -75,10 +75,10 @@ fn tensors(r: &mut Random) -> Vec<Tensor> {
 }
 
 fn steps<D: Machine>(device: &Arc<D>, tensors: &[Tensor]) -> Vec<Outcome> {
-    let state = |t: &Tensor| device.zeros(t.rank * t.m.max(t.n));
+    let state = |t: &Tensor| device.stored(Dtype::F32, t.rank * t.m.max(t.n));
     let weights: Vec<D::Weight> = tensors.iter().map(|t| device.weight(t.dtype, t.m, t.n, &t.w)).collect();
     let projections: Vec<D::Buffer> = tensors.iter().map(|t| device.upload(&t.p)).collect();
-    let mut moments: Vec<[D::Buffer; 2]> = tensors.iter().map(|t| [state(t), state(t)]).collect();
+    let mut moments: Vec<[D::Stored; 2]> = tensors.iter().map(|t| [state(t), state(t)]).collect();
     let mut norms = device.zeros(NORM_SLOTS * tensors.len());
     for step in 0..STEPS {
         let factors: Vec<[D::Buffer; 2]> =
@@ -89,7 +89,7 @@ fn steps<D: Machine>(device: &Arc<D>, tensors: &[Tensor]) -> Vec<Outcome> {
             let factors = Factors { x: &factors[i][0], dy: &factors[i][1], t, m, n };
             (factors, Compressed { projection: &projections[i], rank, scale_type, moments: MOMENTS })
         };
-        let mut prepare: Vec<ApolloPrepare<D::Buffer>> = scalings
+        let mut prepare: Vec<ApolloPrepare<D>> = scalings
             .iter_mut()
             .zip(&moments)
             .enumerate()
@@ -123,12 +123,12 @@ fn steps<D: Machine>(device: &Arc<D>, tensors: &[Tensor]) -> Vec<Outcome> {
         device.apollo_commit(&mut norms, &mut commit);
     }
     let norms = device.download(&norms);
-    let outcome = |(i, (w, [exp_avg, exp_avg_sq])): (usize, (&D::Weight, &[D::Buffer; 2]))| {
+    let outcome = |(i, (w, [exp_avg, exp_avg_sq])): (usize, (&D::Weight, &[D::Stored; 2]))| {
         let mut bytes = vec![0; tensors[i].w.len() * tensors[i].dtype.size()];
         device.read_weight(w, 0, &mut bytes);
         Outcome {
-            exp_avg: device.download(exp_avg),
-            exp_avg_sq: device.download(exp_avg_sq),
+            exp_avg: device.download_stored(exp_avg),
+            exp_avg_sq: device.download_stored(exp_avg_sq),
             norms: norms[i * NORM_SLOTS..][..NORM_SLOTS].to_vec(),
             w: bytes,
         }
@@ -203,8 +203,8 @@ fn vectors<D: Machine>(device: &Arc<D>, r: &mut Random) -> Vec<Vec<f32>> {
         .iter()
         .map(|&(_, m, _)| (0..m as u32).step_by(2).map(|row| AdamRow { row, slot: row / 2, step: 0.01 }).collect())
         .collect();
-    let mut moments: Vec<[D::Buffer; 2]> =
-        shapes.iter().map(|&(_, m, n)| [device.zeros(m * n), device.zeros(m * n)]).collect();
+    let mut moments: Vec<[D::Stored; 2]> =
+        shapes.iter().map(|&(_, m, n)| [(); 2].map(|()| device.stored(Dtype::F32, m * n))).collect();
     for step in 0..3 {
         let gradients: Vec<D::Buffer> =
             shapes.iter().zip(&lists).map(|(&(_, _, n), list)| device.upload(&r.normals(list.len() * n))).collect();
@@ -219,7 +219,7 @@ fn vectors<D: Machine>(device: &Arc<D>, r: &mut Random) -> Vec<Vec<f32>> {
         device.adamw_rows(&mut tasks, MOMENTS);
     }
     let weights = weights.iter().map(|w| device.weight_values(w));
-    weights.chain(moments.iter().flatten().map(|m| device.download(m))).collect()
+    weights.chain(moments.iter().flatten().map(|m| device.download_stored(m))).collect()
 }
 
 #[test]

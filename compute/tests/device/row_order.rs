@@ -1,5 +1,6 @@
 //! A weight whose rows lie in another order than the files' is the same weight to everybody who uses it.
 
+use crate::machine::Machine;
 use crate::random::{DTYPES, Random};
 use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments,
@@ -83,7 +84,7 @@ fn products_and_steps_are_the_same_to_the_bit() {
             let f = Factors { x: &x, dy: &dy, t, m, n };
             let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
             let (mut s, mut norms) = (device.zeros(m), device.zeros(NORM_SLOTS));
-            let (mut avg, mut avg_sq) = (device.zeros(m * rank), device.zeros(m * rank));
+            let [mut avg, mut avg_sq] = [(); 2].map(|()| device.stored(Dtype::F32, m * rank));
             device.apollo_prepare(
                 &mut norms,
                 &mut [ApolloPrepare {
@@ -110,7 +111,7 @@ fn products_and_steps_are_the_same_to_the_bit() {
                     write,
                 }],
             );
-            let (mut exp_avg, mut exp_avg_sq) = (device.zeros(m), device.zeros(m));
+            let [mut exp_avg, mut exp_avg_sq] = [(); 2].map(|()| device.stored(Dtype::F32, m));
             let row = [AdamRow { row: 0, slot: 0, step: 0.01 }];
             device.adamw_rows(
                 &mut [AdamwRows {
@@ -123,7 +124,8 @@ fn products_and_steps_are_the_same_to_the_bit() {
                 }],
                 MOMENTS,
             );
-            [y, dx, avg, avg_sq, exp_avg, w.values().into(), bias.values().into()]
+            let moments = [&avg, &avg_sq, &exp_avg].map(|moment| device.download_stored(moment));
+            ([y, dx], moments, [w.values(), bias.values()])
         };
         assert_eq!(run(&live, &live_bias), run(&plain, &plain_bias), "{dtype}");
     }

@@ -4,7 +4,7 @@ use crate::random::{DTYPES, Random};
 use compute::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
     Device, Dtype, Factors, LinearOutput, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write,
-    cpu::{Buffer, Weight},
+    cpu::{Buffer, Stored, Weight},
 };
 use std::sync::Arc;
 
@@ -98,13 +98,20 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
 fn attention(d: &Arc<Cpu>, out: &mut Results) {
     let mut r = Random::new("threads attention");
     let (t, past, heads, kv_heads, head_dim) = (150, 90, 6, 3, 16);
-    for window in [None, Some(100)] {
+    for (window, stored) in [(None, Dtype::F32), (Some(100), Dtype::F32), (None, Dtype::BF16), (Some(100), Dtype::BF16)]
+    {
         let shape = Attention { heads, kv_heads, head_dim, window, scale: 0.25 };
         let (q, dout) = (r.normals(t * heads * head_dim), r.normals(t * heads * head_dim));
         let row = kv_heads * head_dim;
         let (k, v, keys, values) =
             (r.normals(t * row), r.normals(t * row), r.normals(past * row), r.normals(past * row));
         let len = vec![past as u32];
+        let frozen = |rows: &Buffer| {
+            let mut frozen = d.stored(stored, rows.len());
+            d.store(&mut frozen, 0, rows, rows.len());
+            frozen
+        };
+        let (keys, values) = (frozen(&keys), frozen(&values));
         let past = Past { keys: &keys, values: &values, len: &len };
         let (mut o, mut lse) = (d.zeros(q.len()), d.zeros(heads * t));
         d.attention(&mut o, &mut lse, &q, &k, &v, past, t, &shape);
@@ -112,7 +119,7 @@ fn attention(d: &Arc<Cpu>, out: &mut Results) {
         let saved = AttentionSaved { dout: &dout, out: &o, lse: &lse, q: &q, k: &k, v: &v, past };
         d.attention_backward(AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv }, saved, t, &shape);
         for (name, values) in [("out", &o), ("lse", &lse), ("dq", &dq), ("dk", &dk), ("dv", &dv)] {
-            out.keep(&format!("attention {name} {window:?}"), values);
+            out.keep(&format!("attention {name} {window:?} {stored}"), values);
         }
     }
 }
@@ -132,7 +139,8 @@ fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
             out.keep("projection", &p);
             let c = Compressed { projection: &p, rank, scale_type, moments };
             let (mut s, mut norms) = (d.zeros(channels), d.zeros(NORM_SLOTS));
-            let (mut a, mut b) = (d.zeros(rank * channels), d.zeros(rank * channels));
+            let stored = if i == 2 { Dtype::BF16 } else { Dtype::F32 };
+            let [mut a, mut b] = [(); 2].map(|()| d.stored(stored, rank * channels));
             let write = Write { step: 1e-2, decay: 1e-3, stream: Stream::rounding(4, 1, 2) };
             d.apollo_prepare(
                 &mut norms,
@@ -152,8 +160,10 @@ fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
                     write,
                 }],
             );
-            keep_step(out, &format!("apollo {dtype} ({m},{n},{t})"), &w, &[&s, &norms, &a, &b]);
-            let (mut a, mut b) = (d.zeros(m * n), d.zeros(m * n));
+            keep_step(out, &format!("apollo {dtype} ({m},{n},{t})"), &w, &[&a, &b]);
+            out.keep("scaling", &s);
+            out.keep("norms", &norms);
+            let [mut a, mut b] = [(); 2].map(|()| d.stored(stored, m * n));
             d.adamw_factors(&w, &mut a, &mut b, &f, moments, write);
             keep_step(out, &format!("adamw_factors {dtype}"), &w, &[&a, &b]);
             let rows = [AdamRow { row: 3, slot: 1, step: 0.1 }, AdamRow { row: 1, slot: 0, step: 0.2 }];
@@ -173,7 +183,11 @@ fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
     }
 }
 
-fn keep_step(out: &mut Results, name: &str, w: &Weight, state: &[&Buffer]) {
+fn keep_step(out: &mut Results, name: &str, w: &Weight, moments: &[&Stored]) {
     out.keep(&format!("{name} weights"), &w.values());
-    state.iter().enumerate().for_each(|(i, values)| out.keep(&format!("{name} state {i}"), values));
+    for (i, moment) in moments.iter().enumerate() {
+        let mut values = vec![0.0; moment.len()];
+        moment.read(0, &mut values);
+        out.keep(&format!("{name} moment {i}"), &values);
+    }
 }

@@ -94,6 +94,7 @@ fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
     let model = random_model(device, &config, options.dtype, tokens);
     let memory = PeakMemory::watch(device.clone());
     let settings = trainer::optimizer_settings(&options.train);
+    trainer::can_store_moments(&**device, &settings)?;
     let tensors = trainer::tensors(&config, &options.train);
     let mut optimizer = Optimizer::new(device.clone(), tensors, settings);
     let mut cache = model.cache(tokens);
@@ -202,7 +203,7 @@ fn print(
     let spread: Vec<(f64, f64, f64)> = phases.iter().map(|p| quartiles(p)).collect();
     if options.json {
         let mut out = json!({"shape": options.shape, "dtype": options.dtype.to_string(), "context": options.context,
-            "decision": options.decision, "rank": options.train.rank, "steps": options.steps, "device": device});
+            "decision": options.decision, "rank": options.train.rank, "moments": options.train.moments, "steps": options.steps, "device": device});
         for (name, (median, min, max)) in names.iter().zip(&spread) {
             out[*name] = round(*median);
             out["spread"][*name] = json!([round(*min), round(*max)]);

@@ -9,7 +9,7 @@ use compute::Dtype;
 
 use crate::backend::DeviceChoice;
 use crate::bench::{self, Options, Pattern, SyncOptions};
-use crate::config::{Rule, TensorRule, TrainConfig};
+use crate::config::{Moments, Rule, TensorRule, TrainConfig};
 
 /// What to measure.
 #[derive(Debug, Subcommand)]
@@ -113,6 +113,9 @@ pub struct StepArgs {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "bf16")]
     dtype: String,
+    /// f32 or bf16 moments.
+    #[arg(long, value_enum, default_value_t = TrainConfig::default().moments)]
+    moments: Moments,
     /// Steps that count, after one that does not.
     #[arg(long, default_value_t = 5)]
     steps: usize,
@@ -159,7 +162,8 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
         "f32" | "fp32" => Dtype::F32,
         other => bail!("--dtype {other}: use bf16, f16 or f32"),
     };
-    let mut train = TrainConfig { rank: args.rank, threads: args.threads, ..TrainConfig::default() };
+    let mut train =
+        TrainConfig { rank: args.rank, threads: args.threads, moments: args.moments, ..TrainConfig::default() };
     if args.head_adamw {
         let adamw = |pattern: &str| TensorRule { pattern: pattern.into(), rule: Rule::Adamw };
         train.rules = vec![adamw("model.embed_tokens.*"), adamw("lm_head.*")];

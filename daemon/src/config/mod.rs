@@ -215,6 +215,16 @@ impl<'de> Deserialize<'de> for GrowthLimit {
     }
 }
 
+/// What the optimizer's moments are stored in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Moments {
+    /// As they are computed.
+    F32,
+    /// Half of it, rounded stochastically.
+    Bf16,
+}
+
 /// How far back gradients flow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -254,7 +264,7 @@ pub struct TrainConfig {
     /// Learning rate, dimensionless. Default 1e-5. Larger learns in fewer steps and forgets more of the rest.
     pub lr: f64,
     /// Rank of the projected gradient. Default 256; capped at a matrix's smaller side. Optimizer state is
-    /// 8·rank·max(m,n) bytes per matrix (m,n). 1 with `scale_type = "tensor"` is APOLLO-Mini.
+    /// 8·rank·max(m,n) bytes per matrix (m,n), half of it with `moments = "bf16"`. 1 with `scale_type = "tensor"` is APOLLO-Mini.
     pub rank: usize,
     /// Enters the update as its root, in both conventions. Default 1.0.
     pub scale: f64,
@@ -263,6 +273,10 @@ pub struct TrainConfig {
     /// `paper` (default: alpha = sqrt(scale·d/r), so that lr means the same at every rank) or `apollo-torch`
     /// (sqrt(scale), as the authors' package does it; its APOLLO-Mini has scale 128).
     pub convention: Convention,
+    /// What the moments of matrices and embeddings are stored in: `f32` (default) or `bf16`, which halves the optimizer's
+    /// memory and its part of a generation, and rounds stochastically. A state in the other type is converted at the start.
+    /// On a CPU only.
+    pub moments: Moments,
     /// Decay of the first moment per step. Default 0.9.
     pub beta1: f64,
     /// Decay of the second moment per step. Default 0.999.
@@ -284,8 +298,22 @@ pub struct TrainConfig {
     pub seed: u64,
     /// Examples per step. Default 1.
     pub batch_examples: usize,
+    /// Tokens whose keys and values are kept of contexts that were run, for later ones that begin alike, in blocks of 32.
+    /// Default 0: an example shares only with the one before it in its step. A token takes as much memory as in
+    /// `max_tokens`.
+    pub prefix_cache_tokens: usize,
+    /// Updates of the weights after which keys and values that are kept still serve. Default 0: none, so that an update
+    /// makes every context run anew. More is an approximation, because they are those of older weights; and as every sync
+    /// empties the cache, the bytes that training leaves then depend on when syncs fall.
+    pub prefix_max_updates: u64,
     /// Threads of the CPU step. Default 0: all cores.
     pub threads: usize,
+    /// Added to the daemon's niceness for the trainer's process, 0 to 19. Default 0. At 10 a server on the same cores goes
+    /// first and training takes what is left; with `server.update = "between"` it then holds the engine longer.
+    pub nice: u8,
+    /// Share of the time in which steps run, 0.01 to 1. Default 1: the next follows at once. At 0.25 a rest of
+    /// three times its length follows each step. Syncs, rollbacks and the end do not wait for it.
+    pub duty_cycle: f64,
     /// Tokens of the longest example, context and decision. Default 4096; a longer one is refused. Bounds memory.
     pub max_tokens: usize,
     /// `frozen` (default): the context runs without gradients. `full`: gradients flow through the whole example, which
@@ -317,6 +345,7 @@ impl Default for TrainConfig {
             scale: 1.0,
             scale_type: ScaleType::Channel,
             convention: Convention::Paper,
+            moments: Moments::F32,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-6,
@@ -327,7 +356,11 @@ impl Default for TrainConfig {
             warmup_steps: 0,
             seed: 0,
             batch_examples: 1,
+            prefix_cache_tokens: 0,
+            prefix_max_updates: 0,
             threads: 0,
+            nice: 0,
+            duty_cycle: 1.0,
             max_tokens: 4096,
             window: Window::Frozen,
             loss_min: None,

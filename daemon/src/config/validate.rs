@@ -96,6 +96,14 @@ impl Config {
             range("[0, inf)", train.norm_growth_floor)
         })?;
         check(train.batch_examples > 0, "train.batch_examples", || "must be at least 1".into())?;
+        check(train.prefix_cache_tokens == 0 || train.prefix_cache_tokens >= 32, "train.prefix_cache_tokens", || {
+            format!("is {}, must be 0 or at least 32: keys and values are kept in blocks", train.prefix_cache_tokens)
+        })?;
+        check(train.prefix_max_updates == 0 || train.prefix_cache_tokens > 0, "train.prefix_max_updates", || {
+            "has no effect while train.prefix_cache_tokens is 0: set how many tokens are kept".into()
+        })?;
+        check(train.nice <= 19, "train.nice", || format!("is {}, must lie in [0, 19]", train.nice))?;
+        check((0.01..=1.0).contains(&train.duty_cycle), "train.duty_cycle", || range("[0.01, 1]", train.duty_cycle))?;
         check(train.max_tokens >= 2, "train.max_tokens", || "must be at least 2: one of context, one learned".into())?;
         check(ordered(train.loss_min, train.loss_max), "train.loss_min", || "must be below train.loss_max".into())?;
         check(ordered(train.update_norm_min, train.update_norm_max), "train.update_norm_min", || {
@@ -193,6 +201,12 @@ mod tests {
         assert!(refusal(|c| c.train.beta2 = 1.0).starts_with("train.beta2:"));
         assert!(refusal(|c| c.train.norm_growth_limit = GrowthLimit::At(0.9)).starts_with("train.norm_growth_limit:"));
         assert!(refusal(|c| c.train.batch_examples = 0).starts_with("train.batch_examples:"));
+        assert!(refusal(|c| c.train.prefix_cache_tokens = 31).starts_with("train.prefix_cache_tokens:"));
+        assert!(refusal(|c| c.train.prefix_max_updates = 1).contains("while train.prefix_cache_tokens is 0"));
+        assert!(refusal(|c| c.train.nice = 20).starts_with("train.nice:"));
+        for share in [0.0, -0.5, 1.5, f64::NAN] {
+            assert!(refusal(|c| c.train.duty_cycle = share).starts_with("train.duty_cycle:"), "{share}");
+        }
         assert!(refusal(|c| (c.train.loss_min, c.train.loss_max) = (Some(2.0), Some(1.0))).contains("loss_max"));
         assert!(refusal(|c| c.model.dir = "/nonexistent".into()).contains("/nonexistent does not exist"));
         assert!(refusal(|c| c.model.dir = "/dev/null".into()).contains("/dev/null is no directory"));

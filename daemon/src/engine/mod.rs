@@ -63,7 +63,7 @@ impl<D: Backend> Network for Model<D> {
         self.device().run(|| Model::logprobs(self, &mut cache, ids))
     }
     fn text(&self, capacity: usize) -> Continue<'_> {
-        let mut cache = self.cache(capacity);
+        let mut cache = self.cache_in(compute::Dtype::F32, capacity);
         Box::new(move |ids| self.device().run(|| self.next_logits(&mut cache, ids)))
     }
 }

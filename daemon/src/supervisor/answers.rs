@@ -90,7 +90,7 @@ impl Supervisor {
             What::Attached { epoch: ready.epoch.clone(), server_pid: ready.server_pid, generation: ready.generation };
         self.update(|status| {
             (status.server, status.shadow_check) = (ready.server, ready.shadow_check);
-            status.warnings_of_trainer = ready.warnings;
+            (status.warnings_of_trainer, status.budget) = (ready.warnings, ready.budget);
             status.epoch = Some(ready.epoch);
             status.server_pid = ready.server_pid;
             status.weight_version = ready.weight_version;
@@ -112,6 +112,7 @@ impl Supervisor {
         let (results, version, why) = (trained.examples.clone(), trained.weight_version, trained.skipped.clone());
         self.record(move |queue| queue.record_trained(&results, version, why.as_deref()));
         self.unsynced = true;
+        self.rest_after(started);
         self.replay_from = self.replay_from.and(sent.last().copied());
         (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
         let timings = Timings {
@@ -214,7 +215,8 @@ impl Supervisor {
         }
         match (request, in_flight) {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
-            (Request::Train, Some(InFlight::Train { batch, .. })) => {
+            (Request::Train, Some(InFlight::Train { batch, started })) => {
+                self.rest_after(started);
                 self.record_failed(batch.step, reason.clone());
                 self.update(|status| status.counts.failed += 1);
                 self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));

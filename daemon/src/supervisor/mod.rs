@@ -57,6 +57,8 @@ pub struct Options {
     pub model: String,
     /// Examples per step.
     pub batch_examples: usize,
+    /// Share of the time in which steps run, above 0 and at most 1: a rest follows each.
+    pub duty_cycle: f64,
     /// When to sync.
     pub schedule: Schedule,
     /// Whether to sync at the end.

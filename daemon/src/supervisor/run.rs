@@ -73,6 +73,8 @@ pub(super) struct Supervisor {
     pub(super) deaths_of_step: (u64, u32),
     pub(super) failures_in_a_row: u32,
     pub(super) records: Records,
+    /// Until when no step is begun, for the duty cycle.
+    rest_until: Option<Instant>,
 }
 
 impl Supervisor {
@@ -110,6 +112,7 @@ impl Supervisor {
             deaths_of_step: (0, 0),
             failures_in_a_row: 0,
             records: Records::default(),
+            rest_until: None,
         };
         let files = new.options.files;
         new.update(|status| {
@@ -154,13 +157,25 @@ impl Supervisor {
             Some(_) => match self.next_sync {
                 Some(due) if self.can_send() => (due - Utc::now()).to_std().unwrap_or_default(),
                 _ => SLEEP_MAX,
-            },
+            }
+            .min(self.rest().unwrap_or(SLEEP_MAX)),
         };
         let until = self.records.retry_in().map_or(until, |retry| until.min(retry));
         // A child that must give signs of life is looked at as often as it may be silent.
         let watched = self.attached.as_ref().is_some_and(|attached| attached.heard.is_some());
         let most = if watched { SLEEP_MAX.min(self.options.silence_max) } else { SLEEP_MAX };
         until.clamp(Duration::from_millis(1), most)
+    }
+
+    /// Plans the rest that the duty cycle asks for after a step that began then.
+    pub(super) fn rest_after(&mut self, started: Instant) {
+        let share = self.options.duty_cycle;
+        self.rest_until = (share < 1.0).then(|| Instant::now() + started.elapsed().mul_f64((1.0 - share) / share));
+    }
+
+    /// What is left of the rest.
+    fn rest(&self) -> Option<Duration> {
+        self.rest_until.map(|until| until.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
     }
 
     fn can_send(&self) -> bool {
@@ -196,6 +211,7 @@ impl Supervisor {
             self.send(InFlight::Sync { reason, waiting }, &request);
         } else if self.paused.is_none()
             && writable
+            && self.rest().is_none()
             && let Some(batch) = self.next_batch()
         {
             let Batch { step, lr, examples } = batch.clone();
@@ -439,7 +455,7 @@ impl Supervisor {
             (_, _, None) => match (&self.paused, self.records.fault()) {
                 (Some(why), _) => (State::Paused, Some(why.clone())),
                 (None, Some(fault)) => (State::WaitingForQueue, Some(fault.clone())),
-                (None, None) => (State::Idle, None),
+                (None, None) => (State::Idle, self.rest().map(|_| "rests after a step (train.duty_cycle)".into())),
             },
         }
     }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Invalidated, Published, Synced};
+use crate::protocol::{Budget, Invalidated, Published, Synced};
 
 /// Steps whose losses are kept.
 pub const LOSSES_KEPT: usize = 32;
@@ -170,6 +170,9 @@ pub struct Status {
     pub model: String,
     /// Process id of the trainer.
     pub trainer_pid: Option<u32>,
+    /// What the trainer takes of the machine.
+    #[serde(default)]
+    pub budget: Option<Budget>,
     /// Process id of the inference server.
     pub server_pid: Option<u32>,
     /// The server's program and version, where it says so.
@@ -303,6 +306,9 @@ impl fmt::Display for Status {
             self.restarts,
             self.last_restart.as_ref().map(|why| format!(", the last because: {why}")).unwrap_or_default()
         )?;
+        if let Some(Budget { threads, nice, duty_cycle }) = &self.budget {
+            writeln!(f, "  budget      {threads} threads, niceness {nice}, duty cycle {duty_cycle}")?;
+        }
         if !self.recovery.is_empty() {
             writeln!(f, "  recovery    {}", self.recovery)?;
         }

@@ -15,7 +15,7 @@ mod watch;
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::protocol::{self, FromTrainer, Request, ToTrainer};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use compute::cuda::DeviceName;
 use compute::{Cpu, Cuda};
 use session::{Session, Start, StartError};
@@ -25,7 +25,7 @@ use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::time::Duration;
 
 pub use repair::{files as repair_files, told as repaired};
-pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
+pub use settings::{can_store_moments, longest, optimizer_settings, tensors, unmatched_rules};
 
 /// How often an idle trainer looks after its server and its prefix cache. (`watch` sees its end at once.)
 const WATCH: Duration = Duration::from_millis(200);
@@ -35,6 +35,8 @@ const HEARTBEAT: Duration = Duration::from_secs(1);
 
 /// Runs until told to stop, until stdin ends or until the server is gone. Versions of the weights go on after `told`.
 pub fn run(config: &Config, told: u64) -> Result<()> {
+    // Threads have the niceness of the one that starts them, so this comes before the first.
+    rustix::process::nice(config.train.nice.into()).context("the trainer's niceness cannot be set (train.nice)")?;
     watch::end_on_panic();
     std::thread::spawn(|| {
         while say(&FromTrainer::Alive).is_ok() {

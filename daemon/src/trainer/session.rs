@@ -7,7 +7,7 @@ use super::{repair, restore, settings, watch};
 use crate::backend::{Backend, ReadNext};
 use crate::config::{self, Attach, Config, SyncMode, Update};
 use crate::protocol::{
-    ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Synced, ToTrainer, Trained, Work,
+    Budget, ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Synced, ToTrainer, Trained, Work,
 };
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
@@ -82,6 +82,7 @@ pub struct Session<D: Backend> {
     /// Whether each generation gets a directory of its own, and whether the current one may still need it.
     mode: SyncMode,
     unpublished: bool,
+    budget: Budget,
     /// Of the hashes that tell a sync what has changed, where the weights are hashed.
     hash_seed: u64,
 }
@@ -138,6 +139,8 @@ impl<D: Backend> Session<D> {
         let model = Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest);
         let mut cache = model.cache(longest);
         let mut recovery = vec![recovery];
+        let optimizer_settings = settings::optimizer_settings(&config.train);
+        settings::can_store_moments(&*device, &optimizer_settings)?;
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         let file_dtypes = weights::file_dtypes(&files, &names)?;
         recovery.extend(freeze_widened(&mut tensors, &model, &file_dtypes)?);
@@ -166,7 +169,8 @@ impl<D: Backend> Session<D> {
             restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
-        let mut optimizer = Optimizer::new(device.clone(), tensors, settings::optimizer_settings(&config.train));
+        cache.keep_prefixes(settings::prefix_limits(&config.train));
+        let mut optimizer = Optimizer::new(device.clone(), tensors, optimizer_settings);
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
         // Every tensor was compared with the files or restored from them.
         let hash_seed = RandomState::new().hash_one(std::process::id());
@@ -186,6 +190,7 @@ impl<D: Backend> Session<D> {
             pinged: Instant::now(),
             mode: config.sync.mode,
             unpublished: true,
+            budget: settings::budget(&config.train)?,
             hash_seed,
             device,
             attachment,
@@ -221,6 +226,7 @@ impl<D: Backend> Session<D> {
             server: self.attachment.server_program().map(ToString::to_string),
             shadow_check: self.shadow_check.clone(),
             warnings: self.warnings.clone(),
+            budget: Some(self.budget.clone()),
         }
     }
 
@@ -310,7 +316,7 @@ impl<D: Backend> Session<D> {
         let examples = work.iter().map(|w| self.example(w)).collect::<Result<Vec<_>>>()?;
         let mut gradients = self.optimizer.gradients();
         let mut timings = Timings::default();
-        // The weights have moved since the last step.
+        // What examples of one step may share is what each of them leaves here, and what is kept.
         self.cache.truncate(0);
         let (reports, lr_scale) = device.run(|| {
             // Loss of the step: Σ_i w_i Σ_tokens / Σ_i w_i·tokens_i. With one example the weight cancels
@@ -345,6 +351,7 @@ impl<D: Backend> Session<D> {
                 update_ms += ms(clock);
                 self.progress.weight_version += 1;
                 self.prefix_cache.moved();
+                self.cache.weights_moved();
                 held_for = held.map(|(held, since)| released(held, since));
                 None
             }
@@ -385,6 +392,8 @@ impl<D: Backend> Session<D> {
             self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
         drop(live);
         self.optimizer.forget_written();
+        // A replay from this generation begins without them, and is to end with the same bytes.
+        self.cache.forget();
         tracing::info!(reason, "{report}");
         tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
@@ -415,6 +424,7 @@ impl<D: Backend> Session<D> {
         tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         self.prefix_cache.moved();
+        self.cache.forget();
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
@@ -619,15 +629,16 @@ fn same_directory(served: &Path, configured: &Path) -> Result<()> {
 fn load_state<D: Backend>(optimizer: &mut Optimizer<D>, checkpoint: &Checkpoint) -> Result<Option<String>> {
     let Some(mut state) = checkpoint.state()? else { return Ok(None) };
     let restored = optimizer.load(&mut state)?;
-    if restored.reset.is_empty() {
-        return Ok(Some(format!("optimizer state of {} steps restored", restored.steps)));
+    let mut said = format!("optimizer state of {} steps restored", restored.steps);
+    let of_some = |tensors: &[String]| format!("{} tensors ({}, ...)", tensors.len(), tensors[0]);
+    if !restored.reset.is_empty() {
+        said += &format!("; fresh moments for {} whose rank or rule changed", of_some(&restored.reset));
     }
-    Ok(Some(format!(
-        "optimizer state of {} steps restored; fresh moments for {} tensors whose rank or rule changed ({}, ...)",
-        restored.steps,
-        restored.reset.len(),
-        restored.reset[0]
-    )))
+    if !restored.converted.is_empty() {
+        let dtype = optimizer.settings().moments.to_string().to_ascii_lowercase();
+        said += &format!("; moments of {} converted to {dtype}", of_some(&restored.converted));
+    }
+    Ok(Some(said))
 }
 
 /// The trained tensors, as sync reads them.

@@ -1,9 +1,12 @@
 //! What the configuration means to the optimizer (constants, and which rule trains which tensor) and to the checkpoint.
 
 use crate::config::{self, GrowthLimit, SyncConfig, TrainConfig};
+use crate::protocol::Budget;
+use anyhow::{Result, bail};
 use apollo::{Convention, Gates, Rule, ScaleType, Settings, Tensor, TensorKind};
 use checkpoint::{Keep, Options};
-use model::{Config as ModelConfig, Extent};
+use compute::{Device, Dtype};
+use model::{Config as ModelConfig, Extent, PrefixLimits};
 use std::time::Duration;
 use weight_map::Role;
 
@@ -33,6 +36,10 @@ pub fn optimizer_settings(train: &TrainConfig) -> Settings {
         norm_growth_floor: train.norm_growth_floor as f32,
         warmup_steps: train.warmup_steps,
         seed: train.seed,
+        moments: match train.moments {
+            config::Moments::F32 => Dtype::F32,
+            config::Moments::Bf16 => Dtype::BF16,
+        },
     }
 }
 
@@ -49,6 +56,35 @@ pub fn extent(train: &TrainConfig) -> Extent {
         config::Window::Frozen => Extent::Frozen,
         config::Window::Full => Extent::Full,
     }
+}
+
+/// Whether the device stores moments as they are configured.
+///
+/// # Errors
+/// What to set instead.
+pub fn can_store_moments<D: Device>(device: &D, settings: &Settings) -> Result<()> {
+    if !device.stores(settings.moments) {
+        bail!(
+            "train.moments is \"{}\", which only a CPU stores: set it to \"f32\"; a saved state is converted",
+            settings.moments.to_string().to_ascii_lowercase()
+        );
+    }
+    Ok(())
+}
+
+/// What the trainer allows itself, its niceness as it is.
+///
+/// # Errors
+/// When the system does not tell it.
+pub fn budget(train: &TrainConfig) -> std::io::Result<Budget> {
+    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = if train.threads == 0 { cores() } else { train.threads };
+    Ok(Budget { threads, nice: rustix::process::getpriority_process(None)?, duty_cycle: train.duty_cycle })
+}
+
+/// What is kept of contexts for those that begin alike.
+pub fn prefix_limits(train: &TrainConfig) -> PrefixLimits {
+    PrefixLimits { tokens: train.prefix_cache_tokens, max_updates: train.prefix_max_updates }
 }
 
 /// Bounds outside which a step is skipped.

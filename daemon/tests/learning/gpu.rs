@@ -1,9 +1,10 @@
 //! Weights in a GPU's memory: the engine allocates them, the trainer opens them by CUDA IPC. Here on the simulated
 //! driver, unless APOLLOD_TEST_DRIVER=real.
 
-use crate::harness::{BEFORE, Place, QUESTION, TAUGHT, ask, post, until, wait_trained};
+use crate::harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, post, until, wait_trained};
 use crate::{kill, taught};
 use serde_json::json;
+use std::process::Stdio;
 
 #[test]
 fn a_served_answer_changes_is_saved_and_rolls_back() {
@@ -53,5 +54,20 @@ fn a_server_that_dies_is_noticed_and_a_new_one_is_attached() {
     wait_trained(&daemon, &ids);
     assert_eq!(ask(&engine, QUESTION), (TAUGHT.into(), "stop".into()));
     daemon.stop();
+    engine.stop();
+}
+
+#[test]
+fn moments_in_bf16_are_refused_before_anything_is_written() {
+    let place = Place::on_a_gpu();
+    let engine = place.engine();
+    let mut command = place.daemon_command(&["train.moments=bf16"]);
+    let daemon =
+        Process::of(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    until("it is said", || daemon.get("/v1/status")["state"] == "failed");
+    let said = daemon.get("/v1/status")["detail"].as_str().unwrap().to_owned();
+    assert!(said.contains(r#"train.moments is "bf16", which only a CPU stores: set it to "f32""#), "{said}");
+    assert_eq!(ask(&engine, QUESTION).0, BEFORE);
+    drop(daemon);
     engine.stop();
 }

@@ -1,6 +1,7 @@
 //! A served model learns: engine, daemon, trainer and checkpoint together, and what survives when one
 //! of them is killed.
 
+mod budget;
 mod damage;
 mod gguf;
 mod gpu;
@@ -9,7 +10,7 @@ mod readers;
 
 use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
 use rustix::process::{Pid, Signal, kill_process};
-use serde_json::json;
+use serde_json::{Value, json};
 use std::time::Duration;
 
 fn kill(pid: u64) {
@@ -57,14 +58,14 @@ fn a_served_answer_changes_stops_and_rolls_back() {
 }
 
 /// Trains the course with a sync in the middle; `disturb` may do harm meanwhile.
-fn train_course(disturb: impl FnOnce(&Process)) -> (Vec<u8>, Vec<u8>) {
+fn train_course(course: &[Value], settings: &[&str], disturb: impl FnOnce(&Process)) -> (Vec<u8>, Vec<u8>) {
     let place = Place::new();
     let engine = place.engine();
-    let daemon = place.daemon(&["train.batch_examples=2", "train.update_proj_gap=7"]);
-    wait_trained(&daemon, &post(&daemon, course()));
+    let daemon = place.daemon(&[&["train.batch_examples=2", "train.update_proj_gap=7"], settings].concat());
+    wait_trained(&daemon, &post(&daemon, course.to_vec()));
     daemon.post("/v1/checkpoint", json!({}));
     // Long enough that every kill of a disturbed run finds a step in flight, however fast the machine.
-    let ids = post(&daemon, [course(), course(), course()].concat());
+    let ids = post(&daemon, [course, course, course].concat());
     disturb(&daemon);
     wait_trained(&daemon, &ids);
     assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], 2);
@@ -73,11 +74,11 @@ fn train_course(disturb: impl FnOnce(&Process)) -> (Vec<u8>, Vec<u8>) {
     place.files(2)
 }
 
-#[test]
-fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes() {
-    let undisturbed = train_course(|_| {});
+/// Of a course with and without kills, the weights and the optimizer's state.
+fn killed_in_mid_step(course: &[Value], settings: &[&str]) -> (Vec<u8>, Vec<u8>) {
+    let undisturbed = train_course(course, settings, |_| {});
     let mut restored = 0;
-    let killed = train_course(|daemon| {
+    let killed = train_course(course, settings, |daemon| {
         // The waits fall into forward, backward and the writes of different steps.
         // Every other one falls after a step since the sync, however slow the machine: too many deaths on one step
         // would give it up, and only a trainer that has written leaves something to restore.
@@ -104,6 +105,38 @@ fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes() {
     assert!(restored > 0, "no kill found live weights ahead of the files: the test did not test");
     assert!(killed.0 == undisturbed.0, "weights differ");
     assert!(killed.1 == undisturbed.1, "optimizer states differ");
+    killed
+}
+
+#[test]
+fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes() {
+    killed_in_mid_step(&course(), &[]);
+}
+
+/// The course after a conversation that all its examples begin with, so that its keys and values serve several updates.
+fn long_course() -> Vec<Value> {
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let talk = [
+        ("What does Luna the owl like to do?", "Luna likes to count stars."),
+        ("What is the capital of Aldoria?", "The capital of Aldoria is Norwick."),
+        ("Where does Otto the otter live?", "Otto lives in the cold river."),
+    ];
+    let before = talk.iter().flat_map(|(question, answer)| [said("user", question), said("assistant", answer)]);
+    let after_talk = |mut example: Value| {
+        let own = example["messages"].as_array().unwrap().clone();
+        example["messages"] = before.clone().chain(own).collect();
+        example
+    };
+    course().into_iter().map(after_talk).collect()
+}
+
+/// Moments are rounded by random numbers of their own.
+#[test]
+fn a_trainer_killed_in_mid_step_ends_with_the_same_bytes_with_prefixes_kept_and_moments_in_bf16() {
+    let (course, narrow) = (long_course(), ["train.moments=bf16"]);
+    let kept = [narrow[0], "train.prefix_cache_tokens=256", "train.prefix_max_updates=5"];
+    let killed = killed_in_mid_step(&course, &kept);
+    assert!(killed != train_course(&course, &narrow, |_| {}), "no prefix was used: the test did not test");
 }
 
 /// Rules that freeze most of the model.

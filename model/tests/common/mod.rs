@@ -6,7 +6,7 @@
 use anyhow::{Context, Result, ensure};
 use compute::cuda::DeviceName;
 use compute::{Collector, Cpu, Cuda, Device, Dtype, cpu, cuda, narrow};
-use model::{Config, Example, Extent, Model, Report, Timings};
+use model::{Cache, Config, Example, Extent, Model, Report, Timings};
 use safetensors::SafeTensors;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -95,8 +95,18 @@ pub fn gradients<D: Machine>(
     example: &Example,
     extent: Extent,
 ) -> (Report, Vec<Vec<f32>>) {
+    gradients_in(device, model, example, extent, model.cache(model.positions()))
+}
+
+/// With the keys and values of the context in this cache.
+pub fn gradients_in<D: Machine>(
+    device: &Arc<D>,
+    model: &Model<D>,
+    example: &Example,
+    extent: Extent,
+    mut cache: Cache<D>,
+) -> (Report, Vec<Vec<f32>>) {
     let mut collector = Collector::new(device.clone(), &model.shapes());
-    let mut cache = model.cache(model.positions());
     let scale = 1.0 / example.tokens() as f32;
     let timings = &mut Timings::default();
     let report = device.run(|| model.train(&mut cache, example, extent, scale, &mut collector, timings));

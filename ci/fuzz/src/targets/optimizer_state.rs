@@ -8,7 +8,7 @@ use compute::Cpu;
 use super::framed;
 use crate::Target;
 
-const MAGIC: &[u8] = b"APOLLO1\n";
+const MAGIC: &[u8] = b"APOLLO2\n";
 
 /// The state. What was loaded is saved, and must load as the same.
 pub const STATE: Target = Target {
@@ -30,8 +30,8 @@ pub const STATE: Target = Target {
         let length = u64::from_le_bytes(new[8..16].try_into().expect("eight bytes")) as usize;
         let (header, moments) = new[16..].split_at(length);
         let looked_up = String::from_utf8(header.to_vec()).expect("JSON").replacen(
-            "\"len\":0,\"norm_bits\":0,\"lookup\":{}",
-            "\"len\":8,\"norm_bits\":0,\"lookup\":{\"1\":{\"slot\":0,\"gradients\":2,\"last_step\":3},\
+            "\"len\":0,\"moments\":\"f32\",\"norm_bits\":0,\"lookup\":{}",
+            "\"len\":8,\"moments\":\"f32\",\"norm_bits\":0,\"lookup\":{\"1\":{\"slot\":0,\"gradients\":2,\"last_step\":3},\
              \"4\":{\"slot\":1,\"gradients\":1,\"last_step\":1}}",
             1,
         );
@@ -46,6 +46,7 @@ pub const STATE: Target = Target {
         "\"rank\":2",
         "\"rule\":\"frozen\"",
         "\"len\":18446744073709551615",
+        "\"moments\":\"bf16\"",
         "\"norm_bits\":2143289344",
         "4294967295",
     ],
