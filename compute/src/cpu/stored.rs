@@ -223,8 +223,20 @@ mod tests {
 
     #[test]
     fn rounding_to_the_nearest_is_that_of_half() {
-        let values =
-            [0.0, -0.0, 1.0, -1.00390625, 1.01171875, 1.001, 3.4e38, -3.3e38, 1e-40, 1e-45, 0.1, f32::INFINITY];
+        let values = [
+            0.0,
+            -0.0,
+            1.0,
+            -(1.0 + 1.0 / 256.0),
+            1.0 + 3.0 / 256.0,
+            1.001,
+            3.4e38,
+            -3.3e38,
+            1e-40,
+            1e-45,
+            0.1,
+            f32::INFINITY,
+        ];
         let mut random = [0u16; 4096];
         Stream::rounding(5, 1, 0).fill_u16(0, &mut random);
         let any = random.as_chunks::<2>().0.iter().map(|w| f32::from_bits((w[0] as u32) << 16 | w[1] as u32));
