@@ -81,11 +81,11 @@ impl Stand {
     }
 
     fn until(&self, what: &str, holds: impl Fn() -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(120);
         while !holds() {
             assert!(
                 Instant::now() < deadline,
-                "waited 30 s for {what}; log:\n{}\n{}",
+                "waited 120 s for {what}; log:\n{}\n{}",
                 self.log(),
                 self.handle.status()
             );
