@@ -324,6 +324,11 @@ pub trait Device: Sized + Send + Sync + 'static {
             self.linear(y, x, w, *bias, t);
         }
     }
+    /// [`Device::linear_group`] for rows to which no gradient flows back: where it is faster and W is bf16, x is rounded to bf16
+    /// first, as it is by servers of such weights.
+    fn linear_group_rounded(&self, outputs: &mut [LinearOutput<Self>], x: &Self::Buffer, t: usize) {
+        self.linear_group(outputs, x, t);
+    }
     /// dx (t,n) = dy (t,m) W, or dx += if `accumulate`.
     fn linear_dx(&self, dx: &mut Self::Buffer, dy: &Self::Buffer, w: &Self::Weight, t: usize, accumulate: bool);
     /// dx (t,n) = Σ dy W over several pairs (dy, W).

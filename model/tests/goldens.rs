@@ -67,7 +67,8 @@ fn gradients_of_bf16_weights_agree_between_cpu_and_cuda() -> Result<()> {
     Ok(())
 }
 
-/// Keys and values of a context in bf16, as a CPU holds them where the weights have 16 bits, beside f32.
+/// Keys and values of a context in bf16, as a CPU holds them where the weights have 16 bits, beside f32. Where the processor has
+/// dot products of bf16, the context's inputs are rounded with them.
 #[test]
 fn keys_and_values_in_bf16_cost_a_few_hundredths_of_a_gradient_at_most() -> Result<()> {
     let cpu = <Cpu as Machine>::open();

@@ -236,6 +236,17 @@ impl Weight {
         self.parts(row, col, len, |base, _| self.read_part(base, len, out, piece, step));
     }
 
+    /// Row `row` of a bf16 matrix from column `col` on as it lies, two elements in the place of each f32.
+    pub(super) fn read_pairs(&self, row: usize, col: usize, out: &mut [f32]) {
+        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
+        self.parts(row, col, 2 * out.len(), |base, _| {
+            // SAFETY: f32 holds two u16 without padding.
+            let halves = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u16>(), 2 * out.len()) };
+            // SAFETY: `parts` gives a whole row's range for a matrix.
+            unsafe { load::<u16>(base, halves) };
+        });
+    }
+
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
     pub(super) fn prefetch(&self, row: usize, col: usize, len: usize) {

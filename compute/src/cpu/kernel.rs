@@ -9,6 +9,9 @@
 //!
 //! Every element of C is one chain of fused multiply-adds in the order of k that starts from what C holds: its bits do not
 //! depend on how a product is cut into blocks, nor on the width of the vectors. On x86 without AVX2 they differ: nothing is fused there.
+//!
+//! Where the processor has dot products of bf16 (VDPBF16PS), the same tiles multiply pairs: an element of A and of B then is
+//! two bf16, of neighbouring k, in the place of one f32, and a multiply-add is two. C is f32; its chains go by pairs.
 
 use super::gemm::Shared;
 use super::{Buffer, simd};
@@ -115,6 +118,43 @@ macro_rules! x86_lanes {
 x86_lanes!(__m256, 8, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
 #[cfg(target_arch = "x86_64")]
 x86_lanes!(__m512, 16, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::__m512bh;
+
+/// 16 sums of products of bf16, of which an element of A and of B holds two: the lower half that of the even k.
+#[cfg(target_arch = "x86_64")]
+#[derive(Clone, Copy)]
+struct Pairs(__m512);
+
+// SAFETY: loads and stores as of __m512; the dot product computes on values.
+#[cfg(target_arch = "x86_64")]
+unsafe impl Lanes for Pairs {
+    const N: usize = 16;
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Pairs(unsafe { __m512::load(from) })
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Pairs(unsafe { __m512::splat(from) })
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        use std::arch::x86_64::_mm512_dpbf16_ps;
+        use std::mem::transmute;
+        // SAFETY: the caller's promise; both types are 64 bytes of anything.
+        Pairs(unsafe {
+            _mm512_dpbf16_ps(c.0, transmute::<__m512, __m512bh>(self.0), transmute::<__m512, __m512bh>(b.0))
+        })
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.store(to) }
+    }
+}
 
 /// Which vectors this processor has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,6 +167,9 @@ pub enum Vectors {
     /// AVX-512: 16.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 with dot products of bf16: 16 sums; elements of A and B are pairs.
+    #[cfg(target_arch = "x86_64")]
+    Bf16Pairs,
 }
 
 impl Vectors {
@@ -144,6 +187,15 @@ impl Vectors {
         Vectors::Portable
     }
 
+    /// Those that multiply pairs of bf16, if there are any: twice as fast as the others.
+    pub fn of_pairs() -> Option<Vectors> {
+        #[cfg(target_arch = "x86_64")]
+        if simd::has_avx512() && is_x86_feature_detected!("avx512bf16") {
+            return Some(Vectors::Bf16Pairs);
+        }
+        None
+    }
+
     /// Elements of one vector.
     pub fn lanes(self) -> usize {
         match self {
@@ -152,6 +204,8 @@ impl Vectors {
             Vectors::Avx2 => __m256::N,
             #[cfg(target_arch = "x86_64")]
             Vectors::Avx512 => __m512::N,
+            #[cfg(target_arch = "x86_64")]
+            Vectors::Bf16Pairs => Pairs::N,
         }
     }
 }
@@ -171,6 +225,11 @@ impl Panels {
     /// For this processor.
     pub fn new(k: usize, columns: usize) -> Panels {
         Panels { vectors: Vectors::best(), k, columns }
+    }
+
+    /// For products of pairs of bf16: `k` counts pairs, and elements are f32 in name only.
+    pub fn of_pairs(vectors: Vectors, k: usize, columns: usize) -> Panels {
+        Panels { vectors, k, columns }
     }
 
     /// The same for so many columns, whose panels may be some of these.
@@ -285,6 +344,9 @@ pub unsafe fn product(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Vectors::Avx512 => unsafe { avx512(work) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above; `Vectors::of_pairs` has seen the features.
+        Vectors::Bf16Pairs => unsafe { bf16_pairs(work) },
     }
 }
 
@@ -304,6 +366,15 @@ unsafe fn avx2(work: Work) {
 unsafe fn avx512(work: Work) {
     // SAFETY: the caller's promise.
     unsafe { work.run::<__m512>() }
+}
+
+/// # Safety
+/// As for [`Work::run`]; the processor has what [`Vectors::of_pairs`] looks for.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+unsafe fn bf16_pairs(work: Work) {
+    // SAFETY: the caller's promise.
+    unsafe { work.run::<Pairs>() }
 }
 
 struct Work<'a> {

@@ -1,5 +1,6 @@
 //! Products against f64, and what they may touch.
 
+use super::super::stored::round_to_pairs;
 use super::*;
 
 /// SplitMix64.
@@ -67,6 +68,17 @@ impl Case {
         Case { rows, k, columns, a_gap, c_gap, a, b: r.values(k * columns), c: r.values(rows * columns) }
     }
 
+    /// The same shape with pairs of bf16 in the place of f32, in A and B.
+    fn of_pairs(r: &mut Random) -> Case {
+        let case = Case::new(r);
+        let mut pairs = |n: usize| {
+            let mut out = vec![0.0; n];
+            round_to_pairs(&r.values(2 * n), &mut out);
+            out
+        };
+        Case { a: pairs(case.a.len()), b: pairs(case.b.len()), ..case }
+    }
+
     fn packed(&self, vectors: Vectors) -> (Panels, Buffer) {
         let panels = Panels { vectors, k: self.k, columns: self.columns };
         (panels, panels.of_rows(&self.b))
@@ -95,16 +107,21 @@ impl Case {
 
     /// The largest error of C, in units of what rounding may cost: k + 1 roundings of at most the sum of the sizes.
     fn error(&self, c: &[f32], accumulate: bool) -> f64 {
+        self.error_of(c, accumulate, |a, b| vec![a as f64 * b as f64])
+    }
+
+    /// Likewise, with what an element of A and one of B contribute, each exact in f32.
+    fn error_of(&self, c: &[f32], accumulate: bool, products: fn(f32, f32) -> Vec<f64>) -> f64 {
         let mut worst = 0.0f64;
         for i in 0..self.rows {
             for j in 0..self.columns {
                 let before = if accumulate { self.c[i * self.columns + j] as f64 } else { 0.0 };
                 let terms: Vec<f64> = (0..self.k)
-                    .map(|p| self.a[i * (self.k + self.a_gap) + p] as f64 * self.b[p * self.columns + j] as f64)
+                    .flat_map(|p| products(self.a[i * (self.k + self.a_gap) + p], self.b[p * self.columns + j]))
                     .collect();
                 let want = before + terms.iter().sum::<f64>();
                 let size = before.abs() + terms.iter().map(|v| v.abs()).sum::<f64>();
-                let bound = (2 * self.k + 1) as f64 * f32::EPSILON as f64 / 2.0 * size + f64::MIN_POSITIVE;
+                let bound = (2 * terms.len() + 1) as f64 * f32::EPSILON as f64 / 2.0 * size + f64::MIN_POSITIVE;
                 worst = worst.max((c[i * self.columns + j] as f64 - want).abs() / bound);
             }
         }
@@ -146,6 +163,32 @@ fn the_bits_depend_neither_on_the_cut_nor_on_the_width_of_the_vectors() {
             }
         }
         assert!(fused.windows(2).all(|pair| pair[0] == pair[1]), "vectors of 8 and of 16 differ");
+    }
+}
+
+/// Lower and upper half of each, multiplied.
+fn products_of_pairs(a: f32, b: f32) -> Vec<f64> {
+    let halves = |v: f32| [f32::from_bits(v.to_bits() << 16) as f64, f32::from_bits(v.to_bits() & 0xFFFF_0000) as f64];
+    halves(a).iter().zip(halves(b)).map(|(a, b)| a * b).collect()
+}
+
+#[test]
+fn products_of_pairs_are_right_wherever_they_are_cut_and_touch_nothing_beside() {
+    let Some(vectors) = Vectors::of_pairs() else {
+        return println!("not run: this processor has no dot products of bf16");
+    };
+    let mut r = Random::new("pairs");
+    for _ in 0..400 {
+        let case = Case::of_pairs(&mut r);
+        let Case { rows, k, columns, .. } = case;
+        for accumulate in [false, true] {
+            let c = case.run(vectors, std::slice::from_ref(&(0..k)), accumulate);
+            let error = case.error_of(&c, accumulate, products_of_pairs);
+            assert!(error <= 1.0, "({rows},{k},{columns}) {accumulate}: {error} of the bound");
+            let cut = r.below(k + 1);
+            let parts = case.run(vectors, &[0..cut, cut..k], accumulate);
+            assert!(c == parts, "({rows},{k},{columns}) cut at {cut}");
+        }
     }
 }
 

@@ -4,8 +4,10 @@
 //! second-level cache and is multiplied from there; no f32 copy of a whole weight exists.
 
 use super::gemm::Shared;
-use super::kernel::{self, Panels, Rows};
-use super::{Weight, simd, with_scratch};
+use super::kernel::{self, Panels, Rows, Vectors};
+use super::stored::round_to_pairs;
+use super::{Buffer, Weight, simd, with_scratch};
+use crate::{Cpu, Dtype, LinearOutput};
 use rayon::prelude::*;
 
 /// Rows of W in one task of `linear`.
@@ -32,6 +34,11 @@ pub struct Output<'a> {
     pub bias: Option<&'a Weight>,
 }
 
+/// Those of the device's caller.
+pub fn outputs<'a>(outputs: &'a mut [LinearOutput<Cpu>]) -> Vec<Output<'a>> {
+    outputs.iter_mut().map(|o| Output { y: o.y, w: o.w, bias: o.bias }).collect()
+}
+
 /// y (t,m) = x (t,n) Wᵀ + bias of several W with one x.
 ///
 /// Computed as yᵀ = W xᵀ from a transposed x, so that W is read as it lies.
@@ -39,7 +46,34 @@ pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
     let Some(n) = outputs.first().map(|output| output.w.cols()) else { return };
     let tokens = Panels::new(n, t);
     let columns = tokens.of_columns(&x[..t * n], n);
-    let tokens = tokens.padded();
+    products(outputs, tokens, &columns, n, read_block);
+}
+
+/// [`linear_group`] with x rounded to bf16, if W is bf16 and the processor has dot products of it.
+pub fn linear_group_rounded(outputs: &mut [Output], x: &[f32], t: usize) {
+    let pairs =
+        |output: &Output| output.w.dtype() == Dtype::BF16 && output.w.rows() > 1 && output.w.cols().is_multiple_of(2);
+    let vectors = Vectors::of_pairs().filter(|_| outputs.iter().all(pairs));
+    let (Some(vectors), Some(n)) = (vectors, outputs.first().map(|output| output.w.cols() / 2)) else {
+        return linear_group(outputs, x, t);
+    };
+    let mut rounded = Buffer::uninit(t * n);
+    rounded.par_chunks_mut(n).zip(x.par_chunks(2 * n)).for_each(|(out, x)| round_to_pairs(x, out));
+    let tokens = Panels::of_pairs(vectors, n, t);
+    let columns = tokens.of_columns(&rounded, n);
+    products(outputs, tokens, &columns, 2 * n, read_block_of_pairs);
+}
+
+/// The products with packed tokens; `read` fills a block of W with elements as the panels want them, of which a row has
+/// `tokens.k`.
+fn products(
+    outputs: &mut [Output],
+    tokens: Panels,
+    columns: &[f32],
+    inputs: usize,
+    read: impl Fn(&Weight, usize, usize, usize, usize, &mut [f32]) + Sync,
+) {
+    let (n, t, tokens) = (tokens.k, tokens.columns, tokens.padded());
     let width = tokens.columns;
     // What is widened for few tokens is used little and has to stay in the first-level cache; for many, the tokens do.
     let (at_once, deep) = if t < MANY { (2 * kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
@@ -47,7 +81,7 @@ pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
     let places: Vec<_> = outputs
         .iter_mut()
         .map(|Output { y, w, bias }| {
-            assert_eq!(w.cols(), n, "weights of one group have one input");
+            assert_eq!(w.cols(), inputs, "weights of one group have one input");
             (Shared::new(&mut y[..t * w.rows()]), *w, *bias)
         })
         .collect();
@@ -63,10 +97,10 @@ pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
                 let cols = deep.min(n - col);
                 for row in (0..rows).step_by(at_once) {
                     let some = at_once.min(rows - row);
-                    read_block(w, first + row, some, col, cols, w_block);
+                    read(w, first + row, some, col, cols, w_block);
                     let (a, k) = (Rows::new(w_block, some, cols), col..col + cols);
                     // SAFETY: the scratch is this task's own.
-                    unsafe { kernel::product(&result, row * width, width, a, tokens, &columns, k, true) };
+                    unsafe { kernel::product(&result, row * width, width, a, tokens, columns, k, true) };
                 }
             }
             // Back to rows of tokens, through the scratch that W needs no more.
@@ -126,5 +160,13 @@ fn read_block(w: &Weight, row: usize, rows: usize, col: usize, cols: usize, out:
     for (i, line) in out.chunks_exact_mut(cols).take(rows).enumerate() {
         w.prefetch(row + i + AHEAD, col, cols);
         w.read(row + i, col, line);
+    }
+}
+
+/// As [`read_block`], unwidened: `col` and `cols` count pairs.
+fn read_block_of_pairs(w: &Weight, row: usize, rows: usize, col: usize, cols: usize, out: &mut [f32]) {
+    for (i, line) in out.chunks_exact_mut(cols).take(rows).enumerate() {
+        w.prefetch(row + i + AHEAD, 2 * col, 2 * cols);
+        w.read_pairs(row + i, 2 * col, line);
     }
 }

@@ -162,8 +162,10 @@ impl Device for Cpu {
         linear::linear_group(&mut [linear::Output { y, w, bias }], x, t);
     }
     fn linear_group(&self, outputs: &mut [LinearOutput<Cpu>], x: &Buffer, t: usize) {
-        let mut outputs: Vec<_> = outputs.iter_mut().map(|o| linear::Output { y: o.y, w: o.w, bias: o.bias }).collect();
-        linear::linear_group(&mut outputs, x, t);
+        linear::linear_group(&mut linear::outputs(outputs), x, t);
+    }
+    fn linear_group_rounded(&self, outputs: &mut [LinearOutput<Cpu>], x: &Buffer, t: usize) {
+        linear::linear_group_rounded(&mut linear::outputs(outputs), x, t);
     }
     fn linear_dx(&self, dx: &mut Buffer, dy: &Buffer, w: &Weight, t: usize, accumulate: bool) {
         linear::linear_dx(dx, dy, w, t, accumulate);

@@ -190,16 +190,30 @@ multiversion! {
 }
 
 multiversion! {
-    /// Ties go to the even one. A finite value never becomes infinite, and what is not a number stays none.
+    /// Pairs of bf16, rounded to the nearest, each in the place of one f32: the lower half is the first of the two.
+    pub(super) fn round_to_pairs(src: &[f32], out: &mut [f32]) {
+        for (o, pair) in out.iter_mut().zip(src.as_chunks::<2>().0) {
+            *o = f32::from_bits(nearest(pair[0]) | nearest(pair[1]) << 16);
+        }
+    }
+}
+
+/// The nearest bf16: ties go to the even one. A finite value never becomes infinite, and what is not a number stays none.
+#[inline(always)]
+fn nearest(v: f32) -> u32 {
+    let bits = v.to_bits();
+    let (sign, magnitude) = ((bits >> 16) & 0x8000, bits & 0x7FFF_FFFF);
+    let rounded = (magnitude + 0x7FFF + ((magnitude >> 16) & 1)) >> 16;
+    let finite = rounded.min(0x7F7F);
+    // Of infinity and of no number the upper half, in which no number keeps a bit.
+    let odd = (magnitude >> 16) | ((magnitude > 0x7F80_0000) as u32) << 6;
+    sign | if magnitude >= 0x7F80_0000 { odd } else { finite }
+}
+
+multiversion! {
     fn round_to_nearest(src: &[f32], out: &mut [u16]) {
         for (o, &v) in out.iter_mut().zip(src) {
-            let bits = v.to_bits();
-            let (sign, magnitude) = ((bits >> 16) & 0x8000, bits & 0x7FFF_FFFF);
-            let rounded = (magnitude + 0x7FFF + ((magnitude >> 16) & 1)) >> 16;
-            let finite = rounded.min(0x7F7F);
-            // Of infinity and of no number the upper half, in which no number keeps a bit.
-            let odd = (magnitude >> 16) | ((magnitude > 0x7F80_0000) as u32) << 6;
-            *o = (sign | if magnitude >= 0x7F80_0000 { odd } else { finite }) as u16;
+            *o = nearest(v) as u16;
         }
     }
 }

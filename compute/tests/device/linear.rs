@@ -3,11 +3,12 @@
 use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, F32, Random, assert_close, wide};
 use crate::reference;
-use compute::{Dtype, Factors};
+use compute::{Dtype, Factors, LinearOutput};
 use std::sync::Arc;
 
 on_every_device! {
     linear_is_the_product_with_the_transposed_weight_plus_bias,
+    a_rounded_product_rounds_its_input_and_nothing_else,
     linear_dx_sets_or_adds_the_product_with_the_weight,
     linear_writes_only_its_rows_of_a_larger_buffer,
     outer_accumulate_adds_the_outer_product_of_the_factors,
@@ -30,6 +31,37 @@ fn linear_is_the_product_with_the_transposed_weight_plus_bias<D: Machine>(device
                 let want = reference::linear(&D::seen(dtype, &x), &w64, bias.then_some(&b64), t, m, n);
                 assert_close(&device.download(&y), &want, F32, &format!("{dtype} ({t},{m},{n}) bias {bias}"));
             }
+        }
+    }
+}
+
+/// Whether x is rounded is the device's choice, for all rows alike.
+fn a_rounded_product_rounds_its_input_and_nothing_else<D: Machine>(device: &Arc<D>) {
+    let mut r = Random::new("rounded");
+    for (t, m, n) in SHAPES.into_iter().chain([(140, 97, 130), (3, 200, 1100)]) {
+        for dtype in DTYPES {
+            let (w, w64) = r.weight(device, dtype, m, n, 0.3);
+            let (b, b64) = r.weight(device, dtype, 1, m, 1.0);
+            let x = r.normals(t * n);
+            let product = |x: &[f32], t: usize| {
+                let mut y = device.poisoned(t * m);
+                let output = LinearOutput { y: &mut y, w: &w, bias: Some(&b) };
+                device.linear_group_rounded(&mut [output], &device.upload(x), t);
+                device.download(&y)
+            };
+            let y = product(&x, t);
+            let rounded = compute::widen(Dtype::BF16, &compute::narrow(Dtype::BF16, &x));
+            let off = |x: Vec<f64>| {
+                let want = reference::linear(&x, &w64, Some(&b64), t, m, n);
+                let size = want.iter().fold(1.0f64, |top, v| top.max(v.abs()));
+                y.iter().zip(&want).map(|(&y, want)| (y as f64 - want).abs() / size).fold(0.0, f64::max)
+            };
+            let (exact, nearest) = (off(D::seen(dtype, &x)), off(wide(&rounded)));
+            let may_round = dtype == Dtype::BF16;
+            assert!(exact < F32 || may_round && nearest < F32, "{dtype} ({t},{m},{n}): {exact}, rounded {nearest}");
+            let last = t - 1;
+            let alone = format!("{dtype} ({t},{m},{n}): the last row alone");
+            assert_close(&product(&x[last * n..], 1), &wide(&y[last * m..]), F32, &alone);
         }
     }
 }

@@ -112,8 +112,8 @@ fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
     }
     let private = memory.peak();
     let floor = D::rates(device);
-    let matrices = trained_matrices(&optimizer);
-    print(options, &phases, private, &floor, matrices, optimizer.state_bytes(), &device.describe());
+    let parameters = Parameters { context: context_parameters(&model), decision: trained_matrices(&optimizer) };
+    print(options, &phases, private, &floor, parameters, optimizer.state_bytes(), &device.describe());
     Ok(())
 }
 
@@ -179,7 +179,24 @@ fn fill<D: Device>(device: &D, weight: &D::Weight, tensor: u64, norm: bool) {
     }
 }
 
-/// (parameters, bytes) of the matrices that train.
+/// Elements of the matrices that a part of the step multiplies with.
+struct Parameters {
+    context: u64,
+    decision: u64,
+}
+
+/// A context needs neither head nor embedding as a matrix, and of the last layer keys and values alone.
+fn context_parameters<D: Device>(model: &Model<D>) -> u64 {
+    let last = format!("model.layers.{}.", model.config().decoder.layers - 1);
+    let multiplied = |name: &str| {
+        name.starts_with("model.layers.")
+            && (!name.starts_with(&last) || name.contains("k_proj") || name.contains("v_proj"))
+    };
+    let shapes = model.tensors().iter().zip(model.shapes()).filter(|(tensor, _)| multiplied(&tensor.name));
+    shapes.map(|(_, (rows, cols))| (rows * cols) as u64).sum()
+}
+
+/// Elements of the matrices that train.
 fn trained_matrices<D: Device>(optimizer: &Optimizer<D>) -> u64 {
     let trained = optimizer.tensors().iter().filter(|t| t.rows > 1 && t.effective_rule() != apollo::Rule::Frozen);
     trained.map(|t| (t.rows * t.cols) as u64).sum()
@@ -190,14 +207,14 @@ fn print(
     phases: &[Vec<f64>; 5],
     private: u64,
     machine: &machine::Rates,
-    parameters: u64,
+    parameters: Parameters,
     state_bytes: usize,
     device: &str,
 ) {
-    let n = parameters as f64;
+    let (n, n_context) = (parameters.decision as f64, parameters.context as f64);
     let (context, t) = (options.context as f64, options.decision as f64);
     let moved = 4.0 * n * options.dtype.size() as f64 + 2.0 * state_bytes as f64;
-    let floor_prefill = 2.0 * n * context / machine.dot_flops * 1e3;
+    let floor_prefill = 2.0 * n_context * context / machine.dot_flops * 1e3;
     let floor_decision = (6.0 * n * t / machine.dot_flops).max(moved / machine.bytes) * 1e3;
     let names = ["prefill_ms", "forward_ms", "backward_ms", "update_ms", "total_ms"];
     let spread: Vec<(f64, f64, f64)> = phases.iter().map(|p| quartiles(p)).collect();
