@@ -6,8 +6,9 @@
 //! 1. The child speaks first: [`FromTrainer::Ready`] once it has attached and recovered, or
 //!    [`FromTrainer::ServerGone`] when there is no server to attach to, or [`FromTrainer::Failed`] with request
 //!    [`Request::Start`] for anything else that stops it. After the last two it exits.
-//! 2. Requests come one at a time: the supervisor sends the next one only after the answer to the one before.
-//! 3. Every request gets exactly one answer:
+//! 2. Requests come one at a time: the supervisor sends the next one only after the answer to the one before. The one
+//!    exception: with `train.workers` above 1 a [`ToTrainer::Train`] may follow others that have no answer yet.
+//! 3. Every request gets exactly one answer, in the order of the requests:
 //!
 //!    | request | answer |
 //!    |---|---|
@@ -18,7 +19,7 @@
 //!    | [`ToTrainer::Shutdown`] with `sync` | `Synced` or `Failed`, then the child exits with status 0 |
 //!    | [`ToTrainer::Shutdown`] without `sync` | none: the child exits with status 0 |
 //!
-//! 4. `ServerGone` may come at any time. It takes the place of the answer that was due, nothing follows it, and the
+//! 4. `ServerGone` may come at any time. It takes the place of all answers that were due, nothing follows it, and the
 //!    child exits: nothing is written to the weights of a server that is gone.
 //! 5. `Failed` to a `Train` means that no weight was changed by it.
 //! 6. `Alive` comes every second from a thread of its own, before `Ready` and during requests too; it answers
@@ -33,7 +34,7 @@
 //! Why sequence numbers: an example gets a durable `seq` (1, 2, 3, ...) before it is sent. A generation's cursor is
 //! the highest `seq` whose effect its files hold. After a restart the child reports that cursor and the supervisor
 //! sends everything after it again, in the same order, in the same batches and with the same step numbers, so that
-//! the weights come out the same to the bit.
+//! with one worker the weights come out the same to the bit.
 
 use std::fmt;
 use std::ops::Range;
@@ -175,6 +176,9 @@ pub struct Trained {
     /// How long the engine was held for the writes; `None` when it was not.
     #[serde(default)]
     pub hold: Option<Hold>,
+    /// Updates of the weights between the step's first look at them and its own update.
+    #[serde(default)]
+    pub staleness: u64,
 }
 
 /// A hold of the server's engine.
@@ -295,7 +299,9 @@ pub struct Ready {
 /// What the trainer takes of the machine.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Budget {
-    /// Threads of a step on a CPU.
+    /// Steps that are computed side by side.
+    pub workers: usize,
+    /// Threads of each of them on a CPU.
     pub threads: usize,
     /// Niceness of its process.
     pub nice: i32,

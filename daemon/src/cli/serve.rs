@@ -76,6 +76,7 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         command: trainer_command(args, &config, log_format)?,
         model: config.model.dir.display().to_string(),
         batch_examples: config.train.batch_examples,
+        workers: config.train.workers,
         duty_cycle: config.train.duty_cycle,
         schedule: Schedule::parse(&config.sync.schedule, &config.sync.timezone)?,
         sync_on_shutdown: config.sync.on_shutdown,

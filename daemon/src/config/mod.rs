@@ -306,13 +306,18 @@ pub struct TrainConfig {
     /// makes every context run anew. More is an approximation, because they are those of older weights; and as every sync
     /// empties the cache, the bytes that training leaves then depend on when syncs fall.
     pub prefix_max_updates: u64,
-    /// Threads of the CPU step. Default 0: all cores.
+    /// Steps that are computed side by side on a CPU (HOGWILD), 1 to 64. Default 1. More than one reads weights while
+    /// another's update is written: a step then rests on weights up to `workers - 1` updates old, and training the same
+    /// examples again, after a crash too, does not leave the same bytes. Each worker has activations, keys and values of
+    /// its own. A GPU takes 1 only.
+    pub workers: usize,
+    /// Threads of the CPU step, for each worker. Default 0: all cores, shared among the workers.
     pub threads: usize,
     /// Added to the daemon's niceness for the trainer's process, 0 to 19. Default 0. At 10 a server on the same cores goes
     /// first and training takes what is left; with `server.update = "between"` it then holds the engine longer.
     pub nice: u8,
     /// Share of the time in which steps run, 0.01 to 1. Default 1: the next follows at once. At 0.25 a rest of
-    /// three times its length follows each step. Syncs, rollbacks and the end do not wait for it.
+    /// three times its length follows each step, or each `workers` steps side by side. Syncs, rollbacks and the end do not wait for it.
     pub duty_cycle: f64,
     /// Tokens of the longest example, context and decision. Default 4096; a longer one is refused. Bounds memory.
     pub max_tokens: usize,
@@ -358,6 +363,7 @@ impl Default for TrainConfig {
             batch_examples: 1,
             prefix_cache_tokens: 0,
             prefix_max_updates: 0,
+            workers: 1,
             threads: 0,
             nice: 0,
             duty_cycle: 1.0,

@@ -102,6 +102,9 @@ impl Config {
         check(train.prefix_max_updates == 0 || train.prefix_cache_tokens > 0, "train.prefix_max_updates", || {
             "has no effect while train.prefix_cache_tokens is 0: set how many tokens are kept".into()
         })?;
+        check((1..=64).contains(&train.workers), "train.workers", || {
+            format!("is {}, must lie in [1, 64]", train.workers)
+        })?;
         check(train.nice <= 19, "train.nice", || format!("is {}, must lie in [0, 19]", train.nice))?;
         check((0.01..=1.0).contains(&train.duty_cycle), "train.duty_cycle", || range("[0.01, 1]", train.duty_cycle))?;
         check(train.max_tokens >= 2, "train.max_tokens", || "must be at least 2: one of context, one learned".into())?;
@@ -203,6 +206,7 @@ mod tests {
         assert!(refusal(|c| c.train.batch_examples = 0).starts_with("train.batch_examples:"));
         assert!(refusal(|c| c.train.prefix_cache_tokens = 31).starts_with("train.prefix_cache_tokens:"));
         assert!(refusal(|c| c.train.prefix_max_updates = 1).contains("while train.prefix_cache_tokens is 0"));
+        assert!(refusal(|c| c.train.workers = 0).starts_with("train.workers: is 0"));
         assert!(refusal(|c| c.train.nice = 20).starts_with("train.nice:"));
         for share in [0.0, -0.5, 1.5, f64::NAN] {
             assert!(refusal(|c| c.train.duty_cycle = share).starts_with("train.duty_cycle:"), "{share}");

@@ -46,6 +46,9 @@ fn text(status: &Status) -> String {
     let counts = &status.counts;
     let outcomes = [("applied", counts.applied), ("skipped", counts.skipped), ("failed", counts.failed)];
     out.family("steps_total", "counter", "Steps since the daemon's start.", "outcome", &outcomes);
+    let help = "Updates between the applied steps' first look at the weights and their own, added up.";
+    out.family("staleness_updates_total", "counter", help, "", &[("", counts.staleness_sum)]);
+    out.gauge("staleness_updates_max", "The most of any step since the daemon's start.", counts.staleness_max);
     let outcomes = [("done", counts.syncs), ("failed", counts.syncs_failed)];
     out.family("syncs_total", "counter", "Syncs since the daemon's start.", "outcome", &outcomes);
     let outcomes = [("done", counts.invalidations), ("failed", counts.invalidations_failed)];
@@ -97,6 +100,7 @@ mod tests {
         status.last_losses.push_back(StepLoss { step: 9, loss: Some(0.5), skipped: None });
         status.timings = Some(Timings { update_ms: 12.5, ..Timings::default() });
         (status.counts.holds, status.counts.holds_overrun, status.restarts) = (3, 1, 4);
+        (status.counts.staleness_sum, status.counts.staleness_max) = (6, 2);
         let page = text(&status);
         for line in [
             "apollod_ready 1",
@@ -108,6 +112,8 @@ mod tests {
             "apollod_holds_total{outcome=\"in_time\"} 2",
             "apollod_holds_total{outcome=\"overran\"} 1",
             "apollod_restarts_total 4",
+            "apollod_staleness_updates_total 6",
+            "apollod_staleness_updates_max 2",
         ] {
             assert!(page.lines().any(|l| l == line), "{line} is not in\n{page}");
         }

@@ -1,16 +1,16 @@
 //! What the supervisor makes of the child's answers.
 
+use std::collections::VecDeque;
 use std::time::Instant;
 
 use chrono::Utc;
 
 use super::child::Output;
 use super::events::What;
-use super::run::{InFlight, Supervisor, answer, now};
+use super::run::{InFlight, Sent, Supervisor, answer, now};
 use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
 use crate::protocol::{FromTrainer, Invalidated, Published, Ready, Repaired, Request, Synced, Trained};
-use crate::queue::Batch;
 
 impl Supervisor {
     /// Takes in what the child says. Every request gets exactly one answer; anything else is a broken trainer.
@@ -25,8 +25,8 @@ impl Supervisor {
         };
         match (message, self.in_flight.take()) {
             (FromTrainer::Ready(ready), None) => self.on_ready(ready),
-            (FromTrainer::Trained(trained), Some(InFlight::Train { batch, started })) => {
-                self.on_trained(trained, batch, started)
+            (FromTrainer::Trained(trained), Some(InFlight::Train { steps, since })) => {
+                self.on_trained(trained, steps, since)
             }
             (FromTrainer::Synced(synced), Some(InFlight::Sync { reason, waiting })) => {
                 self.on_synced(reason, waiting, synced)
@@ -101,20 +101,34 @@ impl Supervisor {
         self.tell(attached);
     }
 
-    fn on_trained(&mut self, trained: Trained, batch: Batch, started: Instant) {
-        let sent: Vec<u64> = batch.examples.iter().map(|example| example.seq).collect();
+    /// What is still in flight after the answer to the first of these steps. Rests once it is nothing.
+    fn answered(&mut self, steps: VecDeque<Sent>, since: Instant) {
+        if steps.is_empty() {
+            self.rest_after(since);
+        } else {
+            self.in_flight = Some(InFlight::Train { steps, since });
+        }
+    }
+
+    fn on_trained(&mut self, trained: Trained, mut steps: VecDeque<Sent>, since: Instant) {
+        let first = &steps.front().expect("steps in flight are at least one").batch;
+        let sent: Vec<u64> = first.examples.iter().map(|example| example.seq).collect();
         let answered: Vec<u64> = trained.examples.iter().map(|example| example.seq).collect();
-        if trained.step != batch.step || answered != sent {
-            let reason = format!("it answered step {} {answered:?} to step {} {sent:?}", trained.step, batch.step);
-            self.in_flight = Some(InFlight::Train { batch, started });
+        if trained.step != first.step || answered != sent {
+            let reason = format!("it answered step {} {answered:?} to step {} {sent:?}", trained.step, first.step);
+            self.in_flight = Some(InFlight::Train { steps, since });
             return self.kill_child(reason);
         }
+        let Sent { started, .. } = steps.pop_front().expect("it was just looked at");
+        self.answered(steps, since);
         let (results, version, why) = (trained.examples.clone(), trained.weight_version, trained.skipped.clone());
         self.record(move |queue| queue.record_trained(&results, version, why.as_deref()));
         self.unsynced = true;
-        self.rest_after(started);
-        self.replay_from = self.replay_from.and(sent.last().copied());
-        (self.deaths_in_a_row, self.deaths_of_step, self.failures_in_a_row) = (0, (0, 0), 0);
+        (self.deaths_in_a_row, self.failures_in_a_row) = (0, 0);
+        // A replay of earlier steps says nothing about the one that trainers died on.
+        if trained.step >= self.deaths_of_step.0 {
+            self.deaths_of_step = (0, 0);
+        }
         let timings = Timings {
             prefill_ms: trained.prefill_ms,
             forward_ms: trained.forward_ms,
@@ -136,7 +150,11 @@ impl Supervisor {
             (status.step, status.weight_version, status.timings) =
                 (trained.step, trained.weight_version, Some(timings));
             match trained.skipped {
-                None => status.counts.applied += 1,
+                None => {
+                    status.counts.applied += 1;
+                    status.counts.staleness_sum += trained.staleness;
+                    status.counts.staleness_max = status.counts.staleness_max.max(trained.staleness);
+                }
                 Some(_) => status.counts.skipped += 1,
             }
             status.counts.holds += u64::from(trained.hold.is_some());
@@ -215,11 +233,11 @@ impl Supervisor {
         }
         match (request, in_flight) {
             (Request::Start, None) => self.lose_child(State::Failed, reason),
-            (Request::Train, Some(InFlight::Train { batch, started })) => {
-                self.rest_after(started);
+            (Request::Train, Some(InFlight::Train { mut steps, since })) => {
+                let Sent { batch, .. } = steps.pop_front().expect("steps in flight are at least one");
+                self.answered(steps, since);
                 self.record_failed(batch.step, reason.clone());
                 self.update(|status| status.counts.failed += 1);
-                self.replay_from = self.replay_from.and(batch.examples.last().map(|example| example.seq));
                 self.failures_in_a_row += 1;
                 if self.failures_in_a_row >= FAILURES_MAX {
                     self.paused = Some(format!(

@@ -57,7 +57,9 @@ pub struct Options {
     pub model: String,
     /// Examples per step.
     pub batch_examples: usize,
-    /// Share of the time in which steps run, above 0 and at most 1: a rest follows each.
+    /// Steps that the trainer computes side by side, at least 1.
+    pub workers: usize,
+    /// Share of the time in which steps run, above 0 and at most 1: a rest follows each, or each `workers` of them.
     pub duty_cycle: f64,
     /// When to sync.
     pub schedule: Schedule,
@@ -157,7 +159,7 @@ impl Handle {
         self.tell(Event::Wake);
     }
 
-    /// Stops training after the step in flight, or goes on with it. Syncs go on either way.
+    /// Stops training after the steps in flight, or goes on with it. Syncs go on either way.
     pub fn pause(&self, paused: bool) {
         self.tell(Event::Pause(paused));
     }
@@ -167,7 +169,7 @@ impl Handle {
         self.tell(Event::Sync { reason: reason.into(), reply: None });
     }
 
-    /// Syncs after the step in flight.
+    /// Syncs after the steps in flight.
     ///
     /// # Errors
     /// [`ControlError`].
@@ -197,7 +199,7 @@ impl Handle {
         outcome.await.unwrap_or(Err(ControlError::Stopping))
     }
 
-    /// Finishes the step in flight, syncs if so configured, ends the trainer and the thread.
+    /// Finishes the steps in flight, syncs if so configured, ends the trainer and the thread.
     pub fn shutdown(&self) {
         self.tell(Event::Shutdown);
     }

@@ -1,5 +1,7 @@
 //! The supervisor's loop. Parents decide ([`Supervisor::advance`]), leaves act.
 
+use std::collections::VecDeque;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -20,12 +22,33 @@ const SLEEP_MAX: Duration = Duration::from_secs(15);
 /// How long a child that said its last word may take to end.
 const END_PATIENCE: Duration = Duration::from_secs(5);
 
-/// The request that waits for its answer.
+/// Steps in flight for each worker, where there are several: the next is there when it has done with its own.
+const STEPS_PER_WORKER: usize = 2;
+
+/// A step that was sent.
+pub(super) struct Sent {
+    pub batch: Batch,
+    pub started: Instant,
+}
+
+/// What waits for its answer.
 pub(super) enum InFlight {
-    Train { batch: Batch, started: Instant },
-    Sync { reason: String, waiting: Vec<Reply<Synced>> },
-    Rollback { reply: Reply<(u64, u64)> },
-    Repair { reply: Reply<Repaired> },
+    /// Steps, at least one, in the order in which they are answered; the first of them were sent when nothing was in
+    /// flight, at `since`.
+    Train {
+        steps: VecDeque<Sent>,
+        since: Instant,
+    },
+    Sync {
+        reason: String,
+        waiting: Vec<Reply<Synced>>,
+    },
+    Rollback {
+        reply: Reply<(u64, u64)>,
+    },
+    Repair {
+        reply: Reply<Repaired>,
+    },
     Shutdown,
 }
 
@@ -71,6 +94,8 @@ pub(super) struct Supervisor {
     pub(super) next_sync: Option<DateTime<Utc>>,
     pub(super) deaths_in_a_row: u32,
     pub(super) deaths_of_step: (u64, u32),
+    /// The steps that were in flight when the last trainer died, one of which may have killed it. Each is sent alone.
+    suspects: Option<RangeInclusive<u64>>,
     pub(super) failures_in_a_row: u32,
     pub(super) records: Records,
     /// Until when no step is begun, for the duty cycle.
@@ -110,6 +135,7 @@ impl Supervisor {
             next_sync,
             deaths_in_a_row: 0,
             deaths_of_step: (0, 0),
+            suspects: None,
             failures_in_a_row: 0,
             records: Records::default(),
             rest_until: None,
@@ -167,7 +193,7 @@ impl Supervisor {
         until.clamp(Duration::from_millis(1), most)
     }
 
-    /// Plans the rest that the duty cycle asks for after a step that began then.
+    /// Plans the rest that the duty cycle asks for after steps of which the first began then.
     pub(super) fn rest_after(&mut self, started: Instant) {
         let share = self.options.duty_cycle;
         self.rest_until = (share < 1.0).then(|| Instant::now() + started.elapsed().mul_f64((1.0 - share) / share));
@@ -178,8 +204,36 @@ impl Supervisor {
         self.rest_until.map(|until| until.saturating_duration_since(Instant::now())).filter(|rest| !rest.is_zero())
     }
 
+    /// Whether a request can be sent that is alone in flight.
     fn can_send(&self) -> bool {
-        self.in_flight.is_none() && self.attached.as_ref().is_some_and(|attached| attached.ready)
+        self.in_flight.is_none() && self.is_ready()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.attached.as_ref().is_some_and(|attached| attached.ready)
+    }
+
+    /// Whether a step can be sent, perhaps after others that have no answer yet.
+    fn can_send_step(&self) -> bool {
+        let steps = match &self.in_flight {
+            None => return self.is_ready(),
+            Some(InFlight::Train { steps, .. }) => steps,
+            Some(_) => return false,
+        };
+        let most = match self.options.workers {
+            1 => 1,
+            workers if self.rests() => workers,
+            workers => STEPS_PER_WORKER * workers,
+        };
+        steps.len() < most && !steps.iter().any(|sent| self.is_suspect(sent.batch.step))
+    }
+
+    fn rests(&self) -> bool {
+        self.options.duty_cycle < 1.0
+    }
+
+    fn is_suspect(&self, step: u64) -> bool {
+        self.suspects.as_ref().is_some_and(|suspects| suspects.contains(&step))
     }
 
     /// Decides what to do next, when something can be done.
@@ -197,7 +251,7 @@ impl Supervisor {
         }
         let writable = self.catch_up();
         if !self.can_send() {
-            return;
+            return self.advance_steps(writable);
         }
         if self.stopping {
             let sync = self.options.sync_on_shutdown && self.unsynced;
@@ -209,14 +263,46 @@ impl Supervisor {
         } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
-        } else if self.paused.is_none()
-            && writable
-            && self.rest().is_none()
-            && let Some(batch) = self.next_batch()
-        {
-            let Batch { step, lr, examples } = batch.clone();
-            self.send(InFlight::Train { batch, started: Instant::now() }, &ToTrainer::Train { step, lr, examples });
+        } else {
+            self.advance_steps(writable);
         }
+    }
+
+    /// Sends the steps that can be sent now. Whatever else is wanted comes first, once the steps in flight are answered.
+    fn advance_steps(&mut self, writable: bool) {
+        if !writable || self.paused.is_some() || self.stopping {
+            return;
+        }
+        if self.rests() && self.in_flight.is_some() {
+            // Workers that rest together begin together.
+            return;
+        }
+        while self.can_send_step() && self.rest().is_none() {
+            if self.in_flight.is_some() && self.wanted_sync.is_none() {
+                self.wanted_sync = self.scheduled();
+            }
+            if self.wanted_sync.is_some() || self.wanted_rollback.is_some() || self.wanted_repair.is_some() {
+                break;
+            }
+            let Some(batch) = self.next_batch() else { break };
+            if self.in_flight.is_some() && self.is_suspect(batch.step) {
+                break;
+            }
+            self.send_step(batch);
+        }
+    }
+
+    fn send_step(&mut self, batch: Batch) {
+        let Batch { step, lr, examples } = batch.clone();
+        let last = examples.last().map(|example| example.seq);
+        self.replay_from = self.replay_from.and(last);
+        let sent = Sent { batch, started: Instant::now() };
+        let (mut steps, since) = match self.in_flight.take() {
+            Some(InFlight::Train { steps, since }) => (steps, since),
+            _ => (VecDeque::new(), sent.started),
+        };
+        steps.push_back(sent);
+        self.send(InFlight::Train { steps, since }, &ToTrainer::Train { step, lr, examples });
     }
 
     /// The sync of the schedule, if one is due and there is something to write.
@@ -226,7 +312,8 @@ impl Supervisor {
             return None;
         }
         self.next_sync = self.options.schedule.next_after(Utc::now());
-        self.unsynced.then(|| WantedSync { reason: "schedule".into(), waiting: Vec::new() })
+        let something = self.unsynced || matches!(self.in_flight, Some(InFlight::Train { .. }));
+        something.then(|| WantedSync { reason: "schedule".into(), waiting: Vec::new() })
     }
 
     fn next_batch(&mut self) -> Option<Batch> {
@@ -376,12 +463,15 @@ impl Supervisor {
             (false, true) => format!("trainer {pid}: {reason}"),
             (false, false) => reason,
         };
-        let step = match &self.in_flight {
-            Some(InFlight::Train { batch, .. }) => Some(batch.step),
-            _ => None,
-        };
-        if let (State::Failed, Some(step)) = (state, step) {
-            self.note_death_of_step(step, &reason);
+        if let (State::Failed, Some(InFlight::Train { steps, .. })) = (state, &self.in_flight)
+            && let (Some(first), Some(last)) = (steps.front(), steps.back())
+        {
+            let (first, last) = (first.batch.step, last.batch.step);
+            self.suspects = Some(first..=last);
+            // Of several, any may be to blame: each will be alone the next time.
+            if first == last {
+                self.note_death_of_step(first, &reason);
+            }
         }
         self.answer_waiting(&ControlError::Lost(reason.clone()));
         if state == State::Stopping {

@@ -137,6 +137,12 @@ pub struct Counts {
     pub skipped: u64,
     /// Steps that failed.
     pub failed: u64,
+    /// Updates between a step's first look at the weights and its own, added up over the applied steps.
+    #[serde(default)]
+    pub staleness_sum: u64,
+    /// The most of any step.
+    #[serde(default)]
+    pub staleness_max: u64,
     /// Syncs.
     pub syncs: u64,
     /// Syncs that failed.
@@ -149,6 +155,13 @@ pub struct Counts {
     pub holds: u64,
     /// Those whose hold ended by itself.
     pub holds_overrun: u64,
+}
+
+impl Counts {
+    /// Mean staleness of the applied steps, in updates.
+    pub fn staleness_mean(&self) -> f64 {
+        self.staleness_sum as f64 / self.applied.max(1) as f64
+    }
 }
 
 /// Everything about the daemon at one moment. `None` stands for what is not known, as no trainer has reported it yet.
@@ -306,8 +319,13 @@ impl fmt::Display for Status {
             self.restarts,
             self.last_restart.as_ref().map(|why| format!(", the last because: {why}")).unwrap_or_default()
         )?;
-        if let Some(Budget { threads, nice, duty_cycle }) = &self.budget {
-            writeln!(f, "  budget      {threads} threads, niceness {nice}, duty cycle {duty_cycle}")?;
+        if let Some(Budget { workers, threads, nice, duty_cycle }) = &self.budget {
+            let each = if *workers > 1 { format!("{workers} workers of ") } else { String::new() };
+            writeln!(f, "  budget      {each}{threads} threads, niceness {nice}, duty cycle {duty_cycle}")?;
+            if *workers > 1 {
+                let (mean, max) = (self.counts.staleness_mean(), self.counts.staleness_max);
+                writeln!(f, "  staleness   {mean:.2} updates in the mean, {max} at most")?;
+            }
         }
         if !self.recovery.is_empty() {
             writeln!(f, "  recovery    {}", self.recovery)?;

@@ -23,11 +23,17 @@ impl Stand {
     }
 
     fn start_in(dir: tempfile::TempDir, orders: &[(&str, &str)]) -> Self {
-        Self::start_on(dir, orders, None)
+        Self::start_on(dir, orders, None, 1, 1.0)
     }
 
     /// On files that are known before a trainer speaks of them.
-    fn start_on(dir: tempfile::TempDir, orders: &[(&str, &str)], files: Option<Files>) -> Self {
+    fn start_on(
+        dir: tempfile::TempDir,
+        orders: &[(&str, &str)],
+        files: Option<Files>,
+        workers: usize,
+        duty_cycle: f64,
+    ) -> Self {
         for (name, text) in orders {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
@@ -37,7 +43,8 @@ impl Stand {
             command: ChildCommand { program: "/bin/sh".into(), arguments: vec!["-c".into(), command.into()] },
             model: "fake".into(),
             batch_examples: 2,
-            duty_cycle: 1.0,
+            workers,
+            duty_cycle,
             schedule: Schedule::parse("0 0 1 1 *", "UTC").unwrap(),
             sync_on_shutdown: true,
             restart_delay: Duration::from_millis(10),
@@ -220,6 +227,75 @@ fn a_step_that_kills_every_trainer_is_given_up_and_the_rest_goes_on() {
 }
 
 #[test]
+fn a_step_that_kills_every_trainer_is_given_up_after_earlier_ones_are_replayed_too() {
+    let stand = Stand::start(&[("die_always", "2")]);
+    let ids = stand.add(6);
+    stand.wait_for(&ids[4..], ExampleState::Trained);
+    assert_eq!(stand.get(&ids[2]).state, ExampleState::Failed);
+    assert_eq!(stand.handle.status().restarts, u64::from(DEATHS_MAX));
+}
+
+/// A supervisor of a trainer with two workers.
+fn two_workers(orders: &[(&str, &str)], duty_cycle: f64) -> Stand {
+    Stand::start_on(tempfile::tempdir().unwrap(), orders, None, 2, duty_cycle)
+}
+
+#[test]
+fn steps_are_sent_ahead_of_two_workers_and_whatever_else_is_asked_waits_for_all() {
+    let stand = two_workers(&[("step_seconds", "0.1")], 1.0);
+    stand.until_state(State::Idle);
+    let ids = stand.add(20);
+    stand.until("a step", || stand.handle.status().step == 1);
+    // The trainer logs what it reads, one request at a time; what is sent shows in the queue.
+    stand.until("steps ahead", || stand.handle.status().queue.get("training") == Some(&8));
+    block_on(stand.handle.sync("test")).unwrap();
+    stand.wait_for(&ids, ExampleState::Trained);
+    let log = stand.log();
+    let steps: Vec<&str> = log.lines().filter(|line| line.contains("train")).collect();
+    assert_eq!(steps.len(), 10, "{log}");
+    let in_order = |(i, line): (usize, &&str)| line.contains(&format!("\"step\":{},", i + 1));
+    assert!(steps.iter().enumerate().all(in_order), "{log}");
+    assert_eq!(stand.requests("sync").len(), 1, "{log}");
+}
+
+#[test]
+fn of_several_steps_in_flight_the_one_that_kills_trainers_is_found() {
+    let stand = two_workers(&[("die_always", "3")], 1.0);
+    let ids = stand.add(12);
+    stand.wait_for(&ids[6..], ExampleState::Trained);
+    for (i, id) in ids.iter().enumerate() {
+        let want = if [4, 5].contains(&i) { ExampleState::Failed } else { ExampleState::Trained };
+        assert_eq!(stand.get(id).state, want, "example {i}");
+    }
+    // Once beside others, unless they were answered by then, and as often as it takes alone.
+    let restarts = stand.handle.status().restarts;
+    assert!((u64::from(DEATHS_MAX)..=u64::from(DEATHS_MAX) + 1).contains(&restarts), "{restarts}");
+}
+
+#[test]
+fn a_step_that_fails_or_is_skipped_leaves_the_others_in_flight_alone() {
+    let stand = two_workers(&[("fail_step", "2"), ("skip_step", "3"), ("step_seconds", "0.05")], 1.0);
+    let ids = stand.add(10);
+    stand.wait_for(&ids[8..], ExampleState::Trained);
+    let states: Vec<ExampleState> = ids.iter().step_by(2).map(|id| stand.get(id).state).collect();
+    use ExampleState::{Failed, Skipped, Trained};
+    assert_eq!(states, [Trained, Failed, Skipped, Trained, Trained]);
+    assert_eq!(stand.handle.status().restarts, 0);
+}
+
+#[test]
+fn workers_rest_together() {
+    let stand = two_workers(&[("step_seconds", "0.05")], 0.25);
+    stand.until_state(State::Idle);
+    let (ids, clock) = (stand.add(8), Instant::now());
+    stand.wait_for(&ids, ExampleState::Trained);
+    // This trainer has one step after the other: two of 0.1 s, a rest of three times that, and two again.
+    assert!(clock.elapsed() >= Duration::from_millis(100 + 300 + 100), "{:?}", clock.elapsed());
+    stand.until_state(State::Idle);
+    assert_eq!(stand.requests("train").len(), 4);
+}
+
+#[test]
 fn a_step_that_fails_or_is_skipped_is_recorded_with_its_reason() {
     let stand = Stand::start(&[("fail_step", "1"), ("skip_step", "2")]);
     let ids = stand.add(5);
@@ -394,6 +470,7 @@ fn a_trainer_that_cannot_start_is_said_and_tried_again() {
         command: ChildCommand { program: "/nonexistent/trainer".into(), arguments: Vec::new() },
         model: "fake".into(),
         batch_examples: 1,
+        workers: 1,
         duty_cycle: 1.0,
         schedule: Schedule::parse("* * * * *", "UTC").unwrap(),
         sync_on_shutdown: true,
@@ -447,7 +524,7 @@ fn a_full_disk_stops_new_steps_alone_and_nothing_is_trained_twice() {
 fn before_a_trainer_speaks_the_status_says_what_the_files_hold_and_no_more() {
     let orders = [("no_server", ""), ("cursor", "2"), ("generation", "3"), ("step", "1")];
     let files = Files { generation: 3, cursor: 2, step: 1 };
-    let stand = Stand::start_on(tempfile::tempdir().unwrap(), &orders, Some(files));
+    let stand = Stand::start_on(tempfile::tempdir().unwrap(), &orders, Some(files), 1, 1.0);
     stand.until_state(State::WaitingForServer);
     let status = stand.handle.status();
     assert_eq!((status.generation, status.cursor, status.step), (Some(3), Some(2), 1));

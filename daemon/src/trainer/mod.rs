@@ -2,7 +2,7 @@
 //!
 //! Why a process: a CUDA error is sticky and a truncated file under a mapping raises SIGBUS; whatever
 //! happens here ends this process alone, and its end is also what lets go of the server's memory.
-//! Requests come as lines on stdin, one at a time; answers go to stdout (see `protocol`).
+//! Requests come as lines on stdin; answers go to stdout (see `protocol`).
 
 mod prefix_cache;
 mod repair;
@@ -11,18 +11,20 @@ mod session;
 mod settings;
 mod shadow;
 mod watch;
+mod workers;
 
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::protocol::{self, FromTrainer, Request, ToTrainer};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::{Cpu, Cuda};
 use session::{Session, Start, StartError};
 use std::io::{BufRead, stdin, stdout};
-use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use workers::{Line, Step};
 
 pub use repair::{files as repair_files, told as repaired};
 pub use settings::{can_store_moments, longest, optimizer_settings, tensors, unmatched_rules};
@@ -45,12 +47,12 @@ pub fn run(config: &Config, told: u64) -> Result<()> {
     });
     match Start::new(config, told) {
         Ok(start) => match start.gpu().map(|uuid| DeviceName::Uuid(uuid.to_owned())) {
-            None => serve(Cpu::new(config.train.threads).map_err(Into::into), start),
+            None => serve(cpus(config), start),
             Some(gpu) => {
                 if let Some(server) = start.server_pid() {
                     compute::cuda::use_library_of(server);
                 }
-                serve(Cuda::open(&gpu).map_err(Into::into), start)
+                serve(one_gpu(config, &gpu), start)
             }
         },
         Err(error) => say_why(error),
@@ -67,33 +69,90 @@ fn say_why(error: StartError) -> Result<()> {
     }
 }
 
-/// Answers requests on the device that has the weights in its memory.
-fn serve<D: Backend>(device: Result<D>, start: Start) -> Result<()> {
-    let opened = device.map_err(StartError::Failed).and_then(|device| Session::open(start, Arc::new(device)));
-    let mut session = match opened {
-        Ok(session) => session,
+/// A pool of threads for each worker.
+fn cpus(config: &Config) -> Result<Vec<Cpu>> {
+    let threads = settings::threads(&config.train);
+    (0..config.train.workers).map(|_| Cpu::new(threads).map_err(Into::into)).collect()
+}
+
+fn one_gpu(config: &Config, name: &DeviceName) -> Result<Vec<Cuda>> {
+    let workers = config.train.workers;
+    if workers > 1 {
+        bail!(
+            "train.workers is {workers}, but the weights lie on a GPU, where one step takes all of it: set train.workers \
+             to 1, nothing was written"
+        );
+    }
+    Ok(vec![Cuda::open(name)?])
+}
+
+/// What the main thread waits for.
+enum Input {
+    Request(ToTrainer),
+    Nonsense(protocol::ProtocolError),
+    /// A worker has applied a step.
+    Answer(FromTrainer),
+    /// Nobody will ask any more.
+    End,
+}
+
+/// Answers requests with a worker on each of these devices, which have the weights in their memory.
+fn serve<D: Backend>(devices: Result<Vec<D>>, start: Start) -> Result<()> {
+    let devices = devices.map(|devices| devices.into_iter().map(Arc::new).collect());
+    let (session, workers) = match devices.map_err(StartError::Failed).and_then(|devices| Session::open(start, devices))
+    {
+        Ok(opened) => opened,
         Err(error) => return say_why(error),
     };
     say(&FromTrainer::Ready(session.ready()))?;
-    session.publish().map_or(Ok(()), |published| say(&published))?;
-    let requests = requests();
+    let (inputs, inbox) = mpsc::channel();
+    read_requests(inputs.clone());
+    let (line, session) = (Line::new(workers.len()), Mutex::new(session));
+    std::thread::scope(|scope| {
+        for worker in workers {
+            let (line, session, inputs) = (&line, &session, inputs.clone());
+            // The receiver ends with the main thread; answers are then nobody's.
+            scope.spawn(move || worker.run(line, session, |answer| drop(inputs.send(Input::Answer(answer)))));
+        }
+        let served = answer_requests(&line, &session, &inbox);
+        line.close();
+        served
+    })
+}
+
+fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbox: &Receiver<Input>) -> Result<()> {
+    let lock = || -> MutexGuard<Session<D>> { session.lock().unwrap_or_else(PoisonError::into_inner) };
+    lock().publish().map_or(Ok(()), |published| say(&published))?;
     loop {
-        let request = match requests.recv_timeout(WATCH) {
-            Ok(request) => Some(request?),
-            Err(RecvTimeoutError::Disconnected) => return Ok(()),
-            Err(RecvTimeoutError::Timeout) => None,
-        };
-        let stop = matches!(request, Some(ToTrainer::Shutdown { .. }));
-        let answer = match request {
-            Some(request) => session.answer(request),
-            None => session.look().err().map(|reason| FromTrainer::ServerGone { reason }),
+        let mut stop = false;
+        let answer = match inbox.recv_timeout(WATCH) {
+            Ok(Input::Request(ToTrainer::Train { step, lr, examples })) => {
+                line.push(Step { number: step, lr, work: examples });
+                None
+            }
+            Ok(Input::Request(request)) if !line.is_empty() => {
+                bail!("{} was asked for while steps are in flight: the supervisor breaks the protocol", request.kind())
+            }
+            Ok(Input::Request(request)) => {
+                stop = matches!(request, ToTrainer::Shutdown { .. });
+                lock().answer(&request)
+            }
+            Ok(Input::Nonsense(error)) => return Err(error.into()),
+            Ok(Input::Answer(answer)) => Some(answer),
+            Ok(Input::End) | Err(RecvTimeoutError::Disconnected) => return Ok(()),
+            Err(RecvTimeoutError::Timeout) if !line.is_empty() => None,
+            Err(RecvTimeoutError::Timeout) => lock().look().err().map(|reason| FromTrainer::ServerGone { reason }),
         };
         if let Some(answer) = answer {
             say(&answer)?;
-            if matches!(answer, FromTrainer::ServerGone { .. }) {
-                return Ok(());
+            match answer {
+                FromTrainer::ServerGone { .. } => return Ok(()),
+                // A replay from this generation begins without keys and values, and is to end with the same bytes.
+                FromTrainer::Synced(_) | FromTrainer::RolledBack { .. } => line.forget(),
+                _ => {}
             }
         }
+        let mut session = lock();
         if let Some(reason) = session.broken() {
             return say(&FromTrainer::Dying { reason });
         }
@@ -111,15 +170,14 @@ fn say(message: &FromTrainer) -> Result<()> {
     Ok(protocol::send(&mut stdout().lock(), message)?)
 }
 
-/// Lines of stdin, parsed; the channel closes at their end.
-fn requests() -> Receiver<Result<ToTrainer, protocol::ProtocolError>> {
-    let (sender, receiver) = mpsc::channel();
+/// Hands on the lines of stdin, parsed, and its end.
+fn read_requests(inputs: Sender<Input>) {
     std::thread::spawn(move || {
         for line in stdin().lock().lines().map_while(Result::ok) {
-            if sender.send(protocol::parse(&line)).is_err() {
-                break;
+            if inputs.send(protocol::parse(&line).map_or_else(Input::Nonsense, Input::Request)).is_err() {
+                return;
             }
         }
+        drop(inputs.send(Input::End));
     });
-    receiver
 }

@@ -3,11 +3,12 @@
 use super::prefix_cache::PrefixCache;
 use super::restore::Attached;
 use super::shadow::{self, Failure, Finding};
+use super::workers::{Computed, Done, Step, Worker};
 use super::{repair, restore, settings, watch};
 use crate::backend::{Backend, ReadNext};
 use crate::config::{self, Attach, Config, SyncMode, Update};
 use crate::protocol::{
-    Budget, ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Synced, ToTrainer, Trained, Work,
+    Budget, ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Request, Synced, ToTrainer, Trained, Work,
 };
 use crate::weights::{self, Fit};
 use anyhow::{Context, Result, bail};
@@ -15,7 +16,7 @@ use apollo::{Gates, Optimizer, Rule, Written};
 use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress, Reads};
 use compute::Dtype;
 use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
-use model::{Cache, Example, Extent, Model, Report, Timings};
+use model::{Model, Report};
 use std::hash::{BuildHasher, RandomState};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -60,11 +61,9 @@ impl<E: Into<anyhow::Error>> From<E> for StartError {
 pub struct Session<D: Backend> {
     device: Arc<D>,
     attachment: Arc<Attachment>,
-    model: Model<D>,
-    cache: Cache<D>,
+    model: Arc<Model<D>>,
     optimizer: Optimizer<D>,
     gates: Gates,
-    extent: Extent,
     lr: f32,
     checkpoint: Checkpoint,
     /// Element type of each tensor in the files.
@@ -124,9 +123,10 @@ impl<'a> Start<'a> {
 }
 
 impl<D: Backend> Session<D> {
-    /// Brings live weights and optimizer to the last generation. Nothing is written to live weights before everything
-    /// was checked.
-    pub fn open(start: Start, device: Arc<D>) -> Result<Session<D>, StartError> {
+    /// Brings live weights and optimizer to the last generation; with a worker on each of the devices, which are one
+    /// machine's. Nothing is written to live weights before everything was checked.
+    pub fn open(start: Start, devices: Vec<Arc<D>>) -> Result<(Session<D>, Vec<Worker<D>>), StartError> {
+        let device = devices[0].clone();
         let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment } = start;
         same_directory(attachment.model_dir(), &config.model.dir)?;
         can_be_held(config.server.update, &attachment)?;
@@ -136,7 +136,7 @@ impl<D: Backend> Session<D> {
         let files = SafetensorsDir::open(&config.model.dir)?;
         let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
         let longest = settings::longest(&model_config, &config.train);
-        let model = Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest);
+        let model = Arc::new(Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest));
         let mut cache = model.cache(longest);
         let mut recovery = vec![recovery];
         let optimizer_settings = settings::optimizer_settings(&config.train);
@@ -169,7 +169,15 @@ impl<D: Backend> Session<D> {
             restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
-        cache.keep_prefixes(settings::prefix_limits(&config.train));
+        let wanted: Vec<bool> = tensors.iter().map(|t| t.effective_rule() != Rule::Frozen).collect();
+        let mut caches = std::iter::once(cache).chain(std::iter::repeat_with(|| model.cache(longest)));
+        let worker = |device: Arc<D>| {
+            let mut cache = caches.next().expect("there is no end of them");
+            cache.keep_prefixes(settings::prefix_limits(&config.train));
+            let (attachment, model, extent) = (attachment.clone(), model.clone(), settings::extent(&config.train));
+            Worker { device, attachment, model, cache, extent, wanted: wanted.clone() }
+        };
+        let workers: Vec<Worker<D>> = devices.into_iter().map(worker).collect();
         let mut optimizer = Optimizer::new(device.clone(), tensors, optimizer_settings);
         recovery.extend(load_state(&mut optimizer, &checkpoint)?);
         // Every tensor was compared with the files or restored from them.
@@ -180,10 +188,8 @@ impl<D: Backend> Session<D> {
             // Weights of that version are gone; these are older ones again, which no version has named so far.
             progress.weight_version = told + 1;
         }
-        Ok(Session {
-            cache,
+        let session = Session {
             gates: settings::gates(&config.train),
-            extent: settings::extent(&config.train),
             lr: config.train.lr as f32,
             recovery: recovery.join("; "),
             update: config.server.update,
@@ -203,7 +209,8 @@ impl<D: Backend> Session<D> {
             prefix_cache,
             shadow_check: shadow_check.or(unchecked),
             warnings,
-        })
+        };
+        Ok((session, workers))
     }
 
     /// The first answer.
@@ -288,57 +295,42 @@ impl<D: Backend> Session<D> {
         self.checkpoint.unusable().map(str::to_owned)
     }
 
-    /// Does what is asked; `None` where the protocol has no answer.
-    pub fn answer(&mut self, request: ToTrainer) -> Option<FromTrainer> {
-        let kind = request.kind();
-        let needs_server =
-            matches!(request, ToTrainer::Train { .. } | ToTrainer::Rollback { .. } | ToTrainer::Repair { .. });
+    /// Does what is asked, other than to train; `None` where the protocol has no answer.
+    pub fn answer(&mut self, request: &ToTrainer) -> Option<FromTrainer> {
+        let needs_server = matches!(request, ToTrainer::Rollback { .. } | ToTrainer::Repair { .. });
         if let (true, Err(reason)) = (needs_server, self.check()) {
             return Some(FromTrainer::ServerGone { reason });
         }
         let result = match request {
-            ToTrainer::Train { step, lr, examples } => self.train(step, lr, &examples),
-            ToTrainer::Sync { reason } => self.sync(&reason),
-            ToTrainer::Rollback { to } => self.rollback(to),
-            ToTrainer::Repair { from } => self.repair(&from),
+            ToTrainer::Train { .. } => unreachable!("steps have a line of their own"),
+            ToTrainer::Sync { reason } => self.sync(reason),
+            ToTrainer::Rollback { to } => self.rollback(*to),
+            ToTrainer::Repair { from } => self.repair(from),
             ToTrainer::Shutdown { sync: true } => self.sync("shutdown"),
             ToTrainer::Shutdown { sync: false } => return None,
         };
-        Some(result.unwrap_or_else(|error| match error.downcast::<ipc::Gone>() {
-            Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
-            Err(error) => FromTrainer::Failed { request: kind, reason: format!("{error:#}") },
-        }))
+        Some(answer_of(request.kind(), result))
     }
 
-    /// One step: all examples forward and backward, then one update or none.
-    fn train(&mut self, step: u64, lr: Option<f32>, work: &[Work]) -> Result<FromTrainer> {
-        let (Some(last), device) = (work.last(), self.device.clone()) else { bail!("a step without examples") };
-        let examples = work.iter().map(|w| self.example(w)).collect::<Result<Vec<_>>>()?;
-        let mut gradients = self.optimizer.gradients();
-        let mut timings = Timings::default();
-        // What examples of one step may share is what each of them leaves here, and what is kept.
-        self.cache.truncate(0);
-        let (reports, lr_scale) = device.run(|| {
-            // Loss of the step: Σ_i w_i Σ_tokens / Σ_i w_i·tokens_i. With one example the weight cancels
-            // out there and multiplies lr instead, to which APOLLO does listen.
-            let total: f32 = work.iter().zip(&examples).map(|(w, e)| w.weight * e.tokens() as f32).sum();
-            let reports: Vec<Report> = work
-                .iter()
-                .zip(&examples)
-                .map(|(w, e)| {
-                    let (scale, cache) = (w.weight / total, &mut self.cache);
-                    self.model.train(cache, e, self.extent, scale, &mut gradients, &mut timings)
-                })
-                .collect();
-            (reports, if work.len() == 1 { work[0].weight } else { 1.0 })
-        });
+    /// Makes the one update of a step that was computed, or none; on the threads of `device`.
+    pub fn apply(&mut self, device: &D, done: Done<D>) -> FromTrainer {
+        if let Err(reason) = self.check() {
+            return FromTrainer::ServerGone { reason };
+        }
+        let Done { step, computed, staleness } = done;
+        answer_of(Request::Train, computed.and_then(|computed| self.update(device, &step, &computed, staleness)))
+    }
+
+    fn update(&mut self, device: &D, step: &Step, computed: &Computed<D>, staleness: u64) -> Result<FromTrainer> {
+        let (Step { number, lr, work }, Computed { gradients, reports, timings }) = (step, computed);
         let tokens: usize = reports.iter().map(|r| r.tokens).sum();
         let loss = (reports.iter().map(|r| r.loss_sum).sum::<f64>() / tokens as f64) as f32;
-        let lr_scale = lr_scale * lr.map_or(1.0, |lr| lr / self.lr);
+        let weight = if work.len() == 1 { work[0].weight } else { 1.0 };
+        let lr_scale = weight * lr.map_or(1.0, |lr| lr / self.lr);
 
         let clock = Instant::now();
         let prepared =
-            device.run(|| self.optimizer.prepare(self.model.weights(), &gradients, loss, lr_scale, &self.gates));
+            device.run(|| self.optimizer.prepare(self.model.weights(), gradients, loss, lr_scale, &self.gates));
         let mut update_ms = ms(clock);
         let mut held_for = None;
         let skipped = match prepared {
@@ -351,22 +343,21 @@ impl<D: Backend> Session<D> {
                 update_ms += ms(clock);
                 self.progress.weight_version += 1;
                 self.prefix_cache.moved();
-                self.cache.weights_moved();
                 held_for = held.map(|(held, since)| released(held, since));
                 None
             }
             Err(why) => Some(why.to_string()),
         };
         let finite = |loss: f32| Some(loss).filter(|l| l.is_finite());
-        self.progress.cursor = last.seq;
-        self.progress.step = step;
+        self.progress.cursor = work.last().expect("a step has examples").seq;
+        self.progress.step = *number;
         self.progress.examples += work.len() as u64;
         self.progress.loss = finite(loss).or(self.progress.loss);
         let result =
             |(w, r): (&Work, &Report)| ExampleResult { seq: w.seq, loss: finite(r.loss()), tokens: r.tokens as u64 };
         Ok(FromTrainer::Trained(Trained {
-            step,
-            examples: work.iter().zip(&reports).map(result).collect(),
+            step: *number,
+            examples: work.iter().zip(reports).map(result).collect(),
             loss: finite(loss),
             weight_version: self.progress.weight_version,
             server_pid: self.attachment.pid(),
@@ -376,13 +367,8 @@ impl<D: Backend> Session<D> {
             backward_ms: timings.backward_ms,
             update_ms,
             hold: held_for,
+            staleness,
         }))
-    }
-
-    fn example(&self, work: &Work) -> Result<Example> {
-        let example = Example::new(work.ids.clone(), work.spans.clone());
-        let checked = example.and_then(|e| self.model.check(&e).map(|()| e));
-        checked.with_context(|| format!("example {}", work.id))
     }
 
     fn sync(&mut self, reason: &str) -> Result<FromTrainer> {
@@ -392,8 +378,6 @@ impl<D: Backend> Session<D> {
             self.checkpoint.sync(&live, &mut |out| optimizer.save(out), self.progress.clone(), &mut |_, _| {})?;
         drop(live);
         self.optimizer.forget_written();
-        // A replay from this generation begins without them, and is to end with the same bytes.
-        self.cache.forget();
         tracing::info!(reason, "{report}");
         tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
@@ -424,7 +408,6 @@ impl<D: Backend> Session<D> {
         tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         self.prefix_cache.moved();
-        self.cache.forget();
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
@@ -442,6 +425,14 @@ impl<D: Backend> Session<D> {
             weight_version,
         })
     }
+}
+
+/// What is said of an outcome.
+fn answer_of(request: Request, outcome: Result<FromTrainer>) -> FromTrainer {
+    outcome.unwrap_or_else(|error| match error.downcast::<ipc::Gone>() {
+        Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
+        Err(error) => FromTrainer::Failed { request, reason: format!("{error:#}") },
+    })
 }
 
 fn ms(clock: Instant) -> f64 {

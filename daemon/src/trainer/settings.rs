@@ -77,9 +77,14 @@ pub fn can_store_moments<D: Device>(device: &D, settings: &Settings) -> Result<(
 /// # Errors
 /// When the system does not tell it.
 pub fn budget(train: &TrainConfig) -> std::io::Result<Budget> {
+    let (workers, threads) = (train.workers, threads(train));
+    Ok(Budget { workers, threads, nice: rustix::process::getpriority_process(None)?, duty_cycle: train.duty_cycle })
+}
+
+/// Threads of each worker: what is configured, or its share of the cores.
+pub fn threads(train: &TrainConfig) -> usize {
     let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let threads = if train.threads == 0 { cores() } else { train.threads };
-    Ok(Budget { threads, nice: rustix::process::getpriority_process(None)?, duty_cycle: train.duty_cycle })
+    if train.threads == 0 { (cores() / train.workers).max(1) } else { train.threads }
 }
 
 /// What is kept of contexts for those that begin alike.

@@ -84,7 +84,7 @@ fn a_nice_trainer_is_nice_in_all_its_threads_and_says_so() {
         assert_eq!(nice, (ours + 7).min(19), "{stat}");
     }
     let budget = &daemon.get("/v1/status")["budget"];
-    assert_eq!(budget, &json!({"threads": 2, "nice": (ours + 7).min(19), "duty_cycle": 0.5}));
+    assert_eq!(budget, &json!({"workers": 1, "threads": 2, "nice": (ours + 7).min(19), "duty_cycle": 0.5}));
     daemon.stop();
     engine.stop();
 }

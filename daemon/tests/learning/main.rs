@@ -7,6 +7,7 @@ mod gguf;
 mod gpu;
 mod harness;
 mod readers;
+mod workers;
 
 use harness::{BEFORE, Place, Process, QUESTION, TAUGHT, ask, lesson, post, until, wait_trained};
 use rustix::process::{Pid, Signal, kill_process};
