@@ -448,6 +448,32 @@ fn an_error_of_the_disk_while_a_journal_is_read_ends_the_open_and_changes_nothin
     }
 }
 
+/// Not only of its first: an error is neither the journal's end nor damage.
+#[test]
+fn an_error_of_the_disk_at_any_read_of_a_journal_ends_the_open_and_loses_nothing() {
+    for published in [false, true] {
+        for passes in 1.. {
+            let scene = Scene::new(true, 150);
+            match published {
+                true => scene.published(),
+                false => scene.journalled(),
+            }
+            let storage = Failing::new();
+            storage.fail_after(passes, Operation::Read, "journal", EIO);
+            match Checkpoint::open_on(storage.clone(), scene.path(), options()) {
+                Ok(_) => {
+                    assert!(!storage.has_failed(), "an error at read {passes} was passed over");
+                    break;
+                }
+                Err(error) => assert!(matches!(error, Error::Io { .. }), "read {passes}: {error}"),
+            }
+            storage.mend();
+            drop(Checkpoint::open_on(storage, scene.path(), options()).unwrap());
+            assert_files_are(&open(scene.path()).0, if published { &scene.two } else { &scene.one });
+        }
+    }
+}
+
 /// The handle knows how many records it has begun to write, and must find as many to take back.
 #[test]
 fn a_journal_damaged_while_its_blocks_are_written_is_not_taken_for_undone() {

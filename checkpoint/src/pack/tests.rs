@@ -92,6 +92,11 @@ fn what_is_not_whole_or_not_a_code_is_refused() {
     assert!(refused(&|bytes| bytes[..8].fill(0)), "no code");
     assert!(refused(&|bytes| bytes[8] += 1), "an escape more than there are");
     assert!(refused(&|bytes| bytes[8] -= 1), "one less");
+    let unused = |bytes: &mut Vec<u8>| {
+        bytes[8] += 1;
+        bytes.splice(12..12, 15u16.to_le_bytes());
+    };
+    assert!(refused(&unused), "an escape that no code asks for");
     assert!(refused(&|bytes| bytes[12..14].copy_from_slice(&3u16.to_le_bytes())), "an escape that has a code");
     let last = good.len() - 1;
     assert!(refused(&|bytes| bytes[last] |= 0x80), "what fills up the last byte is not zero");
@@ -132,5 +137,11 @@ fn an_entry_has_as_many_symbols_as_are_whole() {
         }
         assert_eq!(u32::from(entry.bits), at);
         assert!((1..=AT_ONCE).contains(&entry.count.into()) && at <= WINDOW);
+        let whole = |symbol: u16| {
+            let (bits, length) = code.of(symbol);
+            at + length <= WINDOW && (window as u64 >> at) % (1 << length) == bits
+        };
+        let more = usize::from(entry.count) < AT_ONCE && (0..SYMBOLS as u16).any(whole);
+        assert!(!more, "{window:#b} has another whole symbol after {}", entry.count);
     }
 }

@@ -26,9 +26,20 @@ pub enum Operation {
 }
 
 #[derive(Debug)]
+struct Fault {
+    operation: Operation,
+    /// The end of the paths that are meant.
+    path: PathBuf,
+    errno: i32,
+    /// How often it still goes well.
+    passes: usize,
+}
+
+#[derive(Debug)]
 struct State {
-    /// What fails, for paths that end so, and with which error.
-    broken: Mutex<Vec<(Operation, PathBuf, i32)>>,
+    broken: Mutex<Vec<Fault>>,
+    /// How often a fault was met.
+    met: AtomicU64,
     /// Every change fails with this error, 0 for none.
     sealed: AtomicU64,
     /// Bytes that can still be written, the blocks of a file in place among them, as where files are copied on write.
@@ -50,6 +61,7 @@ impl Failing {
     pub fn new() -> Arc<Failing> {
         Arc::new(Failing(Arc::new(State {
             broken: Mutex::new(Vec::new()),
+            met: AtomicU64::new(0),
             sealed: AtomicU64::new(0),
             room: AtomicU64::new(u64::MAX),
             free: AtomicU64::new(u64::MAX),
@@ -61,7 +73,17 @@ impl Failing {
 
     /// This operation fails from now on for every path that ends so.
     pub fn fail(&self, operation: Operation, path: &str, errno: i32) {
-        self.0.broken.lock().unwrap().push((operation, path.into(), errno));
+        self.fail_after(0, operation, path, errno);
+    }
+
+    /// The same, after it went well so many times.
+    pub fn fail_after(&self, passes: usize, operation: Operation, path: &str, errno: i32) {
+        self.0.broken.lock().unwrap().push(Fault { operation, path: path.into(), errno, passes });
+    }
+
+    /// Whether anything failed by [`Failing::fail`] or [`Failing::fail_after`] so far.
+    pub fn has_failed(&self) -> bool {
+        self.0.met.load(Ordering::SeqCst) > 0
     }
 
     /// Every change fails from now on.
@@ -107,9 +129,18 @@ impl Failing {
         if !matches!(operation, Operation::Read | Operation::List) {
             self.change()?;
         }
-        let broken = self.0.broken.lock().unwrap();
-        let hit = broken.iter().find(|(what, end, _)| *what == operation && path.ends_with(end));
-        hit.map_or(Ok(()), |(_, _, errno)| Err(io::Error::from_raw_os_error(*errno)))
+        let mut broken = self.0.broken.lock().unwrap();
+        match broken.iter_mut().find(|fault| fault.operation == operation && path.ends_with(&fault.path)) {
+            None => Ok(()),
+            Some(Fault { passes, .. }) if *passes > 0 => {
+                *passes -= 1;
+                Ok(())
+            }
+            Some(Fault { errno, .. }) => {
+                self.0.met.fetch_add(1, Ordering::SeqCst);
+                Err(io::Error::from_raw_os_error(*errno))
+            }
+        }
     }
 
     fn change(&self) -> io::Result<()> {
