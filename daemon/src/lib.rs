@@ -20,6 +20,7 @@ mod protocol;
 mod queue;
 mod reading;
 mod schedule;
+mod signals;
 mod supervisor;
 mod trainer;
 mod weights;

@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::{ConfigArgs, LogFormat, client};
 use crate::config::{Config, TrainConfig};
@@ -18,6 +17,7 @@ use crate::examples::Templates;
 use crate::http::{App, router};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
+use crate::signals::StopSignals;
 use crate::supervisor::{self, ChildCommand};
 use crate::trainer;
 
@@ -93,6 +93,7 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
             .await
             .with_context(|| format!("cannot listen on {} (http.listen)", config.http.listen))?;
         let address = listener.local_addr()?;
+        let mut signals = StopSignals::new()?;
         let (handle, thread) = supervisor::start(options, Arc::clone(&queue))?;
         let app = App {
             queue,
@@ -114,15 +115,14 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         });
         let server = tokio::spawn(server.into_future());
 
-        wait_for_signal().await?;
+        signals.next().await;
         tracing::info!("stopping after the step in flight; once more stops at once");
         handle.shutdown();
         stop.send_replace(true);
         let joined = tokio::task::spawn_blocking(move || thread.join());
         tokio::select! {
             joined = joined => if joined?.is_err() { bail!("the supervisor panicked; see the log above") },
-            again = wait_for_signal() => {
-                again?;
+            () = signals.next() => {
                 tracing::warn!("stopped at once; what was not synced is trained again at the next start");
                 std::process::exit(130);
             }
@@ -170,16 +170,6 @@ fn files(model_dir: &Path) -> Option<supervisor::Files> {
             None
         }
     }
-}
-
-async fn wait_for_signal() -> Result<()> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut interrupt = signal(SignalKind::interrupt())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    Ok(())
 }
 
 /// The trainer runs under a file of its own with the configuration as it is now: a restart in the middle of the night

@@ -11,6 +11,7 @@ mod generate;
 use crate::backend::{Backend, DeviceChoice, OnDevice};
 use crate::examples::Templates;
 use crate::reading::{checksums, reading};
+use crate::signals::StopSignals;
 use anyhow::{Context, Result};
 use ipc::{Control, Invalidation, Server, SharedWeights};
 use model::{Config, Model};
@@ -153,8 +154,9 @@ pub async fn run(options: Options) -> Result<()> {
     let export = weights.serve(&options.socket, engine.clone())?;
     let listener =
         TcpListener::bind(options.listen).await.with_context(|| format!("cannot listen on {}", options.listen))?;
+    let mut stop = StopSignals::new()?;
     announce(&listener, export.socket())?;
-    axum::serve(listener, api::router(engine)).with_graceful_shutdown(stop_signal()).await?;
+    axum::serve(listener, api::router(engine)).with_graceful_shutdown(async move { stop.next().await }).await?;
     Ok(())
 }
 
@@ -166,13 +168,4 @@ fn announce(listener: &TcpListener, socket: &Path) -> Result<()> {
     });
     println!("{line}");
     Ok(())
-}
-
-async fn stop_signal() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let Ok(mut terminate) = signal(SignalKind::terminate()) else { return };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
 }

@@ -154,11 +154,13 @@ impl<D: Backend> Line<D> {
         Some(Done { staleness: state.moves.updates - updates, ..done })
     }
 
-    /// The caller has applied it; `moved` says whether weights did.
-    fn applied(&self, moved: bool) {
+    /// The caller has applied it; `moved` says whether weights did. It is said before another step can be applied, so that
+    /// answers come in the order of the steps, and after this one has left the line, so that whoever hears it finds it gone.
+    fn applied(&self, moved: bool, say: impl FnOnce()) {
         let mut state = self.lock();
         (state.applying, state.applied) = (false, state.applied + 1);
         state.moves.updates += u64::from(moved);
+        say();
         drop(state);
         self.changed.notify_all();
     }
@@ -189,12 +191,13 @@ impl<D: Backend> Worker<D> {
             line.hand_over(place, step, computed, moves);
             while let Some(done) = line.next_to_apply() {
                 let answer = session.lock().unwrap_or_else(PoisonError::into_inner).apply(&*self.device, done);
-                match &answer {
-                    FromTrainer::Trained(trained) => line.applied(trained.skipped.is_none()),
-                    FromTrainer::ServerGone { .. } => line.close(),
-                    _ => line.applied(false),
+                if let FromTrainer::ServerGone { .. } = answer {
+                    line.close();
+                    say(answer);
+                } else {
+                    let moved = matches!(&answer, FromTrainer::Trained(trained) if trained.skipped.is_none());
+                    line.applied(moved, || say(answer));
                 }
-                say(answer);
             }
         }
     }
@@ -227,5 +230,35 @@ impl<D: Backend> Worker<D> {
         let example = Example::new(work.ids.clone(), work.spans.clone());
         let checked = example.and_then(|e| self.model.check(&e).map(|()| e));
         checked.with_context(|| format!("example {}", work.id))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use compute::Cpu;
+    use std::time::Duration;
+
+    #[test]
+    fn answers_come_in_the_order_of_the_steps_however_slowly_they_are_said() {
+        let (line, said) = (Line::<Cpu>::new(2), Mutex::new(Vec::new()));
+        (1..=2).for_each(|number| line.push(Step { number, lr: None, work: Vec::new() }));
+        let begun: Vec<Begun> = (0..2).map_while(|_| line.begin()).collect();
+        for Begun { step, place, moves } in begun {
+            line.hand_over(place, step, Err(anyhow::anyhow!("not computed")), moves);
+        }
+        let apply = |slowly: Duration| {
+            let done = std::iter::repeat_with(|| line.next_to_apply()).flatten().next().expect("both are there");
+            line.applied(true, || {
+                std::thread::sleep(slowly);
+                said.lock().expect("nobody panics").push((done.step.number, done.staleness));
+            });
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| apply(Duration::from_millis(100)));
+            scope.spawn(|| apply(Duration::from_millis(100)));
+        });
+        assert_eq!(*said.lock().expect("nobody panics"), [(1, 0), (2, 1)]);
+        assert!(line.is_empty());
     }
 }
