@@ -21,12 +21,12 @@ pub(crate) struct Linear {
     pub bias: Option<TensorId>,
 }
 
-/// What products take of their inputs.
+/// How products take activations.
 #[derive(Clone, Copy)]
-pub(crate) enum Inputs {
-    /// All of it, for windows that gradients flow through.
+pub(crate) enum Activations {
+    /// As they are, for windows that gradients flow through.
     Exact,
-    /// What a server of 16-bit weights takes: for a frozen context whose keys and values are kept in bf16 too.
+    /// Rounded as a server of 16-bit weights rounds them: for a frozen context whose keys and values are kept in bf16 too.
     Rounded,
 }
 
@@ -269,17 +269,17 @@ impl<D: Device> Model<D> {
         let (t, len) = (ids.len(), cache.len());
         assert!(len + t <= cache.capacity, "{len} + {t} tokens in a cache of {}", cache.capacity);
         let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
-        let inputs = match self.device.stored_dtype(&cache.layers[0].0) {
-            Dtype::F32 => Inputs::Exact,
-            _ => Inputs::Rounded,
+        let activations = match self.device.stored_dtype(&cache.layers[0].0) {
+            Dtype::F32 => Activations::Exact,
+            _ => Activations::Rounded,
         };
         let mut x = Arc::new(self.embed(&self.device.ids(ids), t));
         let last = self.layers.len() - 1;
         for layer in 0..self.layers.len() {
             let (k, v) = if layer == last && !want_output {
-                self.project_keys(layer, &x, &cache.len, t, inputs)
+                self.project_keys(layer, &x, &cache.len, t, activations)
             } else {
-                let (next, saved) = self.layer(layer, x, cache.past(layer), t, inputs);
+                let (next, saved) = self.layer(layer, x, cache.past(layer), t, activations);
                 x = next;
                 (saved.k, saved.v)
             };
@@ -315,20 +315,26 @@ impl<D: Device> Model<D> {
     }
 
     /// The outputs of layers that share their input.
-    fn linears<const N: usize>(&self, x: &D::Buffer, layers: [Linear; N], t: usize, inputs: Inputs) -> [D::Buffer; N] {
+    fn linears<const N: usize>(
+        &self,
+        x: &D::Buffer,
+        layers: [Linear; N],
+        t: usize,
+        activations: Activations,
+    ) -> [D::Buffer; N] {
         let weights = layers.map(|l| (&self.weights[l.weight], l.bias.map(|b| &self.weights[b])));
         let mut y = weights.map(|(w, _)| self.device.uninit(t * self.device.shape(w).0));
         let outputs = y.iter_mut().zip(weights).map(|(y, (w, bias))| LinearOutput { y, w, bias });
         let mut outputs: Vec<_> = outputs.collect();
-        match inputs {
-            Inputs::Rounded => self.device.linear_group_rounded(&mut outputs, x, t),
-            Inputs::Exact => self.device.linear_group(&mut outputs, x, t),
+        match activations {
+            Activations::Rounded => self.device.linear_group_rounded(&mut outputs, x, t),
+            Activations::Exact => self.device.linear_group(&mut outputs, x, t),
         }
         y
     }
 
-    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize, inputs: Inputs) -> D::Buffer {
-        let [y] = self.linears(x, [layer], t, inputs);
+    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize, activations: Activations) -> D::Buffer {
+        let [y] = self.linears(x, [layer], t, activations);
         y
     }
 
@@ -355,11 +361,18 @@ impl<D: Device> Model<D> {
     }
 
     /// Norm, projections, head norms and rope of one layer.
-    fn project(&self, layer: usize, x: &D::Buffer, position: &D::Ids, t: usize, inputs: Inputs) -> Projected<D> {
+    fn project(
+        &self,
+        layer: usize,
+        x: &D::Buffer,
+        position: &D::Ids,
+        t: usize,
+        activations: Activations,
+    ) -> Projected<D> {
         let l = &self.layers[layer];
         let Attention { heads, kv_heads, head_dim, .. } = l.attention;
         let normed = Arc::new(self.norm(x, l.input_norm, t));
-        let [raw_q, raw_k, v] = self.linears(&normed, [l.q, l.k, l.v], t, inputs);
+        let [raw_q, raw_k, v] = self.linears(&normed, [l.q, l.k, l.v], t, activations);
         let q = self.rotated(&raw_q, l.q_norm, position, t, heads, head_dim);
         let k = self.rotated(&raw_k, l.k_norm, position, t, kv_heads, head_dim);
         let raw = l.q_norm.is_some().then_some((raw_q, raw_k));
@@ -373,11 +386,11 @@ impl<D: Device> Model<D> {
         x: &D::Buffer,
         position: &D::Ids,
         t: usize,
-        inputs: Inputs,
+        activations: Activations,
     ) -> (D::Buffer, D::Buffer) {
         let l = &self.layers[layer];
         let normed = self.norm(x, l.input_norm, t);
-        let [raw_k, v] = self.linears(&normed, [l.k, l.v], t, inputs);
+        let [raw_k, v] = self.linears(&normed, [l.k, l.v], t, activations);
         (self.rotated(&raw_k, l.k_norm, position, t, l.attention.kv_heads, l.attention.head_dim), v)
     }
 
@@ -388,21 +401,21 @@ impl<D: Device> Model<D> {
         x: Arc<D::Buffer>,
         past: Past<D>,
         t: usize,
-        inputs: Inputs,
+        activations: Activations,
     ) -> (Arc<D::Buffer>, Saved<D>) {
         let (l, hidden) = (&self.layers[layer], self.config.decoder.hidden);
-        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t, inputs);
+        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t, activations);
         let mut out = self.device.uninit(t * l.attention.heads * l.attention.head_dim);
         let mut lse = self.device.uninit(t * l.attention.heads);
         self.device.attention(&mut out, &mut lse, &q, &k, &v, past, t, &l.attention);
-        let mut mid = self.linear(&out, l.o, t, inputs);
+        let mut mid = self.linear(&out, l.o, t, activations);
         self.device.add(&mut mid, &x, t * hidden);
         let normed_mid = self.norm(&mid, l.post_norm, t);
-        let [gate, up] = self.linears(&normed_mid, [l.gate, l.up], t, inputs);
+        let [gate, up] = self.linears(&normed_mid, [l.gate, l.up], t, activations);
         let intermediate = t * self.config.decoder.intermediate;
         let mut act = self.device.uninit(intermediate);
         self.device.swiglu(&mut act, &gate, &up, intermediate);
-        let mut y = self.linear(&act, l.down, t, inputs);
+        let mut y = self.linear(&act, l.down, t, activations);
         self.device.add(&mut y, &mid, t * hidden);
         let (out, normed_mid, act) = (Arc::new(out), Arc::new(normed_mid), Arc::new(act));
         (Arc::new(y), Saved { x, normed, raw, q, k, v, out, lse, mid, normed_mid, gate, up, act })

@@ -5,7 +5,7 @@
 //! device and on an operator's own weights. candle's fused `rms_norm`, `softmax_last_dim` and `rope`
 //! have no backward and are not used.
 
-use crate::forward::{Inputs, Linear, Model};
+use crate::forward::{Activations, Linear, Model};
 use candle_core::{D as Dim, DType, Device as CandleDevice, Result, Tensor, Var};
 use compute::{Device, Factors, Past, Sink, TensorId};
 use std::collections::HashMap;
@@ -62,7 +62,7 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
     let frozen = context_of(model, layer, &context, probe.context);
     let len = device.ids(&[probe.context as u32]);
     let past = Past { keys: &frozen.0, values: &frozen.1, len: &len };
-    let (y, saved) = model.layer(layer, Arc::new(upload(&**device, &x)), past, t, Inputs::Exact);
+    let (y, saved) = model.layer(layer, Arc::new(upload(&**device, &x)), past, t, Activations::Exact);
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
     let dx = model.layer_backward(layer, &saved, Arc::new(upload(&**device, &dy)), past, t, &mut sink);
 
@@ -158,7 +158,7 @@ fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) 
     }
     let zero = device.ids(&[0]);
     let past = Past { keys: &none.0, values: &none.1, len: &zero };
-    let (_, saved) = model.layer(layer, Arc::new(upload(&**device, x)), past, len, Inputs::Exact);
+    let (_, saved) = model.layer(layer, Arc::new(upload(&**device, x)), past, len, Activations::Exact);
     (saved.k.into(), saved.v.into())
 }
 

@@ -118,8 +118,6 @@ macro_rules! x86_lanes {
 x86_lanes!(__m256, 8, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
 #[cfg(target_arch = "x86_64")]
 x86_lanes!(__m512, 16, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
-#[cfg(target_arch = "x86_64")]
-use std::arch::x86_64::__m512bh;
 
 /// 16 sums of products of bf16, of which an element of A and of B holds two: the lower half that of the even k.
 #[cfg(target_arch = "x86_64")]
@@ -142,7 +140,7 @@ unsafe impl Lanes for Pairs {
     }
     #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
-        use std::arch::x86_64::_mm512_dpbf16_ps;
+        use std::arch::x86_64::{__m512bh, _mm512_dpbf16_ps};
         use std::mem::transmute;
         // SAFETY: the caller's promise; both types are 64 bytes of anything.
         Pairs(unsafe {
