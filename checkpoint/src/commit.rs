@@ -15,7 +15,7 @@ use crate::layout::{Layout, Shard, Tensor};
 use crate::pass::{Job, Pass};
 use crate::pipeline::{self, Stages};
 use crate::recover;
-use crate::segments::Segments;
+use crate::segments::{Apply, Segments, Shards};
 use crate::source::Source;
 use crate::sums::{self, Quick, Sum};
 
@@ -171,23 +171,30 @@ fn fill(
     };
     let spare = Spare::default();
     let known = (before.clone(), quick.clone());
-    let mut segments = Segments::begin(disk, paths, &head, known, draft.segment, &spare, applied)?;
+    let mut segments = Segments::begin(disk, paths, &head, known, draft.segment, applied)?;
+    let mut shards = Shards::new(disk, paths, &head, &spare);
     let mut pass = Pass::new(disk, draft.layout, source);
-    let stages = Stages {
-        next: |used| {
-            let job = pass.next(used)?;
-            done(pass.done);
-            Ok(job)
-        },
-        worker: || {
-            let mut comparer = Comparer::new(draft.layout, current, &before, quick, &spare);
-            move |job: &mut Job| comparer.compare(job)
-        },
-        take: |compared: Compared| segments.take(compared),
-    };
     let write_state = || state.map(|state| write_state(disk, paths, number, state)).transpose();
-    let (state, ()) = pipeline::both(draft.threads, write_state, || pipeline::run(draft.threads, stages))?;
-    segments.end()?;
+    let mut write_blocks = |apply: &mut Apply| {
+        let stages = Stages {
+            next: |used| {
+                let job = pass.next(used)?;
+                done(pass.done);
+                Ok(job)
+            },
+            worker: || {
+                let mut comparer = Comparer::new(draft.layout, current, &before, quick, &spare);
+                move |job: &mut Job| comparer.compare(job)
+            },
+            take: |compared: Compared| segments.take(compared, apply),
+        };
+        pipeline::run(draft.threads, stages)?;
+        segments.flush(apply)
+    };
+    let (state, ()) = pipeline::both(draft.threads, write_state, || {
+        pipeline::behind(draft.threads, |segment| shards.write(segment), &mut write_blocks)
+    })?;
+    shards.sync()?;
     let tensors = new_tensors(&draft, current, &segments)?;
     // Also where there is none: what a sync that failed has removed must not be back beside this generation.
     disk.sync_dir(&paths.root.join("state"))?;

@@ -68,7 +68,8 @@
 //! 1. Write and sync `state/G`, beside the next step.
 //! 2. Begin the journal. For each segment, some tens of MiB of changed blocks: append its records, fdatasync the journal
 //!    (and fsync its folder, the first time), write its blocks into the shards, and ask the system to begin writing them
-//!    out. Meanwhile other threads compare and compress what comes next. After the last segment fdatasync every shard that was written.
+//!    out: beside the next segment's records. Meanwhile other threads compare and compress what comes next. After the last
+//!    segment fdatasync every shard that was written.
 //! 3. fsync the folder `state`; write and sync `sums/G` and its folder.
 //! 4. Append the generation and the total checksum to the journal, fdatasync.
 //! 5. Write `generations/G.json.tmp`, fdatasync, rename to `generations/G.json`, fsync the folder: **G is certain**.

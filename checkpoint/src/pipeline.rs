@@ -25,6 +25,32 @@ pub(crate) fn both<A: Send, B>(
     })
 }
 
+/// Calls `first` with a function that hands items to `second`, which takes them in order on a thread of its own, one at a
+/// time: whoever hands over waits until the one before is done. With one thread `second` is called at once. Both have ended
+/// when this returns; an error of `second` is given to whoever hands over next.
+pub(crate) fn behind<T: Send, R>(
+    threads: usize,
+    mut second: impl FnMut(T) -> Result<()> + Send,
+    first: impl FnOnce(&mut (dyn FnMut(T) -> Result<()> + Send + '_)) -> Result<R>,
+) -> Result<R> {
+    if threads <= 1 {
+        return first(&mut second);
+    }
+    thread::scope(|scope| {
+        let (items, received) = sync_channel(0);
+        let worker = scope.spawn(move || received.into_iter().try_for_each(second));
+        let mut worker = Some(worker);
+        let mut ended =
+            || worker.take().map_or(Ok(()), |worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)));
+        // Nobody receives any more only where `second` has failed.
+        let result = first(&mut |item| items.send(item).or_else(|_| ended()));
+        drop(items);
+        let ended = ended();
+        let result = result?;
+        ended.map(|()| result)
+    })
+}
+
 /// Jobs that are under way at once, for each thread that does them.
 const IN_FLIGHT: usize = 16;
 
@@ -185,6 +211,69 @@ mod tests {
             let (result, taken) = squares(threads, 500, "", 0);
             result.unwrap();
             assert!(taken.iter().copied().eq((0..500).map(|n| n * n)), "{threads} threads");
+        }
+    }
+
+    /// Hands over 0..n, of which `second` fails at `at`; gives what came and what was taken.
+    fn handed_over(threads: usize, n: usize, at: usize) -> (Result<usize>, Vec<usize>) {
+        let mut taken = Vec::new();
+        let second = |number| {
+            if number == at {
+                return Err(error(number));
+            }
+            taken.push(number);
+            Ok(())
+        };
+        let result = behind(threads, second, |give| {
+            (0..n).try_for_each(|number| give(number))?;
+            Ok(n)
+        });
+        (result, taken)
+    }
+
+    #[test]
+    fn what_is_handed_over_is_taken_in_order_until_an_error_which_whoever_hands_over_is_told() {
+        for threads in [1, 2] {
+            let (result, taken) = handed_over(threads, 100, usize::MAX);
+            assert_eq!(result.unwrap(), 100);
+            assert!(taken.into_iter().eq(0..100));
+            // The last one's is told at the end.
+            for at in [0, 50, 99] {
+                let (result, taken) = handed_over(threads, 100, at);
+                assert_eq!(result.unwrap_err().to_string(), error(at).to_string());
+                assert!(taken.into_iter().eq(0..at));
+            }
+        }
+    }
+
+    #[test]
+    fn an_error_of_whoever_hands_over_comes_first_and_nothing_is_written_after_it_returned() {
+        for threads in [1, 2] {
+            let taken = std::sync::atomic::AtomicUsize::new(0);
+            let second = |_| {
+                thread::sleep(std::time::Duration::from_millis(20));
+                taken.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+                if threads == 1 { Ok(()) } else { Err(error(2)) }
+            };
+            let first = |give: &mut (dyn FnMut(()) -> Result<()> + Send + '_)| {
+                give(())?;
+                Err::<(), _>(error(1))
+            };
+            assert_eq!(behind(threads, second, first).unwrap_err().to_string(), error(1).to_string());
+            assert_eq!(taken.load(std::sync::atomic::Ordering::SeqCst), 1, "{threads} threads");
+        }
+    }
+
+    #[test]
+    fn a_panic_of_what_comes_behind_is_passed_on() {
+        for threads in [1, 2] {
+            let second = |number: usize| {
+                assert!(number < 3, "second");
+                Ok(())
+            };
+            let work = || behind(threads, second, |give| (0..9).try_for_each(|number| give(number)));
+            let panic = catch_unwind(AssertUnwindSafe(work)).unwrap_err();
+            assert_eq!(panic.downcast_ref(), Some(&"second"), "{threads} threads");
         }
     }
 

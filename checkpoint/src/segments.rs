@@ -1,7 +1,8 @@
 //! The journal as it grows, and the blocks that follow it into the files.
 //!
 //! Records are gathered into segments. Before the first block of a segment goes into a file, the segment is durable in
-//! the journal, and so is the journal's name: whatever a crash leaves of those blocks can be undone.
+//! the journal, and so is the journal's name: whatever a crash leaves of those blocks can be undone. While the blocks of
+//! one segment are written, the next is journalled: a disk that only ever has one of the two to do waits a fifth of the time.
 
 use std::path::PathBuf;
 
@@ -20,14 +21,11 @@ pub(crate) struct Segments<'a> {
     disk: &'a Disk,
     paths: &'a Paths,
     pub(crate) writer: Writer,
-    /// Each shard's path, and the file once something was written to it.
-    shards: Vec<(PathBuf, Option<DiskFile>)>,
     /// Bytes of changed blocks after which a segment ends.
     limit: u64,
     held: Vec<Change>,
-    spare: &'a Spare,
     held_bytes: u64,
-    /// Records whose blocks were begun to be written.
+    /// Records whose blocks may have been begun to be written.
     applied: &'a mut u64,
     /// The block sums of all tensors as they will be, and which tensors have changed.
     pub(crate) sums: Vec<Vec<Sum>>,
@@ -46,17 +44,14 @@ impl<'a> Segments<'a> {
         head: &Head,
         (sums, quick): (Vec<Vec<Sum>>, Quick),
         limit: u64,
-        spare: &'a Spare,
         applied: &'a mut u64,
     ) -> Result<Segments<'a>> {
         Ok(Segments {
             disk,
             paths,
             writer: Writer::create(disk, &paths.journal(), head)?,
-            shards: head.shards.iter().map(|shard| (paths.model.join(&shard.file), None)).collect(),
             limit,
             held: Vec::new(),
-            spare,
             held_bytes: 0,
             applied,
             changed: vec![false; sums.len()],
@@ -68,8 +63,8 @@ impl<'a> Segments<'a> {
         })
     }
 
-    /// Journals what changed in a piece; writes the blocks when a segment is full.
-    pub(crate) fn take(&mut self, compared: Compared) -> Result<()> {
+    /// Journals what changed in a piece; gives the segment to `apply` when it is full.
+    pub(crate) fn take(&mut self, compared: Compared, apply: &mut Apply) -> Result<()> {
         self.blocks_total += compared.blocks;
         let Some(change) = compared.change else { return Ok(()) };
         self.writer.record(&change.body)?;
@@ -83,32 +78,48 @@ impl<'a> Segments<'a> {
         self.held_bytes += change.new.len() as u64;
         self.held.push(change);
         match self.held_bytes >= self.limit {
-            true => self.flush(),
+            true => self.flush(apply),
             false => Ok(()),
         }
     }
 
-    /// Ends the last segment; all blocks and the journal's name are durable after it.
-    pub(crate) fn end(&mut self) -> Result<()> {
-        self.flush()?;
-        if *self.applied == 0 {
-            self.disk.sync_dir(&self.paths.root)?;
+    /// Ends a segment: durable in the journal, then for the files. All of it, and the journal's name, after the last call.
+    pub(crate) fn flush(&mut self, apply: &mut Apply) -> Result<()> {
+        if !self.held.is_empty() {
+            self.writer.sync()?;
         }
-        self.shards.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))
-    }
-
-    /// Ends a segment: durable in the journal, then written to the files.
-    fn flush(&mut self) -> Result<()> {
-        if self.held.is_empty() {
-            return Ok(());
-        }
-        self.writer.sync()?;
         if *self.applied == 0 {
             self.disk.sync_dir(&self.paths.root)?;
         }
         *self.applied += self.held.len() as u64;
-        for change in self.held.drain(..) {
-            let (path, file) = &mut self.shards[usize::from(change.piece.shard)];
+        self.held_bytes = 0;
+        apply(std::mem::take(&mut self.held))
+    }
+}
+
+/// Writes the blocks of a segment that is durable in the journal.
+pub(crate) type Apply<'a> = dyn FnMut(Vec<Change>) -> Result<()> + Send + 'a;
+
+/// The files of the model, as blocks are written into them.
+#[derive(Debug)]
+pub(crate) struct Shards<'a> {
+    disk: &'a Disk,
+    /// Each shard's path, and the file once something was written to it.
+    files: Vec<(PathBuf, Option<DiskFile>)>,
+    spare: &'a Spare,
+}
+
+impl<'a> Shards<'a> {
+    /// None is opened yet.
+    pub(crate) fn new(disk: &'a Disk, paths: &'a Paths, head: &Head, spare: &'a Spare) -> Shards<'a> {
+        let files = head.shards.iter().map(|shard| (paths.model.join(&shard.file), None)).collect();
+        Shards { disk, files, spare }
+    }
+
+    /// Writes blocks, and asks the system to begin to bring them to the disk.
+    pub(crate) fn write(&mut self, segment: Vec<Change>) -> Result<()> {
+        for change in segment {
+            let (path, file) = &mut self.files[usize::from(change.piece.shard)];
             let file = match file {
                 Some(file) => file,
                 closed => closed.insert(self.disk.open_in_place(path)?),
@@ -122,7 +133,11 @@ impl<'a> Segments<'a> {
             self.spare.give(change.new);
             file.start_writing(change.piece.offset, change.piece.bytes.into());
         }
-        self.held_bytes = 0;
         Ok(())
+    }
+
+    /// Makes durable what was written.
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.files.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))
     }
 }

@@ -93,8 +93,7 @@ fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
     }
     let model = random_model(device, &config, options.dtype, tokens);
     let memory = PeakMemory::watch(device.clone());
-    let settings = trainer::optimizer_settings(&options.train);
-    trainer::can_store_moments(&**device, &settings)?;
+    let settings = trainer::optimizer_settings(&**device, &options.train)?;
     let tensors = trainer::tensors(&config, &options.train);
     let mut optimizer = Optimizer::new(device.clone(), tensors, settings);
     let mut cache = model.cache(tokens);

@@ -28,7 +28,7 @@ pub enum BenchCommand {
 Three ways to bring the same weights to the same disk take turns: a sync, the safetensors crate's save (onto new files,
 then over them), and `rsync --inplace --no-whole-file` from the new files onto the old, where it is installed. Each
 ends when everything is on the disk; files are in the page cache before. The sync also writes an optimizer state of the
-size that APOLLO has at this rank, which the others do not. The ratio is to the median of the best of them.
+size that APOLLO has at this rank (two moments, `--moments`), which the others do not. The ratio is to the median of the best of them.
 
 Files are made in a folder of their own, which is removed at the end; how much room that takes is said first. A run that
 is killed leaves it: apollod-bench-sync-*. Memory: the weights and the state once, and as much page cache as there is.
@@ -50,6 +50,9 @@ pub struct SyncArgs {
     /// Rank of the optimizer.
     #[arg(long, default_value_t = TrainConfig::default().rank)]
     rank: usize,
+    /// What its moments are stored in, of which the state is made; `auto` is a CPU's bf16.
+    #[arg(long, value_enum, default_value_t = TrainConfig::default().moments)]
+    moments: Moments,
     /// Runs, which all count.
     #[arg(long, default_value_t = 3)]
     runs: usize,
@@ -113,7 +116,7 @@ pub struct StepArgs {
     /// bf16, f16 or f32.
     #[arg(long, default_value = "bf16")]
     dtype: String,
-    /// f32 or bf16 moments.
+    /// What the moments are stored in; `auto` is bf16 on a CPU, f32 on a GPU.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().moments)]
     moments: Moments,
     /// Steps that count, after one that does not.
@@ -147,6 +150,7 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
                 dirty: args.dirty,
                 pattern: args.pattern,
                 rank: args.rank,
+                moments: args.moments,
                 runs: args.runs,
                 rsync_runs: args.rsync_runs,
                 dir: args.dir.clone(),

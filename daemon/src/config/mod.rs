@@ -219,6 +219,8 @@ impl<'de> Deserialize<'de> for GrowthLimit {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Moments {
+    /// As small as the device stores them: bf16 on a CPU, f32 on a GPU.
+    Auto,
     /// As they are computed.
     F32,
     /// Half of it, rounded stochastically.
@@ -264,7 +266,7 @@ pub struct TrainConfig {
     /// Learning rate, dimensionless. Default 1e-5. Larger learns in fewer steps and forgets more of the rest.
     pub lr: f64,
     /// Rank of the projected gradient. Default 256; capped at a matrix's smaller side. Optimizer state is
-    /// 8·rank·max(m,n) bytes per matrix (m,n), half of it with `moments = "bf16"`. 1 with `scale_type = "tensor"` is APOLLO-Mini.
+    /// 8·rank·max(m,n) bytes per matrix (m,n) with moments in f32, half of it in bf16. 1 with `scale_type = "tensor"` is APOLLO-Mini.
     pub rank: usize,
     /// Enters the update as its root, in both conventions. Default 1.0.
     pub scale: f64,
@@ -273,9 +275,9 @@ pub struct TrainConfig {
     /// `paper` (default: alpha = sqrt(scale·d/r), so that lr means the same at every rank) or `apollo-torch`
     /// (sqrt(scale), as the authors' package does it; its APOLLO-Mini has scale 128).
     pub convention: Convention,
-    /// What the moments of matrices and embeddings are stored in: `f32` (default) or `bf16`, which halves the optimizer's
-    /// memory and its part of a generation, and rounds stochastically. A state in the other type is converted at the start.
-    /// On a CPU only.
+    /// What the moments of matrices and embeddings are stored in: `f32`, `bf16`, or `auto` (default), which is bf16 on a CPU and
+    /// f32 on a GPU, which knows nothing else. bf16 halves the optimizer's memory and its part of a generation, and is rounded
+    /// stochastically. A state in the other type is converted at the start.
     pub moments: Moments,
     /// Decay of the first moment per step. Default 0.9.
     pub beta1: f64,
@@ -350,7 +352,7 @@ impl Default for TrainConfig {
             scale: 1.0,
             scale_type: ScaleType::Channel,
             convention: Convention::Paper,
-            moments: Moments::F32,
+            moments: Moments::Auto,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-6,

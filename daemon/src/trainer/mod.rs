@@ -27,7 +27,7 @@ use std::time::Duration;
 use workers::{Line, Step};
 
 pub use repair::{files as repair_files, told as repaired};
-pub use settings::{can_store_moments, longest, optimizer_settings, tensors, unmatched_rules};
+pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 
 /// How often an idle trainer looks after its server and its prefix cache. (`watch` sees its end at once.)
 const WATCH: Duration = Duration::from_millis(200);

@@ -139,8 +139,7 @@ impl<D: Backend> Session<D> {
         let model = Arc::new(Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest));
         let mut cache = model.cache(longest);
         let mut recovery = vec![recovery];
-        let optimizer_settings = settings::optimizer_settings(&config.train);
-        settings::can_store_moments(&*device, &optimizer_settings)?;
+        let optimizer_settings = settings::optimizer_settings(&*device, &config.train)?;
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         let file_dtypes = weights::file_dtypes(&files, &names)?;
         recovery.extend(freeze_widened(&mut tensors, &model, &file_dtypes)?);

@@ -1,6 +1,6 @@
 //! What the configuration means to the optimizer (constants, and which rule trains which tensor) and to the checkpoint.
 
-use crate::config::{self, GrowthLimit, SyncConfig, TrainConfig};
+use crate::config::{self, GrowthLimit, Moments, SyncConfig, TrainConfig};
 use crate::protocol::Budget;
 use anyhow::{Result, bail};
 use apollo::{Convention, Gates, Rule, ScaleType, Settings, Tensor, TensorKind};
@@ -11,8 +11,17 @@ use std::time::Duration;
 use weight_map::Role;
 
 /// The optimizer's constants.
-pub fn optimizer_settings(train: &TrainConfig) -> Settings {
-    Settings {
+///
+/// # Errors
+/// If the device does not store moments as they are configured: what to set instead.
+pub fn optimizer_settings<D: Device>(device: &D, train: &TrainConfig) -> Result<Settings> {
+    let narrow = device.stores(Dtype::BF16);
+    if train.moments == Moments::Bf16 && !narrow {
+        bail!(
+            "train.moments is \"bf16\", which only a CPU stores: set it to \"auto\" or \"f32\"; a saved state is converted"
+        );
+    }
+    Ok(Settings {
         lr: train.lr as f32,
         rank: train.rank,
         scale: train.scale as f32,
@@ -37,10 +46,11 @@ pub fn optimizer_settings(train: &TrainConfig) -> Settings {
         warmup_steps: train.warmup_steps,
         seed: train.seed,
         moments: match train.moments {
-            config::Moments::F32 => Dtype::F32,
-            config::Moments::Bf16 => Dtype::BF16,
+            Moments::Auto if narrow => Dtype::BF16,
+            Moments::Auto | Moments::F32 => Dtype::F32,
+            Moments::Bf16 => Dtype::BF16,
         },
-    }
+    })
 }
 
 /// What the checkpoint keeps. The configuration counts the current generation, the library those before it.
@@ -56,20 +66,6 @@ pub fn extent(train: &TrainConfig) -> Extent {
         config::Window::Frozen => Extent::Frozen,
         config::Window::Full => Extent::Full,
     }
-}
-
-/// Whether the device stores moments as they are configured.
-///
-/// # Errors
-/// What to set instead.
-pub fn can_store_moments<D: Device>(device: &D, settings: &Settings) -> Result<()> {
-    if !device.stores(settings.moments) {
-        bail!(
-            "train.moments is \"{}\", which only a CPU stores: set it to \"f32\"; a saved state is converted",
-            settings.moments.to_string().to_ascii_lowercase()
-        );
-    }
-    Ok(())
 }
 
 /// What the trainer allows itself, its niceness as it is.

@@ -66,7 +66,7 @@ fn moments_in_bf16_are_refused_before_anything_is_written() {
         Process::of(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
     until("it is said", || daemon.get("/v1/status")["state"] == "failed");
     let said = daemon.get("/v1/status")["detail"].as_str().unwrap().to_owned();
-    assert!(said.contains(r#"train.moments is "bf16", which only a CPU stores: set it to "f32""#), "{said}");
+    assert!(said.contains(r#"train.moments is "bf16", which only a CPU stores: set it to "auto" or "f32""#), "{said}");
     assert_eq!(ask(&engine, QUESTION).0, BEFORE);
     drop(daemon);
     engine.stop();

@@ -15,8 +15,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
+use crate::config::Moments;
 use peers::Rsync;
-use weights::{Rng, Weights};
+use weights::{Rng, SIDES, Weights};
 
 pub use weights::Pattern;
 
@@ -33,6 +34,8 @@ pub struct Options {
     pub pattern: Pattern,
     /// Rank of the optimizer, which decides how large its state is.
     pub rank: usize,
+    /// And what its moments are stored in.
+    pub moments: Moments,
     /// Runs of the sync and of the saves.
     pub runs: usize,
     /// How many of them rsync takes part in.
@@ -43,6 +46,16 @@ pub struct Options {
     pub seed: u64,
     /// One line of JSON instead of a table.
     pub json: bool,
+}
+
+impl Options {
+    /// Bytes of a moment in the state.
+    fn moment_bytes(&self) -> u64 {
+        match self.moments {
+            Moments::F32 => 4,
+            Moments::Auto | Moments::Bf16 => 2,
+        }
+    }
 }
 
 /// Runs the benchmark and prints it.
@@ -121,7 +134,11 @@ fn measure(options: &Options, rsync: &str) -> Result<Figures> {
         eprintln!("run {run} of {runs}: a step moves {} blocks", moved.blocks);
         weights.step(run, &moved);
         let share = moved.bytes as f64 / weights.bytes() as f64;
-        let state = random_bytes((weights.moments(options.rank) as f64 * share) as usize, options.seed, run);
+        let state = random_bytes(
+            ((weights.moments(options.rank) * options.moment_bytes()) as f64 * share) as usize,
+            options.seed,
+            run,
+        );
 
         settle(&weights, &[&model])?;
         let clock = Instant::now();
@@ -203,8 +220,9 @@ fn random_bytes(n: usize, seed: u64, run: u64) -> Vec<u8> {
 fn check_room(options: &Options) -> Result<()> {
     let dir = &options.dir;
     let weights = options.gib * (1u64 << 30) as f64;
-    // Moments of square matrices of 4096 columns are the largest part of their weights that they can be: 8·rank·n of 2·n².
-    let state = options.dirty * weights * (4.0 * options.rank.min(1024) as f64 / 1024.0);
+    // Two moments of rank·n for n² weights, in those matrices of which they are the largest part: the small ones.
+    let share = (2 * options.moment_bytes()) as f64 * options.rank.min(SIDES[1]) as f64 / (2 * SIDES[1]) as f64;
+    let state = options.dirty * weights * share;
     let kept = options.runs.min(KEPT as usize + 1) as f64;
     // A journal was 0.2 of what it changes, and sums, old and new, are a 256th of the weights.
     let need = 2.0 * weights + kept * (state + 0.4 * options.dirty * weights) + weights / 256.0;
@@ -255,7 +273,18 @@ mod tests {
 
     fn options(dir: &Path, dirty: f64, pattern: Pattern) -> Options {
         let dir = dir.to_path_buf();
-        Options { gib: 0.01, dirty, pattern, rank: 64, runs: 2, rsync_runs: 1, dir, seed: 1, json: true }
+        Options {
+            gib: 0.01,
+            dirty,
+            pattern,
+            rank: 64,
+            moments: Moments::Auto,
+            runs: 2,
+            rsync_runs: 1,
+            dir,
+            seed: 1,
+            json: true,
+        }
     }
 
     #[test]
@@ -269,8 +298,8 @@ mod tests {
         assert!((308 - 12..=308).contains(&figures.report.blocks_changed), "{:?}", figures.report);
         let share = figures.report.bytes_written as f64 / figures.weights as f64;
         assert!((share - 0.1).abs() < 0.005, "{share}");
-        // Two moments of 64 x 1024 in f32 for each matrix, and a tenth of that.
-        let state = figures.report.bytes_state as f64 / (6 * 8 * 64 * 1024) as f64;
+        // Two moments of 64 x 1024 in bf16 for each matrix, and a tenth of that.
+        let state = figures.report.bytes_state as f64 / (6 * 4 * 64 * 1024) as f64;
         assert!((state - 0.1).abs() < 0.005, "{state}");
         assert!(figures.report.bytes_sums > 0);
         assert_eq!((figures.sync.len(), figures.save_new.len(), figures.save_over.len()), (2, 2, 2));
@@ -287,7 +316,7 @@ mod tests {
     #[test]
     fn without_rsync_it_is_not_counted() {
         let dir = tempfile::tempdir().unwrap();
-        let options = Options { runs: 1, ..options(dir.path(), 1.0, Pattern::Tensors) };
+        let options = Options { runs: 1, moments: Moments::F32, ..options(dir.path(), 1.0, Pattern::Tensors) };
         let figures = measure(&options, "no-such-rsync").unwrap();
         assert!(figures.rsync.is_none());
         assert_eq!(figures.report.bytes_state, 6 * 8 * 64 * 1024);

@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 /// Bytes that a sync writes or leaves alone together, at multiples of it in the file.
 pub const BLOCK: u64 = 4096;
 /// Rows and columns of a matrix, and of those of a model too small to have many.
-const SIDES: [usize; 2] = [4096, 1024];
+pub const SIDES: [usize; 2] = [4096, 1024];
 /// A model of large matrices has as many at least.
 const MATRICES_MIN: usize = 16;
 const SHARDS_MAX: usize = 4;
@@ -99,9 +99,9 @@ impl Weights {
         self.tensors.iter().map(|tensor| tensor.bytes).sum()
     }
 
-    /// Bytes of APOLLO's moments, two of them in f32, for these matrices.
+    /// How many moments APOLLO has for these matrices, two for each number of its projected gradient.
     pub fn moments(&self, rank: usize) -> u64 {
-        (8 * rank.min(self.side) * self.side * self.tensors.len()) as u64
+        (2 * rank.min(self.side) * self.side * self.tensors.len()) as u64
     }
 
     /// Name, shape and bytes of the tensors of a shard.
