@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::generation::Generation;
 use crate::record::{Decoder, Record};
 
-const MAGIC: &[u8; 8] = b"APOLJNL3";
+const MAGIC: &[u8; 8] = b"APOLJNL4";
 const HEAD: &[u8; 4] = b"HEAD";
 const RECORD: &[u8; 4] = b"RECD";
 const GENERATION: &[u8; 4] = b"GENR";
@@ -110,10 +110,11 @@ impl Writer {
 }
 
 fn frame_sum(tag: &[u8; 4], n: u32, body: &[u8]) -> [u8; 8] {
-    let mut hasher = blake3::Hasher::new();
-    hasher.update(tag).update(&n.to_le_bytes()).update(body);
-    let hash = hasher.finalize();
-    *hash.as_bytes().first_chunk().expect("a hash is 32 bytes")
+    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
+    hasher.update(tag);
+    hasher.update(&n.to_le_bytes());
+    hasher.update(body);
+    hasher.digest().to_le_bytes()
 }
 
 /// Reads a journal or a delta from its start to its end.

@@ -20,12 +20,12 @@
 //! # The journal, byte by byte (all numbers little-endian)
 //!
 //! ```text
-//! 0      8  "APOLJNL3"
+//! 0      8  "APOLJNL4"
 //! frames, each:
 //!   0    4  tag "HEAD" | "RECD" | "GENR"
 //!   4    4  n, length of the body
 //!   8    n  body
-//!   8+n  8  first 8 bytes of BLAKE3(tag, length, body)
+//!   8+n  8  XXH3-64 of (tag, length, body)
 //! end   32  BLAKE3 of those 8 bytes of every frame, in order; the file ends here
 //!
 //! HEAD body: JSON {"generation": G, "previous": G-1, "shards": [{"file", "bytes"}, …]}   one, first
@@ -118,8 +118,8 @@
 //! content against the sum (somebody else's change is noticed before it is written over) and their new. The old content
 //! of a block that the same handle wrote is checked by an XXH3-64 that it remembers: four times as fast. A block
 //! that does not differ keeps its sum, so that damage never becomes the truth. The sums take 0.2% of the weights.
-//! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors in the journal,
-//! where BLAKE3 of so short an input would cost more than the compression and nobody has to be kept from forging.
+//! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors and frames of the journal,
+//! where BLAKE3 would cost more than the compression and nobody has to be kept from forging.
 
 #![deny(unsafe_code)]
 

@@ -52,7 +52,7 @@ pub(crate) fn behind<T: Send, R>(
 }
 
 /// Jobs that are under way at once, for each thread that does them.
-const IN_FLIGHT: usize = 16;
+const IN_FLIGHT: usize = 32;
 
 /// The three kinds of work.
 pub(crate) struct Stages<Next, Do, Take> {

@@ -217,7 +217,7 @@ fn a_damaged_journal_of_a_generation_already_published_costs_only_its_undo() {
 fn a_damaged_journal_of_a_published_generation_is_kept_where_the_files_are_damaged_too() {
     let scene = Scene::new(false, 50);
     scene.published();
-    fs::write(journal(scene.path()), "APOLJNL3").unwrap();
+    fs::write(journal(scene.path()), "APOLJNL4").unwrap();
     let shard = scene.path().join("model.safetensors");
     let good = fs::read(&shard).unwrap();
     let mut bad = good.clone();
