@@ -225,7 +225,7 @@ mod tests {
             Ok(())
         };
         let result = behind(threads, second, |give| {
-            (0..n).try_for_each(|number| give(number))?;
+            (0..n).try_for_each(&mut *give)?;
             Ok(n)
         });
         (result, taken)
@@ -271,7 +271,7 @@ mod tests {
                 assert!(number < 3, "second");
                 Ok(())
             };
-            let work = || behind(threads, second, |give| (0..9).try_for_each(|number| give(number)));
+            let work = || behind(threads, second, |give| (0..9).try_for_each(&mut *give));
             let panic = catch_unwind(AssertUnwindSafe(work)).unwrap_err();
             assert_eq!(panic.downcast_ref(), Some(&"second"), "{threads} threads");
         }
