@@ -15,7 +15,8 @@ use crate::layout::{Layout, Shard, Tensor};
 use crate::pass::{Job, Pass};
 use crate::pipeline::{self, Stages};
 use crate::recover;
-use crate::segments::{Apply, Segments, Shards};
+use crate::segments::{self, Apply, Segments};
+use crate::shards::Shards;
 use crate::source::Source;
 use crate::sums::{self, Quick, Sum};
 
@@ -172,10 +173,10 @@ fn fill(
     let spare = Spare::default();
     let known = (before.clone(), quick.clone());
     let mut segments = Segments::begin(disk, paths, &head, known, draft.segment, applied)?;
-    let mut shards = Shards::new(disk, paths, &head, &spare);
+    let mut shards = Shards::new(disk, &paths.model, head.shards.iter().map(|shard| &shard.file));
     let mut pass = Pass::new(disk, draft.layout, source);
     let write_state = || state.map(|state| write_state(disk, paths, number, state)).transpose();
-    let mut write_blocks = |apply: &mut Apply| {
+    let compare_and_journal = |apply: &mut Apply| {
         let stages = Stages {
             next: |used| {
                 let job = pass.next(used)?;
@@ -192,7 +193,8 @@ fn fill(
         segments.flush(apply)
     };
     let (state, ()) = pipeline::both(draft.threads, write_state, || {
-        pipeline::behind(draft.threads, |segment| shards.write(segment), &mut write_blocks)
+        let write_blocks = |segment| segments::write_blocks(segment, &mut shards, &spare);
+        pipeline::behind(draft.threads, write_blocks, compare_and_journal)
     })?;
     shards.sync()?;
     let tensors = new_tensors(&draft, current, &segments)?;

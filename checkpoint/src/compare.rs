@@ -44,7 +44,7 @@ impl Spare {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default()
     }
 
-    /// Takes what nobody needs any more. As much comes back as was taken, which the length of a segment bounds.
+    /// Takes what nobody needs any more. As much comes back as was taken, which two segments and the pieces in flight bound.
     pub(crate) fn give(&self, memory: Vec<u8>) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(memory);
     }

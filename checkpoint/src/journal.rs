@@ -11,6 +11,8 @@ use crate::generation::Generation;
 use crate::record::{Decoder, Record};
 
 const MAGIC: &[u8; 8] = b"APOLJNL4";
+/// What it begins with in every version.
+const FAMILY: &[u8] = b"APOLJNL";
 const HEAD: &[u8; 4] = b"HEAD";
 const RECORD: &[u8; 4] = b"RECD";
 const GENERATION: &[u8; 4] = b"GENR";
@@ -145,7 +147,13 @@ impl Reader {
             head: Head { generation: 0, previous: 0, shards: Vec::new() },
             generation: None,
         };
-        if &reader.bytes::<8>()? != MAGIC {
+        let magic = reader.bytes::<8>()?;
+        if magic.starts_with(FAMILY) && &magic != MAGIC {
+            let [is, reads] = [&magic, MAGIC].map(|magic| magic.escape_ascii());
+            return Err(reader
+                .torn(&format!("it is of another version of apollod: its format is {is}, this one reads {reads}")));
+        }
+        if &magic != MAGIC {
             return Err(reader.torn("it does not begin as a journal"));
         }
         if &reader.frame()? != HEAD {

@@ -61,6 +61,11 @@ fn what_is_torn_says_where_and_why() {
     for (bytes, at, why) in [
         (whole[..5].to_vec(), 0, "it ends too early"),
         (whole[1..].to_vec(), 8, "it does not begin as a journal"),
+        (
+            b"APOLJNL3".to_vec(),
+            8,
+            "it is of another version of apollod: its format is APOLJNL3, this one reads APOLJNL4",
+        ),
         (long(BODY_MAX + 1), 16, "a frame is longer than a frame can be"),
         (long(BODY_MAX), 16, "it ends inside a frame"),
         (whole[..head - 3].to_vec(), head - 3, "it ends inside a frame"),

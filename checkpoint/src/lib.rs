@@ -118,8 +118,9 @@
 //! content against the sum (somebody else's change is noticed before it is written over) and their new. The old content
 //! of a block that the same handle wrote is checked by an XXH3-64 that it remembers: four times as fast. A block
 //! that does not differ keeps its sum, so that damage never becomes the truth. The sums take 0.2% of the weights.
-//! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors and frames of the journal,
-//! where BLAKE3 would cost more than the compression and nobody has to be kept from forging.
+//! BLAKE3, because the same document vouches for files that are copied elsewhere; XXH3-64 for sectors and frames of the
+//! journal, where nobody has to be kept from forging: BLAKE3 of so short an input as a sector would cost more than the
+//! compression, and of the frames a third of it.
 
 #![deny(unsafe_code)]
 
@@ -147,6 +148,7 @@ mod recover;
 mod repair;
 mod retain;
 mod segments;
+mod shards;
 mod source;
 mod storage;
 mod sums;

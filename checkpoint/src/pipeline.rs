@@ -6,9 +6,10 @@ use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 
-/// Does two things side by side, or one after the other with one thread. The first's error comes first.
+/// Does two things side by side, or one after the other with one thread. The first's error comes first, but for that of a
+/// failed sync of the second: after it nothing can be undone here.
 pub(crate) fn both<A: Send, B>(
     threads: usize,
     first: impl FnOnce() -> Result<A> + Send,
@@ -21,7 +22,10 @@ pub(crate) fn both<A: Send, B>(
         let first = scope.spawn(first);
         let second = second();
         let first = first.join().unwrap_or_else(|panic| resume_unwind(panic));
-        Ok((first?, second?))
+        match (first, second) {
+            (Ok(first), Ok(second)) => Ok((first, second)),
+            (Err(_), Err(error @ Error::Sync { .. })) | (Err(error), _) | (_, Err(error)) => Err(error),
+        }
     })
 }
 
@@ -166,7 +170,6 @@ fn take_in_order<Job, Done>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::error::Error;
 
     fn error(number: usize) -> Error {
         Error::Unusable { reason: number.to_string() }
@@ -212,6 +215,15 @@ mod tests {
             result.unwrap();
             assert!(taken.iter().copied().eq((0..500).map(|n| n * n)), "{threads} threads");
         }
+    }
+
+    #[test]
+    fn of_two_errors_a_failed_sync_is_told_and_else_the_first() {
+        let sync = || Error::Sync { path: "file".into(), source: std::io::ErrorKind::Other.into() };
+        let told = |first, second| both(2, || Err::<(), _>(first), || Err::<(), _>(second)).unwrap_err().to_string();
+        assert_eq!(told(error(1), error(2)), error(1).to_string());
+        assert_eq!(told(error(1), sync()), sync().to_string());
+        assert_eq!(told(sync(), error(2)), sync().to_string());
     }
 
     /// Hands over 0..n, of which `second` fails at `at`; gives what came and what was taken.

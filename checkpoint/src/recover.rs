@@ -12,6 +12,7 @@ use crate::layout::Layout;
 use crate::piece::within;
 use crate::record::{Record, Side};
 use crate::retain::{Keep, prune};
+use crate::shards::Shards;
 use crate::verify;
 
 /// What [`crate::Checkpoint::open`] found and did.
@@ -134,7 +135,7 @@ pub(crate) fn undo_here(disk: &Disk, paths: &Paths, current: &Generation, applie
 fn take_back(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(u64, String)> {
     let mut journal = Reader::open(disk, &paths.journal())?;
     require_fitting(paths, &journal, current)?;
-    let mut shards: Vec<Option<DiskFile>> = current.shards.iter().map(|_| None).collect();
+    let mut shards = Shards::new(disk, &paths.model, current.shards.iter().map(|shard| &shard.file));
     let mut records = 0;
     let reason = loop {
         let record = match journal.record() {
@@ -146,18 +147,11 @@ fn take_back(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(u64, S
         };
         records += 1;
         let shard = usize::from(record.piece.shard);
-        let path = paths.model.join(&current.shards[shard].file);
-        let file = match &mut shards[shard] {
-            Some(file) => file,
-            closed => closed.insert(disk.open_in_place(&path)?),
-        };
-        if let Err(offset) = rewrite(file, &record, |content| record.settle(content, Side::Old))? {
-            return Err(foreign(path, &record, offset, current));
+        if let Err(offset) = rewrite(shards.file(shard)?, &record, |content| record.settle(content, Side::Old))? {
+            return Err(foreign(paths.model.join(&current.shards[shard].file), &record, offset, current));
         }
     };
-    for shard in shards.iter().flatten() {
-        shard.sync()?;
-    }
+    shards.sync()?;
     Ok((records, reason))
 }
 

@@ -4,15 +4,14 @@
 //! the journal, and so is the journal's name: whatever a crash leaves of those blocks can be undone. While the blocks of
 //! one segment are written, the next is journalled: a disk that only ever has one of the two to do waits a fifth of the time.
 
-use std::path::PathBuf;
-
 use crate::compare::{Compared, NewSum, Spare};
-use crate::disk::{Disk, DiskFile};
+use crate::disk::Disk;
 use crate::error::Result;
 use crate::generation::Paths;
 use crate::journal::{Head, Writer};
 use crate::piece::within;
 use crate::record::Change;
+use crate::shards::Shards;
 use crate::sums::{Quick, Sum};
 
 /// What a sync has done so far.
@@ -83,7 +82,8 @@ impl<'a> Segments<'a> {
         }
     }
 
-    /// Ends a segment: durable in the journal, then for the files. All of it, and the journal's name, after the last call.
+    /// Ends a segment: durable in the journal, then given to `apply`. Also for the rest at the end, after which the
+    /// journal's name is durable even if nothing changed.
     pub(crate) fn flush(&mut self, apply: &mut Apply) -> Result<()> {
         if !self.held.is_empty() {
             self.writer.sync()?;
@@ -100,44 +100,18 @@ impl<'a> Segments<'a> {
 /// Writes the blocks of a segment that is durable in the journal.
 pub(crate) type Apply<'a> = dyn FnMut(Vec<Change>) -> Result<()> + Send + 'a;
 
-/// The files of the model, as blocks are written into them.
-#[derive(Debug)]
-pub(crate) struct Shards<'a> {
-    disk: &'a Disk,
-    /// Each shard's path, and the file once something was written to it.
-    files: Vec<(PathBuf, Option<DiskFile>)>,
-    spare: &'a Spare,
-}
-
-impl<'a> Shards<'a> {
-    /// None is opened yet.
-    pub(crate) fn new(disk: &'a Disk, paths: &'a Paths, head: &Head, spare: &'a Spare) -> Shards<'a> {
-        let files = head.shards.iter().map(|shard| (paths.model.join(&shard.file), None)).collect();
-        Shards { disk, files, spare }
-    }
-
-    /// Writes blocks, and asks the system to begin to bring them to the disk.
-    pub(crate) fn write(&mut self, segment: Vec<Change>) -> Result<()> {
-        for change in segment {
-            let (path, file) = &mut self.files[usize::from(change.piece.shard)];
-            let file = match file {
-                Some(file) => file,
-                closed => closed.insert(self.disk.open_in_place(path)?),
-            };
-            let mut new = change.new.as_slice();
-            for run in &change.runs {
-                let (now, later) = new.split_at(within(run, run.start).len());
-                file.write_at(now, run.start)?;
-                new = later;
-            }
-            self.spare.give(change.new);
-            file.start_writing(change.piece.offset, change.piece.bytes.into());
+/// Writes blocks into the files, and asks the system to begin to bring them to the disk.
+pub(crate) fn write_blocks(segment: Vec<Change>, shards: &mut Shards, spare: &Spare) -> Result<()> {
+    for change in segment {
+        let file = shards.file(change.piece.shard.into())?;
+        let mut new = change.new.as_slice();
+        for run in &change.runs {
+            let (now, later) = new.split_at(within(run, run.start).len());
+            file.write_at(now, run.start)?;
+            new = later;
         }
-        Ok(())
+        spare.give(change.new);
+        file.start_writing(change.piece.offset, change.piece.bytes.into());
     }
-
-    /// Makes durable what was written.
-    pub(crate) fn sync(&self) -> Result<()> {
-        self.files.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))
-    }
+    Ok(())
 }

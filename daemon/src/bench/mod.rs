@@ -112,7 +112,7 @@ fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
     let private = memory.peak();
     let floor = D::rates(device);
     let parameters = Parameters { context: context_parameters(&model), decision: trained_matrices(&optimizer) };
-    print(options, &phases, private, &floor, parameters, optimizer.state_bytes(), &device.describe());
+    print(options, &phases, private, &floor, parameters, &optimizer, &device.describe());
     Ok(())
 }
 
@@ -201,15 +201,16 @@ fn trained_matrices<D: Device>(optimizer: &Optimizer<D>) -> u64 {
     trained.map(|t| (t.rows * t.cols) as u64).sum()
 }
 
-fn print(
+fn print<D: Backend>(
     options: &Options,
     phases: &[Vec<f64>; 5],
     private: u64,
     machine: &machine::Rates,
     parameters: Parameters,
-    state_bytes: usize,
+    optimizer: &Optimizer<D>,
     device: &str,
 ) {
+    let state_bytes = optimizer.state_bytes();
     let (n, n_context) = (parameters.decision as f64, parameters.context as f64);
     let (context, t) = (options.context as f64, options.decision as f64);
     let moved = 4.0 * n * options.dtype.size() as f64 + 2.0 * state_bytes as f64;
@@ -219,7 +220,8 @@ fn print(
     let spread: Vec<(f64, f64, f64)> = phases.iter().map(|p| quartiles(p)).collect();
     if options.json {
         let mut out = json!({"shape": options.shape, "dtype": options.dtype.to_string(), "context": options.context,
-            "decision": options.decision, "rank": options.train.rank, "moments": options.train.moments, "steps": options.steps, "device": device});
+            "decision": options.decision, "rank": options.train.rank, "moments": optimizer.settings().moments.to_string(),
+            "steps": options.steps, "device": device});
         for (name, (median, min, max)) in names.iter().zip(&spread) {
             out[*name] = round(*median);
             out["spread"][*name] = json!([round(*min), round(*max)]);

@@ -4,12 +4,15 @@
 //! happens here ends this process alone, and its end is also what lets go of the server's memory.
 //! Requests come as lines on stdin; answers go to stdout (see `protocol`).
 
+mod hold;
+mod live;
 mod prefix_cache;
 mod repair;
 mod restore;
 mod session;
 mod settings;
 mod shadow;
+mod start;
 mod watch;
 mod workers;
 
@@ -19,7 +22,8 @@ use crate::protocol::{self, FromTrainer, Request, ToTrainer};
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::{Cpu, Cuda};
-use session::{Session, Start, StartError};
+use session::Session;
+use start::{Start, StartError};
 use std::io::{BufRead, stdin, stdout};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,6 +1,6 @@
 //! Live weights as what damaged files are repaired from: whatever of them is still as the current generation has it.
 
-use super::session::{StartError, attach};
+use super::start::{StartError, attach};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::protocol::Repaired;

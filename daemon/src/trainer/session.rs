@@ -1,61 +1,32 @@
 //! One attachment from start to end: attach, restore, train, sync, roll back.
 
+use super::hold::{hold, released};
+use super::live::Live;
 use super::prefix_cache::PrefixCache;
 use super::restore::Attached;
-use super::shadow::{self, Failure, Finding};
+use super::shadow::{self, Finding};
+use super::start::{self, Start, StartError};
 use super::workers::{Computed, Done, Step, Worker};
-use super::{repair, restore, settings, watch};
-use crate::backend::{Backend, ReadNext};
-use crate::config::{self, Attach, Config, SyncMode, Update};
+use super::{repair, restore, settings};
+use crate::backend::Backend;
+use crate::config::{SyncMode, Update};
 use crate::protocol::{
-    Budget, ExampleResult, FromTrainer, Hold, Invalidated, Published, Ready, Request, Synced, ToTrainer, Trained, Work,
+    Budget, ExampleResult, FromTrainer, Invalidated, Published, Ready, Request, Synced, ToTrainer, Trained, Work,
 };
-use crate::weights::{self, Fit};
-use anyhow::{Context, Result, bail};
-use apollo::{Gates, Optimizer, Rule, Written};
-use checkpoint::{Checkpoint, LiveTensor, LiveWeights, Part, Progress, Reads};
+use crate::weights;
+use anyhow::Result;
+use apollo::{Gates, Optimizer, Rule};
+use checkpoint::{Checkpoint, Progress};
 use compute::Dtype;
-use ipc::{Attachment, Control, ControlError, Invalidation, SafetensorsDir, Source};
+use ipc::{Attachment, ControlError, Invalidation, SafetensorsDir, Source};
 use model::{Model, Report};
 use std::hash::{BuildHasher, RandomState};
-use std::ops::Range;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-use weight_map::Role;
-
-/// Longest time for which an engine is held, and for which its running step is waited for.
-const HOLD: Duration = Duration::from_secs(5);
-
-/// Attempts to hold the engine for one step, and the pause between two.
-const HOLDS_MAX: u32 = 12;
-const HOLD_AGAIN: Duration = Duration::from_millis(500);
 
 /// How often an idle trainer asks the server for a sign of life, and how long it waits for it.
 const PING: Duration = Duration::from_secs(1);
-
-/// Why a session did not begin.
-pub enum StartError {
-    /// No server to attach to; try again.
-    ServerGone(String),
-    /// Anything else; an operator has to look.
-    Failed(anyhow::Error),
-}
-
-impl From<Failure> for StartError {
-    fn from(failure: Failure) -> StartError {
-        match failure {
-            Failure::NoAnswer(reason) => StartError::ServerGone(reason),
-            Failure::Differs(error) => StartError::Failed(error),
-        }
-    }
-}
-
-impl<E: Into<anyhow::Error>> From<E> for StartError {
-    fn from(error: E) -> StartError {
-        StartError::Failed(error.into())
-    }
-}
 
 /// Live weights, their optimizer and their checkpoint.
 pub struct Session<D: Backend> {
@@ -86,52 +57,16 @@ pub struct Session<D: Backend> {
     hash_seed: u64,
 }
 
-/// What has been taken before anybody computes: the files, the server's memory, the settings.
-pub struct Start<'a> {
-    config: &'a Config,
-    told: u64,
-    model: model::Config,
-    tensors: Vec<apollo::Tensor>,
-    checkpoint: Checkpoint,
-    recovery: String,
-    attachment: Arc<Attachment>,
-}
-
-impl<'a> Start<'a> {
-    /// Takes the model directory's lock and attaches. `told` is the highest weight version that anybody was told.
-    pub fn new(config: &'a Config, told: u64) -> Result<Start<'a>, StartError> {
-        let model = model::Config::read(&config.model.dir)?;
-        let tensors = settings::tensors(&model, &config.train);
-        let options = settings::checkpoint_options(&config.sync);
-        let (mut checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
-        tell_pruned(&mut checkpoint);
-        require_intact(&checkpoint, &config.model.dir)?;
-        let attachment = Arc::new(attach(config, &model)?);
-        watch::start(attachment.clone())?;
-        Ok(Start { config, told, model, tensors, checkpoint, recovery: recovery.to_string(), attachment })
-    }
-
-    /// The UUID of the GPU that the weights lie on, if they do.
-    pub fn gpu(&self) -> Option<&str> {
-        self.attachment.device().map(|device| device.uuid.as_str())
-    }
-
-    /// The server's process, as far as it is known.
-    pub fn server_pid(&self) -> Option<u32> {
-        self.attachment.pid()
-    }
-}
-
 impl<D: Backend> Session<D> {
     /// Brings live weights and optimizer to the last generation; with a worker on each of the devices, which are one
     /// machine's. Nothing is written to live weights before everything was checked.
     pub fn open(start: Start, devices: Vec<Arc<D>>) -> Result<(Session<D>, Vec<Worker<D>>), StartError> {
         let device = devices[0].clone();
         let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment } = start;
-        same_directory(attachment.model_dir(), &config.model.dir)?;
-        can_be_held(config.server.update, &attachment)?;
-        let mut warnings = damaged_documents(&checkpoint)?;
-        let mut prefix_cache = prefix_cache(&config.server, &attachment, &mut warnings);
+        start::same_directory(attachment.model_dir(), &config.model.dir)?;
+        start::can_be_held(config.server.update, &attachment)?;
+        let mut warnings = start::damaged_documents(&checkpoint)?;
+        let mut prefix_cache = start::prefix_cache(&config.server, &attachment, &mut warnings);
 
         let files = SafetensorsDir::open(&config.model.dir)?;
         let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
@@ -142,7 +77,7 @@ impl<D: Backend> Session<D> {
         let optimizer_settings = settings::optimizer_settings(&*device, &config.train)?;
         let names: Vec<String> = tensors.iter().map(|t| t.name.clone()).collect();
         let file_dtypes = weights::file_dtypes(&files, &names)?;
-        recovery.extend(freeze_widened(&mut tensors, &model, &file_dtypes)?);
+        recovery.extend(start::freeze_widened(&mut tensors, &model, &file_dtypes)?);
         let known = restore::known_epoch(&config.state_dir(), attachment.epoch())?;
         if known.is_some() {
             let bytes = restore_all(&checkpoint, &tensors, &model, &file_dtypes)?;
@@ -378,7 +313,7 @@ impl<D: Backend> Session<D> {
         drop(live);
         self.optimizer.forget_written();
         tracing::info!(reason, "{report}");
-        tell_pruned(&mut self.checkpoint);
+        start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         Ok(FromTrainer::Synced(Synced {
             generation: report.generation,
@@ -404,7 +339,7 @@ impl<D: Backend> Session<D> {
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
-        tell_pruned(&mut self.checkpoint);
+        start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         self.prefix_cache.moved();
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
@@ -438,40 +373,6 @@ fn ms(clock: Instant) -> f64 {
     clock.elapsed().as_secs_f64() * 1e3
 }
 
-/// In the update mode `between`: the engine, standing still, and since when.
-fn hold(attachment: &Attachment, update: Update) -> Result<Option<(ipc::Hold<'_>, Instant)>> {
-    if update == Update::Hogwild {
-        return Ok(None);
-    }
-    let mut attempts = 0;
-    loop {
-        attempts += 1;
-        match attachment.hold(HOLD) {
-            Ok(held) => return Ok(Some((held, Instant::now()))),
-            Err(ControlError::Gone(gone)) => return Err(gone.into()),
-            // A long prompt is one long step of the engine: the example waits for its end.
-            Err(error) if attempts < HOLDS_MAX => {
-                tracing::warn!("the engine could not be held, tried again: {error}");
-                std::thread::sleep(HOLD_AGAIN);
-            }
-            Err(error) => {
-                return Err(error).context(format!(
-                    "server.update is \"between\" and the engine could not be held in {attempts} attempts"
-                ));
-            }
-        }
-    }
-}
-
-/// Lets the engine go on; how long it stood still.
-fn released(held: ipc::Hold<'_>, since: Instant) -> Hold {
-    let in_time = held.release();
-    if let Err(error) = &in_time {
-        tracing::warn!("{error}");
-    }
-    Hold { ms: ms(since), overran: in_time != Ok(true) }
-}
-
 /// Brings every tensor to the files' bytes, also one that is frozen now; how many bytes that took.
 fn restore_all<D: Backend>(
     checkpoint: &Checkpoint,
@@ -482,137 +383,6 @@ fn restore_all<D: Backend>(
     let each = tensors.iter().zip(model.weights()).zip(files);
     each.map(|((tensor, weight), files)| restore::restore(&**model.device(), checkpoint, &tensor.name, weight, *files))
         .sum()
-}
-
-fn can_be_held(update: Update, attachment: &Attachment) -> Result<()> {
-    if update == Update::Between && !attachment.controls().contains(&Control::Hold) {
-        bail!(
-            "server.update is \"between\", but the server at {} does not offer `hold`: set it to \"hogwild\", or use a \
-             plugin that can hold its engine",
-            attachment.source()
-        );
-    }
-    Ok(())
-}
-
-/// The policy of the configuration, as far as the server can follow it.
-fn prefix_cache(server: &config::ServerConfig, attachment: &Attachment, warnings: &mut Vec<String>) -> PrefixCache {
-    let mut how = match server.prefix_cache {
-        config::PrefixCache::Reset => Some(Invalidation::Reset),
-        config::PrefixCache::Salt => Some(Invalidation::Salt),
-        config::PrefixCache::Ignore => None,
-    };
-    if how.is_some() && !attachment.controls().contains(&Control::Invalidate) {
-        how = None;
-        warnings.push(
-            "the server offers no way to invalidate its prefix cache, so answers may rest on keys of older weights: \
-             switch its prefix cache off and set server.prefix_cache = \"ignore\""
-                .into(),
-        );
-    }
-    PrefixCache::new(how, Duration::from_secs_f64(server.prefix_cache_interval))
-}
-
-/// Attaches to the server that the configuration names.
-pub(super) fn attach(config: &Config, model: &model::Config) -> Result<Attachment, StartError> {
-    let source = match config.server.attach().context("[server] names no way to the weights")? {
-        Attach::Socket(path) => Source::Socket(path.into()),
-        Attach::Manifest(path) => Source::Manifest(path.into()),
-        Attach::Live(path) => {
-            let path = PathBuf::from(path);
-            let gguf = path.join(ipc::GGUF_FILE);
-            if gguf.exists() {
-                crate::gguf::check(&ipc::GgufFile::open(&gguf)?, model)?;
-            }
-            Source::Staged(path)
-        }
-    };
-    Attachment::open(&source, &model.decoder.tensors()).map_err(|error| {
-        let absent = match &error {
-            ipc::Error::Io { error, .. } => {
-                matches!(error.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused)
-            }
-            // It is loading, or lends the weights to another trainer.
-            ipc::Error::Gone(_) | ipc::Error::Refused { .. } | ipc::Error::Leased { .. } => true,
-            _ => false,
-        };
-        let is_there = matches!(error, ipc::Error::Leased { .. } | ipc::Error::Refused { .. });
-        match (absent, &source) {
-            (true, Source::Socket(_)) if !is_there => StartError::ServerGone(format!(
-                "{error}; is the server running, with its weights offered there (vLLM: the plugin, and APOLLOD_SOCKET)?"
-            )),
-            (true, _) => StartError::ServerGone(error.to_string()),
-            (false, _) => StartError::Failed(error.into()),
-        }
-    })
-}
-
-/// Freezes the vectors that the server holds in f32 and the files in 16 bits; what there is to say about it.
-fn freeze_widened<D: Backend>(
-    tensors: &mut [apollo::Tensor],
-    model: &Model<D>,
-    files: &[Dtype],
-) -> Result<Option<String>> {
-    let mut frozen = Vec::new();
-    let held = model.tensors().iter().zip(model.weights());
-    for ((tensor, (expected, weight)), files) in tensors.iter_mut().zip(held).zip(files) {
-        let fit = Fit::of(&expected.name, &expected.shape, model.device().dtype(weight), *files)?;
-        if fit == Fit::Widened && tensor.rule != Rule::Frozen {
-            tensor.rule = Rule::Frozen;
-            frozen.push(expected.name.clone());
-        }
-    }
-    let Some(first) = frozen.first() else { return Ok(None) };
-    Ok(Some(format!(
-        "{} vectors are frozen: the server holds them in F32, the files in 16 bits ({first}, ...)",
-        frozen.len()
-    )))
-}
-
-/// Files that somebody changed since the last generation would make every sync fail, and a restore of
-/// live weights wrong.
-fn require_intact(checkpoint: &Checkpoint, dir: &Path) -> Result<()> {
-    let report = checkpoint.verify()?;
-    if !report.is_ok() {
-        let dir = dir.display();
-        bail!(
-            "{report}; a disk flipped bits, or somebody else wrote into the files: `apollod checkpoint repair {dir}` puts \
-             them right from the live weights or a copy (--from). Only if they were changed on purpose, stop the daemon, \
-             take them as they are with `apollod checkpoint adopt {dir}`, and restart the server"
-        );
-    }
-    Ok(())
-}
-
-/// Says in the log which generations the history has lost.
-fn tell_pruned(checkpoint: &mut Checkpoint) {
-    let pruned = checkpoint.take_pruned();
-    if let (Some(first), Some(last)) = (pruned.first(), pruned.last()) {
-        let which =
-            if first == last { format!("generation {first}") } else { format!("generations {first} to {last}") };
-        tracing::warn!(
-            "{which} went from the history by sync.keep, keep_bytes or keep_days, and cannot be restored any more"
-        );
-    }
-}
-
-/// Generations of the history whose documents cannot be read.
-fn damaged_documents(checkpoint: &Checkpoint) -> Result<Vec<String>> {
-    Ok(checkpoint.generations()?.into_iter().filter_map(|generation| generation.damage).collect())
-}
-
-/// The server must serve the directory that sync will write.
-fn same_directory(served: &Path, configured: &Path) -> Result<()> {
-    let real = |path: &Path| path.canonicalize().with_context(|| format!("cannot find {}", path.display()));
-    let (served, configured) = (real(served)?, real(configured)?);
-    if served != configured {
-        bail!(
-            "the server loaded {}, model.dir is {}: point one of them at the other, nothing was written",
-            served.display(),
-            configured.display()
-        );
-    }
-    Ok(())
 }
 
 /// Takes over the optimizer state of the current generation; what there is to say about it.
@@ -629,84 +399,4 @@ fn load_state<D: Backend>(optimizer: &mut Optimizer<D>, checkpoint: &Checkpoint)
         said += &format!("; moments of {} converted to {dtype}", of_some(&restored.converted));
     }
     Ok(Some(said))
-}
-
-/// The trained tensors, as sync reads them.
-struct Live<'a, D: Backend> {
-    device: &'a D,
-    tensors: Vec<LiveTensor>,
-    weights: Vec<&'a D::Weight>,
-    written: Vec<&'a Written>,
-    hash_seed: u64,
-    /// What was announced, where it is read ahead.
-    ahead: OnceLock<Mutex<ReadNext<'a>>>,
-}
-
-impl<'a, D: Backend> Live<'a, D> {
-    fn new(model: &'a Model<D>, optimizer: &'a Optimizer<D>, head_copy: Option<&str>, hash_seed: u64) -> Live<'a, D> {
-        let (tensors, weights, written, ahead) = (Vec::new(), Vec::new(), Vec::new(), OnceLock::new());
-        let mut live = Live { device: &**model.device(), tensors, weights, written, hash_seed, ahead };
-        let specs = optimizer.tensors().iter().zip(optimizer.written());
-        for ((tensor, weight), (spec, written)) in model.tensors().iter().zip(model.weights()).zip(specs) {
-            if spec.effective_rule() != Rule::Frozen {
-                live.push(&tensor.name, &tensor.shape, weight, written);
-                if let (Role::Embedding, Some(head)) = (tensor.role, head_copy) {
-                    live.push(head, &tensor.shape, weight, written);
-                }
-            }
-        }
-        live
-    }
-
-    fn push(&mut self, name: &str, shape: &[usize], weight: &'a D::Weight, written: &'a Written) {
-        let dtype = self.device.dtype(weight);
-        self.tensors.push(LiveTensor {
-            name: name.into(),
-            dtype: dtype.to_string(),
-            shape: shape.to_vec(),
-            bytes: (shape.iter().product::<usize>() * dtype.size()) as u64,
-        });
-        self.weights.push(weight);
-        self.written.push(written);
-    }
-
-    /// The bytes of a tensor that steps have written.
-    fn written_bytes(&self, tensor: usize) -> Vec<Range<u64>> {
-        let LiveTensor { shape, bytes, .. } = &self.tensors[tensor];
-        let row = bytes / shape.first().map_or(1, |rows| *rows as u64).max(1);
-        match self.written[tensor] {
-            Written::Nothing => Vec::new(),
-            Written::Everything => vec![0..*bytes],
-            Written::Rows(rows) => rows.iter().map(|&r| u64::from(r) * row..(u64::from(r) + 1) * row).collect(),
-        }
-    }
-}
-
-impl<D: Backend> LiveWeights for Live<'_, D> {
-    fn tensors(&self) -> &[LiveTensor] {
-        &self.tensors
-    }
-    fn read(&self, tensor: usize, offset: u64, buf: &mut [u8]) {
-        match self.ahead.get() {
-            Some(next) => next.lock().unwrap_or_else(PoisonError::into_inner)(buf),
-            None => self.device.read_weight(self.weights[tensor], offset as usize, buf),
-        }
-    }
-    fn block_hashes(&self, block_bytes: u64) -> Option<Vec<u128>> {
-        self.device.block_hashes(&self.weights, block_bytes as usize, self.hash_seed)
-    }
-    fn written(&self) -> Option<Vec<Vec<Range<u64>>>> {
-        Some((0..self.tensors.len()).map(|tensor| self.written_bytes(tensor)).collect())
-    }
-    fn announce(&self, parts: Vec<Part>) -> Reads {
-        let bytes = |part: Part| {
-            let start = part.offset as usize;
-            (self.weights[part.tensor], start..start + part.bytes as usize)
-        };
-        let Some(ahead) = self.device.read_ahead(parts.into_iter().map(bytes).collect()) else {
-            return Reads::Anyhow;
-        };
-        assert!(self.ahead.set(Mutex::new(ahead)).is_ok(), "a sync announces its parts once");
-        Reads::InOrder
-    }
 }

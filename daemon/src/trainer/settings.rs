@@ -15,12 +15,13 @@ use weight_map::Role;
 /// # Errors
 /// If the device does not store moments as they are configured: what to set instead.
 pub fn optimizer_settings<D: Device>(device: &D, train: &TrainConfig) -> Result<Settings> {
-    let narrow = device.stores(Dtype::BF16);
-    if train.moments == Moments::Bf16 && !narrow {
-        bail!(
+    let moments = match (train.moments, device.stores(Dtype::BF16)) {
+        (Moments::F32, _) | (Moments::Auto, false) => Dtype::F32,
+        (Moments::Auto | Moments::Bf16, true) => Dtype::BF16,
+        (Moments::Bf16, false) => bail!(
             "train.moments is \"bf16\", which only a CPU stores: set it to \"auto\" or \"f32\"; a saved state is converted"
-        );
-    }
+        ),
+    };
     Ok(Settings {
         lr: train.lr as f32,
         rank: train.rank,
@@ -45,11 +46,7 @@ pub fn optimizer_settings<D: Device>(device: &D, train: &TrainConfig) -> Result<
         norm_growth_floor: train.norm_growth_floor as f32,
         warmup_steps: train.warmup_steps,
         seed: train.seed,
-        moments: match train.moments {
-            Moments::Auto if narrow => Dtype::BF16,
-            Moments::Auto | Moments::F32 => Dtype::F32,
-            Moments::Bf16 => Dtype::BF16,
-        },
+        moments,
     })
 }
 

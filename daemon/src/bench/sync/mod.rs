@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use crate::config::Moments;
+use compute::Dtype;
 use peers::Rsync;
 use weights::{Rng, SIDES, Weights};
 
@@ -49,12 +50,17 @@ pub struct Options {
 }
 
 impl Options {
-    /// Bytes of a moment in the state.
-    fn moment_bytes(&self) -> u64 {
+    /// What the state's moments are: `auto` is what a CPU stores.
+    fn moments(&self) -> Dtype {
         match self.moments {
-            Moments::F32 => 4,
-            Moments::Auto | Moments::Bf16 => 2,
+            Moments::F32 => Dtype::F32,
+            Moments::Auto | Moments::Bf16 => Dtype::BF16,
         }
+    }
+
+    /// Bytes of the state if everything has changed.
+    fn state_bytes(&self, weights: &Weights) -> u64 {
+        weights.moments(self.rank) * self.moments().size() as u64
     }
 }
 
@@ -134,11 +140,7 @@ fn measure(options: &Options, rsync: &str) -> Result<Figures> {
         eprintln!("run {run} of {runs}: a step moves {} blocks", moved.blocks);
         weights.step(run, &moved);
         let share = moved.bytes as f64 / weights.bytes() as f64;
-        let state = random_bytes(
-            ((weights.moments(options.rank) * options.moment_bytes()) as f64 * share) as usize,
-            options.seed,
-            run,
-        );
+        let state = random_bytes((options.state_bytes(&weights) as f64 * share) as usize, options.seed, run);
 
         settle(&weights, &[&model])?;
         let clock = Instant::now();
@@ -221,7 +223,7 @@ fn check_room(options: &Options) -> Result<()> {
     let dir = &options.dir;
     let weights = options.gib * (1u64 << 30) as f64;
     // Two moments of rank·n for n² weights, in those matrices of which they are the largest part: the small ones.
-    let share = (2 * options.moment_bytes()) as f64 * options.rank.min(SIDES[1]) as f64 / (2 * SIDES[1]) as f64;
+    let share = (2 * options.moments().size()) as f64 * options.rank.min(SIDES[1]) as f64 / (2 * SIDES[1]) as f64;
     let state = options.dirty * weights * share;
     let kept = options.runs.min(KEPT as usize + 1) as f64;
     // A journal was 0.2 of what it changes, and sums, old and new, are a 256th of the weights.

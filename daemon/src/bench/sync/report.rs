@@ -62,7 +62,8 @@ pub fn json(options: &Options, figures: &Figures, machine: &Value) -> Value {
         Target::TimeOver(times) => json!({"time_over_better_peer_max": times, "met": target.met(ratio)}),
     });
     json!({
-        "gib": options.gib, "dirty": options.dirty, "pattern": pattern(options.pattern), "rank": options.rank, "moments": options.moments,
+        "gib": options.gib, "dirty": options.dirty, "pattern": pattern(options.pattern), "rank": options.rank,
+        "moments": options.moments().to_string(),
         "runs": options.runs, "seed": options.seed, "weights_bytes": figures.weights,
         "blocks_total": report.blocks_total, "blocks_changed": report.blocks_changed,
         "sync": contender(&figures.sync, written),
@@ -85,13 +86,13 @@ pub fn table(options: &Options, figures: &Figures, machine: &Value) -> String {
     let mut out = String::new();
     let mut line = |text: String| writeln!(out, "{text}").expect("a string takes everything");
     line(format!(
-        "{:.2} GB of bf16, {} of {} blocks changed ({}), rank {}, {} bytes a moment, median of {} runs (least - most)",
+        "{:.2} GB of bf16, {} of {} blocks changed ({}), rank {}, moments in {}, median of {} runs (least - most)",
         figures.weights as f64 / 1e9,
         report.blocks_changed,
         report.blocks_total,
         pattern(options.pattern),
         options.rank,
-        options.moment_bytes(),
+        options.moments(),
         options.runs
     ));
     let mut row = |name: &str, seconds: &[f64], bytes: u64| {
