@@ -55,8 +55,10 @@ pub(crate) fn behind<T: Send, R>(
     })
 }
 
-/// Jobs that are under way at once, for each thread that does them.
-const IN_FLIGHT: usize = 32;
+/// Jobs that are under way at once: what two threads need to go on while whoever takes the results waits for a disk. However
+/// many threads there are, no more, so that memory does not grow with them, unless some would have nothing to do.
+const IN_FLIGHT: usize = 64;
+const IN_FLIGHT_PER_THREAD_MIN: usize = 2;
 
 /// The three kinds of work.
 pub(crate) struct Stages<Next, Do, Take> {
@@ -96,7 +98,7 @@ where
     let (free, used) = channel::<Option<Job>>();
     // Shared by the workers alone, so that it is closed when the last of them ends.
     let todo = Arc::new(Mutex::new(todo));
-    for _ in 0..threads * IN_FLIGHT {
+    for _ in 0..IN_FLIGHT.max(threads * IN_FLIGHT_PER_THREAD_MIN) {
         free.send(None).expect("the receiver is here");
     }
     thread::scope(|scope| {
