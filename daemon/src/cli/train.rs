@@ -69,13 +69,22 @@ struct Watch<'a> {
     bar: ProgressBar,
     moved: Instant,
     said: Vec<String>,
+    said_full: bool,
 }
 
 impl<'a> Watch<'a> {
     fn new(client: &'a Client) -> Self {
-        Self { client, bar: ProgressBar::hidden(), moved: Instant::now(), said: Vec::new() }
+        Self { client, bar: ProgressBar::hidden(), moved: Instant::now(), said: Vec::new(), said_full: false }
     }
 
+    /// Once a command: with more examples than the queue holds, it is full again and again while they are trained.
+    fn say_full(&mut self) {
+        if !std::mem::replace(&mut self.said_full, true) {
+            self.bar.suspend(|| eprintln!("the queue is full; waiting for room"));
+        }
+    }
+
+    /// Once until something moves.
     fn say(&mut self, what: String) {
         if !self.said.contains(&what) {
             self.bar.suspend(|| eprintln!("{what}"));
@@ -217,7 +226,7 @@ fn post(watch: &mut Watch<'_>, part: &Part) -> Result<Posted> {
                 return Ok(Posted::Answer(answer));
             }
             (429, _) => {
-                watch.say("the queue is full; waiting for room".into());
+                watch.say_full();
                 watch.look()?;
                 std::thread::sleep(Duration::from_secs(answer.retry_after.unwrap_or(1)).min(RETRY_MAX));
             }
