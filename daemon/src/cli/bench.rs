@@ -28,7 +28,8 @@ pub enum BenchCommand {
 Three ways to bring the same weights to the same disk take turns: a sync, the safetensors crate's save (onto new files,
 then over them), and `rsync --inplace --no-whole-file` from the new files onto the old, where it is installed. Each
 ends when everything is on the disk; files are in the page cache before. The sync also writes an optimizer state of the
-size that APOLLO has at this rank (two moments, `--moments`), which the others do not. The ratio is to the median of the best of them.
+size that APOLLO has at this rank (two moments, `--moments`), which the others do not. The ratio is to the median of the
+best of them.
 
 Files are made in a folder of their own, which is removed at the end; how much room that takes is said first. A run that
 is killed leaves it: apollod-bench-sync-*. Memory: the weights and the state once, and as much page cache as there is.
