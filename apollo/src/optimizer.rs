@@ -10,8 +10,8 @@ use crate::gradients::{Gradients, Pair};
 use crate::moments::{State, rank_of};
 use crate::settings::{Gates, Rule, Settings, Tensor, TensorKind};
 use compute::{
-    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Device, Factors, Limiter, NORM_SLOTS, NORM_UPDATE,
-    Stream, Write,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Device, Dtype, Factors, Limiter, NORM_SLOTS,
+    NORM_UPDATE, Stream, Write,
 };
 use std::collections::{BTreeSet, HashMap};
 use std::fmt;
@@ -243,7 +243,7 @@ impl<D: Device> Optimizer<D> {
         if values > 0 {
             return Err(Skip::NotFinite { values });
         }
-        let ready = self.prepare_tensors(gradients);
+        let ready = self.prepare_tensors(weights, gradients);
         if ready.is_empty() {
             return Err(Skip::Empty);
         }
@@ -321,7 +321,7 @@ impl<D: Device> Optimizer<D> {
     }
 
     /// First pass: everything that a step needs, without writing state or weights.
-    fn prepare_tensors(&mut self, gradients: &Gradients<D>) -> Vec<Ready<D>> {
+    fn prepare_tensors(&mut self, weights: &[D::Weight], gradients: &Gradients<D>) -> Vec<Ready<D>> {
         let mut ready = Vec::new();
         for (tensor, events) in gradients.events.iter().enumerate() {
             let (m, n, kind) = (self.tensors[tensor].rows, self.tensors[tensor].cols, self.tensors[tensor].kind);
@@ -343,12 +343,12 @@ impl<D: Device> Optimizer<D> {
             };
             ready.extend(item);
         }
-        self.prepare_apollo(&mut ready);
+        self.prepare_apollo(weights, &mut ready);
         ready
     }
 
     /// Scaling, ‖U‖ and limiter of every matrix under APOLLO.
-    fn prepare_apollo(&mut self, ready: &mut [Ready<D>]) {
+    fn prepare_apollo(&mut self, weights: &[D::Weight], ready: &mut [Ready<D>]) {
         let (mut tensors, mut limiters) = (Vec::new(), Vec::new());
         for item in ready {
             let Ready::Apollo { tensor, pair, s } = item else { continue };
@@ -361,7 +361,7 @@ impl<D: Device> Optimizer<D> {
                 exp_avg: &state.exp_avg,
                 exp_avg_sq: &state.exp_avg_sq,
                 factors: factors(spec, pair),
-                compressed: compressed(&self.settings, projection, rank),
+                compressed: compressed(&self.settings, projection, rank, self.device.dtype(&weights[*tensor])),
             });
             let limiter = Limiter {
                 growth: self.settings.norm_growth_limit,
@@ -431,7 +431,8 @@ impl<D: Device> Optimizer<D> {
                 Ready::Apollo { pair, s, .. } => {
                     let (rank, dim) = (rank_of(spec, settings), spec.rows.min(spec.cols));
                     let factors = factors(spec, pair);
-                    let compressed = compressed(settings, &self.projections[&(rank, dim)].1, rank);
+                    let projection = &self.projections[&(rank, dim)].1;
+                    let compressed = compressed(settings, projection, rank, self.device.dtype(w));
                     let write = write(tensor, corrected * settings.alpha(dim, rank));
                     let at = tensor * NORM_SLOTS;
                     apollo.push(ApolloCommit { w, s, at, exp_avg, exp_avg_sq, factors, compressed, write });
@@ -495,8 +496,8 @@ fn factors<'a, D: Device>(tensor: &Tensor, pair: &'a Pair<D>) -> Factors<'a, D::
     Factors { x: &pair.x, dy: &pair.dy, t: pair.t, m: tensor.rows, n: tensor.cols }
 }
 
-fn compressed<'a, B>(settings: &Settings, projection: &'a B, rank: usize) -> Compressed<'a, B> {
-    Compressed { projection, rank, scale_type: settings.scale_type, moments: settings.decay() }
+fn compressed<'a, B>(settings: &Settings, projection: &'a B, rank: usize, weight: Dtype) -> Compressed<'a, B> {
+    Compressed { projection, rank, scale_type: settings.scale_type, moments: settings.decay(), weight }
 }
 
 fn outside(value: f32, min: Option<f32>, max: Option<f32>) -> Option<f32> {

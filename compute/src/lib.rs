@@ -143,6 +143,8 @@ pub struct Compressed<'a, B> {
     pub scale_type: ScaleType,
     /// Decay constants.
     pub moments: Moments,
+    /// Type of W: factors of a step on bf16 weights may be rounded to bf16.
+    pub weight: Dtype,
 }
 
 impl<B> Clone for Compressed<'_, B> {

@@ -8,7 +8,7 @@
 //! x86 and Arm split at element boundaries at worst).
 
 use super::simd::multiversion;
-use super::stored::round_bf16;
+use super::stored::{round_bf16, rounded_bf16};
 use crate::{Dtype, RowOrder, Stream};
 use half::slice::HalfFloatSliceExt;
 use std::cell::UnsafeCell;
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, AtomicU32, Ordering::Relaxed};
 
 /// Elements converted at a time, so that the 16-bit copy stays in the first-level cache.
-const CHUNK: usize = 512;
+const CHUNK: usize = 256;
 
 /// A row-major matrix (rows, cols) in foreign memory.
 ///
@@ -299,15 +299,27 @@ impl Weight {
         }
     }
 
-    /// Elements of row `row` from column `col` on become (w - u)·keep, rounded as in [`Weight::write`].
-    pub(super) fn subtract(&self, row: usize, col: usize, u: &[f32], keep: f32, stream: &Stream) {
-        let mut values = [0.0; CHUNK];
-        for (i, u) in u.chunks(CHUNK).enumerate() {
-            let (col, values) = (col + i * CHUNK, &mut values[..u.len()]);
-            self.read(row, col, values);
-            subtract(values, u, keep);
-            self.write(row, col, values, stream);
-        }
+    /// Elements of row `row` from column `col` on become (w - factor·u)·keep, rounded as in [`Weight::write`].
+    pub(super) fn subtract(&self, row: usize, col: usize, u: &[f32], factor: f32, keep: f32, stream: &Stream) {
+        let first = (row * self.cols + col) as u64;
+        self.parts(row, col, u.len(), |base, range| {
+            let (first, u) = (first + range.start as u64, &u[range]);
+            for (i, u) in u.chunks(CHUNK).enumerate() {
+                // SAFETY: a part of the range.
+                let (base, first) = (unsafe { base.add(i * CHUNK * self.dtype.size()) }, first + (i * CHUNK) as u64);
+                match self.dtype {
+                    // SAFETY: the range is in the weight.
+                    Dtype::BF16 => unsafe { subtract_bf16(base, first, u, factor, keep, stream) },
+                    _ => {
+                        let (mut values, n) = ([0.0; CHUNK], u.len());
+                        let values = &mut values[..n];
+                        self.read_part(base, n, values, n, n);
+                        subtract(values, u, factor, keep);
+                        self.write_part(base, first, values, stream);
+                    }
+                }
+            }
+        });
     }
 
     /// Writes `values` into row `row` from column `col` on. 16-bit elements are rounded
@@ -351,9 +363,33 @@ fn bits_mut(values: &mut [f32]) -> &mut [u32] {
 }
 
 multiversion! {
-    fn subtract(w: &mut [f32], u: &[f32], keep: f32) {
+    fn subtract(w: &mut [f32], u: &[f32], factor: f32, keep: f32) {
         for (w, &u) in w.iter_mut().zip(u) {
-            *w = (*w - u) * keep;
+            *w = (*w - factor * u) * keep;
+        }
+    }
+}
+
+/// [`Weight::subtract`] of at most CHUNK bf16 elements, of which the first is element `first`: what a step does to most of a
+/// model, in one pass over registers.
+///
+/// # Safety
+/// `base` is valid for reads and writes of `u.len()` elements and aligned to them.
+unsafe fn subtract_bf16(base: NonNull<u8>, first: u64, u: &[f32], factor: f32, keep: f32, stream: &Stream) {
+    let (mut raw, mut random) = ([0u16; CHUNK], [0u16; CHUNK]);
+    let (raw, random) = (&mut raw[..u.len()], &mut random[..u.len()]);
+    // SAFETY: the caller's promise.
+    unsafe { load::<u16>(base, raw) };
+    stream.fill_u16(first, random);
+    subtract_rounded(raw, u, factor, keep, random);
+    // SAFETY: the caller's promise.
+    unsafe { store::<u16>(base, raw) };
+}
+
+multiversion! {
+    fn subtract_rounded(w: &mut [u16], u: &[f32], factor: f32, keep: f32, random: &[u16]) {
+        for ((w, &u), &r) in w.iter_mut().zip(u).zip(random) {
+            *w = rounded_bf16((f32::from_bits((*w as u32) << 16) - factor * u) * keep, r);
         }
     }
 }

@@ -14,6 +14,7 @@
 //! two bf16, of neighbouring k, in the place of one f32, and a multiply-add is two. C is f32; its chains go by pairs.
 
 use super::gemm::Shared;
+use super::stored::round_to_pairs_of;
 use super::{Buffer, simd};
 use rayon::prelude::*;
 use std::ops::Range;
@@ -80,6 +81,40 @@ unsafe impl Lanes for Portable {
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise.
         unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+}
+
+/// Pairs of bf16 for any processor: for tests of what multiplies them.
+#[derive(Clone, Copy)]
+struct PortablePairs(Portable);
+
+// SAFETY: loads and stores as of Portable.
+unsafe impl Lanes for PortablePairs {
+    const N: usize = Portable::N;
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        PortablePairs(unsafe { Portable::load(from) })
+    }
+    #[inline(always)]
+    unsafe fn splat(from: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        PortablePairs(unsafe { Portable::splat(from) })
+    }
+    // SAFETY: nothing is asked of the caller: it computes on values.
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        let upper = |v: f32| f32::from_bits(v.to_bits() & 0xFFFF_0000);
+        let lower = |v: f32| f32::from_bits(v.to_bits() << 16);
+        let (a, b, c) = (self.0.0, b.0.0, c.0.0);
+        // A product of two bf16 is exact in f32. The processor begins with the upper halves.
+        let sum = |i: usize| c[i] + upper(a[i]) * upper(b[i]) + lower(a[i]) * lower(b[i]);
+        PortablePairs(Portable(std::array::from_fn(sum)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.store(to) }
     }
 }
 
@@ -168,6 +203,8 @@ pub enum Vectors {
     /// AVX-512 with dot products of bf16: 16 sums; elements of A and B are pairs.
     #[cfg(target_arch = "x86_64")]
     Bf16Pairs,
+    /// The same on arrays of 8.
+    PortablePairs,
 }
 
 impl Vectors {
@@ -204,6 +241,7 @@ impl Vectors {
             Vectors::Avx512 => __m512::N,
             #[cfg(target_arch = "x86_64")]
             Vectors::Bf16Pairs => Pairs::N,
+            Vectors::PortablePairs => PortablePairs::N,
         }
     }
 }
@@ -274,6 +312,20 @@ impl Panels {
         })
     }
 
+    /// Packs pairs: element (k, j) is made of rows 2k and 2k + 1 of `b`, of which the last may be missing and then counts as 0.
+    pub fn of_pairs_of_rows(&self, b: &[f32]) -> Buffer {
+        assert!(b.len() > (2 * self.k).saturating_sub(2) * self.columns || self.len() == 0);
+        let (width, columns) = (self.width(), self.columns);
+        self.packed(|panel, first| {
+            let n = width.min(columns - first);
+            for (line, rows) in panel.chunks_exact_mut(width).zip(b.chunks(2 * columns)) {
+                let zeros = [0.0; 2 * MOST_LANES];
+                let lower = if rows.len() > columns { &rows[columns + first..][..n] } else { &zeros[..n] };
+                round_to_pairs_of(&rows[first..][..n], lower, line);
+            }
+        })
+    }
+
     /// Panels that `pack` fills on all threads, each from its first column on.
     fn packed(&self, pack: impl Fn(&mut [f32], usize) + Sync) -> Buffer {
         let mut packed = Buffer::uninit(self.len());
@@ -291,6 +343,9 @@ fn copy(to: &mut [f32], from: &[f32]) {
         _ => to[..from.len()].copy_from_slice(from),
     }
 }
+
+/// Lanes of the longest vector.
+const MOST_LANES: usize = 16;
 
 /// Elements that are packed faster than another thread is woken.
 const ALONE: usize = 1 << 17;
@@ -345,6 +400,8 @@ pub unsafe fn product(
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above; `Vectors::of_pairs` has seen the features.
         Vectors::Bf16Pairs => unsafe { bf16_pairs(work) },
+        // SAFETY: as above.
+        Vectors::PortablePairs => unsafe { work.run::<PortablePairs>() },
     }
 }
 
@@ -386,7 +443,7 @@ struct Work<'a> {
 }
 
 /// Most elements of a tile.
-const TILE: usize = ROWS * 32;
+const TILE: usize = ROWS * 2 * MOST_LANES;
 
 impl Work<'_> {
     /// # Safety
@@ -475,7 +532,7 @@ impl Block {
     #[inline(always)]
     #[allow(clippy::needless_range_loop)] // Indices are what unrolls.
     unsafe fn sums<V: Lanes, const R: usize, const C: usize>(&self, c: *mut f32, stride: usize, accumulate: bool) {
-        let zeros = [0f32; 16];
+        let zeros = [0f32; MOST_LANES];
         // SAFETY: the caller's promise; `zeros` is as long as the longest vector.
         unsafe {
             let mut sums = [[V::load(zeros.as_ptr()); C]; R];

@@ -172,22 +172,53 @@ fn products_of_pairs(a: f32, b: f32) -> Vec<f64> {
     halves(a).iter().zip(halves(b)).map(|(a, b)| a * b).collect()
 }
 
+/// All that multiply pairs here.
+fn all_pairs() -> Vec<Vectors> {
+    let all: Vec<Vectors> = [Some(Vectors::PortablePairs), Vectors::of_pairs()].into_iter().flatten().collect();
+    println!("pairs: {all:?}");
+    all
+}
+
 #[test]
 fn products_of_pairs_are_right_wherever_they_are_cut_and_touch_nothing_beside() {
-    let Some(vectors) = Vectors::of_pairs() else {
-        return println!("not run: this processor has no dot products of bf16");
-    };
     let mut r = Random::new("pairs");
     for _ in 0..400 {
         let case = Case::of_pairs(&mut r);
         let Case { rows, k, columns, .. } = case;
-        for accumulate in [false, true] {
+        for (vectors, accumulate) in all_pairs().into_iter().flat_map(|v| [(v, false), (v, true)]) {
             let c = case.run(vectors, std::slice::from_ref(&(0..k)), accumulate);
             let error = case.error_of(&c, accumulate, products_of_pairs);
-            assert!(error <= 1.0, "({rows},{k},{columns}) {accumulate}: {error} of the bound");
+            assert!(error <= 1.0, "{vectors:?} ({rows},{k},{columns}) {accumulate}: {error} of the bound");
             let cut = r.below(k + 1);
             let parts = case.run(vectors, &[0..cut, cut..k], accumulate);
-            assert!(c == parts, "({rows},{k},{columns}) cut at {cut}");
+            assert!(c == parts, "{vectors:?} ({rows},{k},{columns}) cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn pairs_of_rows_are_those_of_columns_and_a_missing_row_is_zero() {
+    let mut r = Random::new("pairs of rows");
+    for _ in 0..100 {
+        let (rows, columns) = (r.below(20), 1 + r.below(70));
+        let k = rows.div_ceil(2);
+        let b = r.values(rows * columns);
+        for vectors in all_pairs() {
+            let panels = Panels::of_pairs(vectors, k, columns);
+            let packed = panels.of_pairs_of_rows(&b);
+            let at = |row: usize, column: usize| if row < rows { b[row * columns + column] } else { 0.0 };
+            let real = |i: &usize| i / panels.step() * panels.width() + i % panels.width() < columns;
+            for i in (0..panels.len()).filter(real) {
+                let (pair, column) =
+                    (i % panels.step() / panels.width(), i / panels.step() * panels.width() + i % panels.width());
+                let mut want = [0.0];
+                round_to_pairs(&[at(2 * pair, column), at(2 * pair + 1, column)], &mut want);
+                assert_eq!(
+                    packed[i].to_bits(),
+                    want[0].to_bits(),
+                    "{vectors:?} ({rows},{columns}) at ({pair},{column})"
+                );
+            }
         }
     }
 }

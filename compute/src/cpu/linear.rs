@@ -49,12 +49,12 @@ pub fn linear_group(outputs: &mut [Output], x: &[f32], t: usize) {
     products(outputs, tokens, &columns, n, read_block);
 }
 
-/// [`linear_group`] with x rounded to bf16, if W is bf16 and the processor has dot products of it.
-pub fn linear_group_rounded(outputs: &mut [Output], x: &[f32], t: usize) {
-    let pairs =
+/// [`linear_group`] with x rounded to bf16, if W is bf16 and there is something that multiplies pairs of it.
+pub fn linear_group_rounded(outputs: &mut [Output], x: &[f32], t: usize, pairs: Option<Vectors>) {
+    let fits =
         |output: &Output| output.w.dtype() == Dtype::BF16 && output.w.rows() > 1 && output.w.cols().is_multiple_of(2);
-    let vectors = Vectors::of_pairs().filter(|_| outputs.iter().all(pairs));
-    let (Some(vectors), Some(n)) = (vectors, outputs.first().map(|output| output.w.cols() / 2)) else {
+    let pairs = pairs.filter(|_| outputs.iter().all(fits));
+    let (Some(vectors), Some(n)) = (pairs, outputs.first().map(|output| output.w.cols() / 2)) else {
         return linear_group(outputs, x, t);
     };
     let mut rounded = Buffer::uninit(t * n);

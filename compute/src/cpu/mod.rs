@@ -29,6 +29,8 @@ use std::cell::RefCell;
 /// The CPU as a [`Device`].
 pub struct Cpu {
     threads: rayon::ThreadPool,
+    /// What multiplies pairs of bf16, where that is done.
+    pairs: Option<kernel::Vectors>,
 }
 
 /// The thread pool could not be started.
@@ -44,7 +46,17 @@ impl Cpu {
     pub fn new(threads: usize) -> Result<Cpu, PoolError> {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("compute-{i}")).build();
         let pool = pool.map_err(|e| PoolError { threads, reason: e.to_string() })?;
-        Ok(Cpu { threads: pool })
+        Ok(Cpu { threads: pool, pairs: kernel::Vectors::of_pairs() })
+    }
+
+    /// The same without dot products of bf16, even if the processor has them: every product then takes its factors as they are.
+    pub fn without_pairs(self) -> Cpu {
+        Cpu { pairs: None, ..self }
+    }
+
+    /// The same as if the processor had dot products of bf16, slowly: for tests of what rounds its factors there.
+    pub fn with_portable_pairs(self) -> Cpu {
+        Cpu { pairs: Some(kernel::Vectors::PortablePairs), ..self }
     }
 
     /// Number of threads.
@@ -165,7 +177,7 @@ impl Device for Cpu {
         linear::linear_group(&mut linear::outputs(outputs), x, t);
     }
     fn linear_group_rounded(&self, outputs: &mut [LinearOutput<Cpu>], x: &Buffer, t: usize) {
-        linear::linear_group_rounded(&mut linear::outputs(outputs), x, t);
+        linear::linear_group_rounded(&mut linear::outputs(outputs), x, t, self.pairs);
     }
     fn linear_dx(&self, dx: &mut Buffer, dy: &Buffer, w: &Weight, t: usize, accumulate: bool) {
         linear::linear_dx(dx, dy, w, t, accumulate);
@@ -263,7 +275,7 @@ impl Device for Cpu {
     }
     fn apollo_prepare(&self, norms: &mut Buffer, tensors: &mut [ApolloPrepare<Cpu>]) {
         // Whole tensors side by side: threads that wait for each other's parts of one would sleep and wake at every part.
-        let updates: Vec<f32> = tensors.par_iter_mut().map(optimizer::prepare).collect();
+        let updates: Vec<f32> = tensors.par_iter_mut().map(|tensor| optimizer::prepare(tensor, self.pairs)).collect();
         tensors.iter().zip(updates).for_each(|(tensor, norm)| norms[tensor.at + NORM_UPDATE] = norm);
     }
     fn limit(&self, norms: &mut Buffer, limiters: &[(usize, Limiter)]) {
@@ -272,7 +284,7 @@ impl Device for Cpu {
     fn apollo_commit(&self, norms: &mut Buffer, tensors: &mut [ApolloCommit<Cpu>]) {
         tensors.par_iter_mut().for_each(|tensor| {
             let factor = norms[tensor.at + NORM_FACTOR];
-            optimizer::commit(tensor, factor);
+            optimizer::commit(tensor, factor, self.pairs);
         });
         tensors.iter().for_each(|tensor| norms[tensor.at + NORM_PREVIOUS] = norms[tensor.at + NORM_NEXT]);
     }

@@ -11,12 +11,12 @@
 //! rounded there; what a step does to W is computed before the rounding.
 
 use super::gemm::Shared;
-use super::kernel::{self, Panels, Rows};
+use super::kernel::{self, Panels, Rows, Vectors};
 use super::simd::{self, LANES, multiversion};
-use super::stored::{SharedStored, update_pair};
+use super::stored::{SharedStored, round_to_pairs, update_pair};
 use super::{Buffer, Stored, Weight, with_scratch};
 use crate::{
-    AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Cpu, Factors, Limiter, Moments, NORM_FACTOR,
+    AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Cpu, Dtype, Factors, Limiter, Moments, NORM_FACTOR,
     NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, ScaleType, Write,
 };
 use rayon::prelude::*;
@@ -34,8 +34,79 @@ fn channels_of(f: &Factors<Buffer>) -> (usize, usize) {
     (f.m.max(f.n), f.m.min(f.n))
 }
 
+/// How factors are multiplied along t: as they are, or rounded to bf16 and in pairs, which is twice as fast where the
+/// processor has dot products of them. That is for weights in bf16: what a step does to one is rounded far more coarsely.
+#[derive(Clone, Copy)]
+struct Along {
+    pairs: Option<Vectors>,
+    t: usize,
+}
+
+impl Along {
+    fn new(pairs: Option<Vectors>, c: &Compressed<Buffer>, t: usize) -> Along {
+        Along { pairs: pairs.filter(|_| c.weight == Dtype::BF16), t }
+    }
+
+    /// Elements that are multiplied.
+    fn depth(self) -> usize {
+        if self.pairs.is_some() { self.t.div_ceil(2) } else { self.t }
+    }
+
+    /// Of a matrix (t, columns).
+    fn panels(self, columns: usize) -> Panels {
+        match self.pairs {
+            None => Panels::new(self.t, columns),
+            Some(vectors) => Panels::of_pairs(vectors, self.depth(), columns),
+        }
+    }
+
+    /// Packs x (t, columns), given as its rows.
+    fn packed_rows(self, x: &[f32], columns: usize) -> (Panels, Buffer) {
+        let panels = self.panels(columns);
+        let packed = if self.pairs.is_some() { panels.of_pairs_of_rows(x) } else { panels.of_rows(x) };
+        (panels, packed)
+    }
+
+    /// Packs x (t, columns), given as its columns, which lie `stride` apart: at least an even number.
+    fn packed_columns(self, mut x: Buffer, columns: usize, stride: usize) -> (Panels, Buffer) {
+        let panels = self.panels(columns);
+        if self.pairs.is_none() {
+            return (panels, panels.of_columns(&x, stride));
+        }
+        let mut rounded = Buffer::uninit(x.len() / 2);
+        self.round(&mut x, stride, &mut rounded, stride / 2);
+        (panels, panels.of_columns(&rounded, stride / 2))
+    }
+
+    /// xᵀ (c, depth) of x (t, c), on all threads.
+    fn transposed(self, x: &[f32], c: usize) -> Buffer {
+        const COLUMNS: usize = 1024;
+        let (t, depth) = (self.t, self.depth());
+        let mut out = Buffer::uninit(depth * c);
+        out.par_chunks_mut(COLUMNS * depth).enumerate().for_each(|(block, out)| {
+            let (x, n) = (&x[block * COLUMNS..], out.len() / depth);
+            if self.pairs.is_none() {
+                return simd::transpose(x, t, n, c, out, t);
+            }
+            with_scratch(n * 2 * depth, |wide| {
+                simd::transpose(x, t, n, c, wide, 2 * depth);
+                self.round(wide, 2 * depth, out, depth);
+            });
+        });
+        out
+    }
+
+    /// Rows of t elements, of which the one after the last counts as 0, become rows of pairs.
+    fn round(self, rows: &mut [f32], stride: usize, out: &mut [f32], out_stride: usize) {
+        for (row, out) in rows.chunks_exact_mut(stride).zip(out.chunks_exact_mut(out_stride)) {
+            row[self.t..2 * self.depth()].fill(0.0);
+            round_to_pairs(&row[..2 * self.depth()], out);
+        }
+    }
+}
+
 /// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
-fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Buffer) {
+fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>, along: Along) -> (Panels, Buffer) {
     const RANKS: usize = 32 * kernel::ROWS;
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
@@ -49,8 +120,7 @@ fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>) -> (Panels, Buffer) {
         // SAFETY: this task's own part.
         unsafe { kernel::product(&Shared::new(out), 0, width, p, tokens, &small, 0..d, false) };
     });
-    let ranks = Panels::new(f.t, c.rank);
-    (ranks, ranks.of_columns(&columns, width))
+    along.packed_columns(columns, c.rank, width)
 }
 
 /// R of channels first..first + n into `out` (n,r); `big` is the larger factor, transposed.
@@ -60,21 +130,12 @@ fn compress(out: &mut [f32], big: &[f32], (ranks, q): &(Panels, Buffer), first: 
     unsafe { kernel::product(&Shared::new(out), 0, ranks.columns, big, *ranks, q, 0..ranks.k, false) };
 }
 
-/// xᵀ (c,t) of x (t,c), on all threads.
-fn transposed(x: &[f32], t: usize, c: usize) -> Buffer {
-    let mut out = Buffer::uninit(t * c);
-    const COLUMNS: usize = 1024;
-    out.par_chunks_mut(COLUMNS * t).enumerate().for_each(|(block, out)| {
-        simd::transpose(&x[block * COLUMNS..], t, out.len() / t, c, out, t);
-    });
-    out
-}
-
 /// See [`crate::Device::apollo_prepare`]: sets s and returns ‖U‖.
-pub fn prepare(tensor: &mut ApolloPrepare<Cpu>) -> f32 {
+pub fn prepare(tensor: &mut ApolloPrepare<Cpu>, pairs: Option<Vectors>) -> f32 {
     let ApolloPrepare { s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c } = tensor;
     let (channels, _) = channels_of(f);
-    let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
+    let along = Along::new(pairs, c, f.t);
+    let (big, q) = (along.transposed(f.big(), channels), project(f, c, along));
     let mut squares = vec![[0.0f32; 2]; channels];
     squares.par_chunks_mut(CHANNELS).enumerate().for_each(|(block, squares)| {
         let first = block * CHANNELS;
@@ -93,27 +154,18 @@ pub fn prepare(tensor: &mut ApolloPrepare<Cpu>) -> f32 {
         return f32::NAN;
     }
     let scale = |n: f64, r: f64| (n.sqrt() / (r.sqrt() + 1e-8)) as f32;
-    let norm = match c.scale_type {
+    match c.scale_type {
         ScaleType::Channel => {
             s.iter_mut().zip(&squares).for_each(|(s, [n, r])| *s = scale(*n as f64, *r as f64));
-            update_norm(f, Some(&s[..channels]))
+            update_norm(f, along, Some(&s[..channels]))
         }
         ScaleType::Tensor => {
             let sum = |i: usize| squares.iter().map(|v| v[i] as f64).sum::<f64>();
             s[0] = scale(sum(0), sum(1));
-            s[0] * update_norm(f, None)
+            s[0] * update_norm(f, along, None)
         }
-    };
-    let (scaled, s) = match c.scale_type {
-        ScaleType::Channel => (&f.big()[..f.t * channels], simd::max_size(&s[..channels])),
-        ScaleType::Tensor => (&f.dy[..f.t * f.m], s[0]),
-    };
-    if simd::max_size(scaled) * s < SCALED { norm } else { f32::NAN }
+    }
 }
-
-/// `commit` multiplies a factor with s and the step before the other one makes it small again: what it may become at most,
-/// with room for a step and for the sum over rows.
-const SCALED: f32 = 1e30;
 
 multiversion! {
     /// (‖N_c‖², ‖R_c‖²) with the moments as this step would leave them.
@@ -155,10 +207,10 @@ multiversion! {
 
 /// ‖U‖ for channel scaling s, or ‖G‖ without: ‖U‖² = <A Aᵀ, B Bᵀ> over two (t,t) Gram matrices in
 /// f64, clamped at 0, or by forming G block by block where t is so large that this is cheaper.
-fn update_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
+fn update_norm(f: &Factors<Buffer>, along: Along, s: Option<&[f32]>) -> f32 {
     // f64 products run at half the rate of f32.
     if 2 * f.t * (f.m + f.n) > f.m * f.n {
-        return formed_norm(f, s);
+        return formed_norm(f, along, s);
     }
     let (channels, d) = channels_of(f);
     let a = gram(f.big(), f.t, channels, s);
@@ -223,9 +275,9 @@ fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
     out
 }
 
-/// G = dyᵀ x, or U, formed piece by piece.
+/// G = dyᵀ x, formed piece by piece.
 struct Formed {
-    /// (m,t)
+    /// (m, depth)
     dy: Buffer,
     panels: Panels,
     x: Buffer,
@@ -236,27 +288,9 @@ type Piece = (Range<usize>, Range<usize>);
 
 impl Formed {
     /// `dy` is that of the factors, transposed.
-    fn new(f: &Factors<Buffer>, dy: Buffer) -> Formed {
-        let panels = Panels::new(f.t, f.n);
-        Formed { dy, panels, x: panels.of_rows(f.x) }
-    }
-
-    /// Times `step`, and times a factor for each channel.
-    fn scaled(mut self, channels: Channels, step: f32, s: Option<&[f32]>) -> Formed {
-        let (t, width) = (self.panels.k, self.panels.width());
-        for (i, row) in self.dy.chunks_exact_mut(t).enumerate() {
-            let factor = match (channels, s) {
-                (Channels::Rows, Some(s)) => step * s[i],
-                _ => step,
-            };
-            row.iter_mut().for_each(|v| *v *= factor);
-        }
-        if let (Channels::Columns, Some(s)) = (channels, s) {
-            for (panel, s) in self.x.chunks_exact_mut(self.panels.step()).zip(s.chunks(width)) {
-                panel.chunks_exact_mut(width).for_each(|line| line.iter_mut().zip(s).for_each(|(v, s)| *v *= s));
-            }
-        }
-        self
+    fn new(f: &Factors<Buffer>, along: Along, dy: Buffer) -> Formed {
+        let (panels, x) = along.packed_rows(f.x, f.n);
+        Formed { dy, panels, x }
     }
 
     /// The pieces of rows `first..first + rows`.
@@ -275,7 +309,7 @@ impl Formed {
     }
 
     /// Hands each row of each piece to `update`, with the place of its first element in `w`, which is asked for before.
-    fn each_row(&self, w: &Weight, update: impl Fn(usize, usize, &[f32]) + Sync) {
+    fn each_row(&self, w: &Weight, update: impl Fn(usize, usize, &mut [f32]) + Sync) {
         assert_eq!((w.rows(), w.cols()), (self.dy.len() / self.panels.k, self.panels.columns));
         self.each_piece(|pieces| {
             with_scratch(PIECE_ROWS * PIECE_COLUMNS, |g| {
@@ -283,7 +317,7 @@ impl Formed {
                     let (rows, columns) = &piece;
                     rows.clone().for_each(|row| w.prefetch(row, columns.start, columns.len()));
                     self.form(g, &piece);
-                    let lines = g.chunks_exact(columns.len());
+                    let lines = g.chunks_exact_mut(columns.len());
                     rows.clone().zip(lines).for_each(|(row, g)| update(row, columns.start, g));
                 }
             });
@@ -304,17 +338,22 @@ impl Formed {
     }
 }
 
-fn formed_norm(f: &Factors<Buffer>, s: Option<&[f32]>) -> f32 {
-    let mut formed = Formed::new(f, transposed(f.dy, f.t, f.m));
-    if s.is_some() {
-        formed = formed.scaled(f.channels(), 1.0, s);
-    }
+fn formed_norm(f: &Factors<Buffer>, along: Along, s: Option<&[f32]>) -> f32 {
+    let formed = Formed::new(f, along, along.transposed(f.dy, f.m));
+    let scale = |row: usize, column: usize| match (s, f.channels()) {
+        (None, _) => 1.0,
+        (Some(s), Channels::Rows) => s[row] as f64,
+        (Some(s), Channels::Columns) => s[column] as f64,
+    };
     let parts: Vec<f64> = formed.each_piece(|pieces| {
         with_scratch(PIECE_ROWS * PIECE_COLUMNS, |g| {
             let squares = pieces.map(|piece| {
                 formed.form(g, &piece);
-                let formed = &g[..piece.0.len() * piece.1.len()];
-                formed.iter().map(|v| (*v as f64).powi(2)).sum::<f64>()
+                let lines = piece.0.zip(g.chunks_exact(piece.1.len()));
+                let squares = lines.flat_map(|(row, line)| {
+                    piece.1.clone().zip(line).map(move |(column, g)| (*g as f64 * scale(row, column)).powi(2))
+                });
+                squares.sum::<f64>()
             });
             squares.sum()
         })
@@ -335,10 +374,11 @@ pub fn limit(norms: &mut [f32], at: usize, limiter: Limiter) {
 }
 
 /// See [`crate::Device::apollo_commit`]; `factor` is the limiter's.
-pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
+pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32, pairs: Option<Vectors>) {
     let ApolloCommit { w, s, at: _, exp_avg, exp_avg_sq, factors: f, compressed: c, write } = tensor;
     let (channels, _) = channels_of(f);
-    let (big, q) = (transposed(f.big(), f.t, channels), project(f, c));
+    let along = Along::new(pairs, c, f.t);
+    let (big, q) = (along.transposed(f.big(), channels), project(f, c, along));
     let (len, block) = (channels * c.rank, CHANNELS * c.rank);
     let streams = write.stream.of_moments();
     let blocks = exp_avg.part(0..len).chunks(block).into_par_iter().zip(exp_avg_sq.part(0..len).chunks(block));
@@ -352,19 +392,31 @@ pub fn commit(tensor: &mut ApolloCommit<Cpu>, factor: f32) {
             });
         });
     });
-    let (step, per_channel) = match c.scale_type {
-        ScaleType::Tensor => (write.step * factor * s[0], None),
-        ScaleType::Channel => (write.step * factor, Some(&s[..channels])),
-    };
     let dy = match f.channels() {
         Channels::Rows => big,
         Channels::Columns => {
             drop(big);
-            transposed(f.dy, f.t, f.m)
+            along.transposed(f.dy, f.m)
         }
     };
-    let formed = Formed::new(f, dy).scaled(f.channels(), step, per_channel);
-    formed.each_row(w, |row, col, u| w.subtract(row, col, u, 1.0 - write.decay, &write.stream));
+    let (step, keep) = (write.step * factor, 1.0 - write.decay);
+    Formed::new(f, along, dy).each_row(w, |row, col, g| {
+        let step = match (c.scale_type, f.channels()) {
+            (ScaleType::Tensor, _) => step * s[0],
+            (ScaleType::Channel, Channels::Rows) => step * s[row],
+            (ScaleType::Channel, Channels::Columns) => {
+                multiply(g, &s[col..col + g.len()]);
+                step
+            }
+        };
+        w.subtract(row, col, g, step, keep, &write.stream);
+    });
+}
+
+multiversion! {
+    fn multiply(x: &mut [f32], y: &[f32]) {
+        x.iter_mut().zip(y).for_each(|(x, y)| *x *= y);
+    }
 }
 
 multiversion! {
@@ -390,7 +442,8 @@ pub fn adamw_factors(
     assert!(exp_avg.len() >= f.m * f.n && exp_avg_sq.len() >= f.m * f.n);
     let (exp_avg, exp_avg_sq) = (SharedStored::new(exp_avg), SharedStored::new(exp_avg_sq));
     let streams = write.stream.of_moments();
-    Formed::new(f, transposed(f.dy, f.t, f.m)).each_row(w, |row, col, g| {
+    let along = Along { pairs: None, t: f.t };
+    Formed::new(f, along, along.transposed(f.dy, f.m)).each_row(w, |row, col, g| {
         let at = row * f.n + col;
         // SAFETY: these elements of the moments belong to the task that writes the same ones of W.
         let pair = unsafe { (exp_avg.part(at, g.len()), exp_avg_sq.part(at, g.len())) };

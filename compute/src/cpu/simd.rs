@@ -146,20 +146,6 @@ multiversion! {
 }
 
 multiversion! {
-    /// Largest size of a value, at least 0; NaN is passed over.
-    pub fn max_size(x: &[f32]) -> f32 {
-        let mut lanes = [0f32; LANES];
-        let (chunks, rest) = x.as_chunks::<LANES>();
-        for chunk in chunks {
-            for i in 0..LANES {
-                lanes[i] = lanes[i].max(chunk[i].abs());
-            }
-        }
-        lanes.iter().chain(rest).fold(0.0, |top, v| top.max(v.abs()))
-    }
-}
-
-multiversion! {
     /// dst (cols, rows) = srcᵀ, src (rows, cols); both row-major with the given distances of rows.
     pub fn transpose(src: &[f32], rows: usize, cols: usize, stride: usize, dst: &mut [f32], dst_stride: usize) {
         let (whole_rows, whole_cols) = (rows / LANES * LANES, cols / LANES * LANES);

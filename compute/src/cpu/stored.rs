@@ -198,6 +198,15 @@ multiversion! {
     }
 }
 
+multiversion! {
+    /// As [`round_to_pairs`], of elements that lie apart: `first` are the lower halves, `second` the upper ones.
+    pub(super) fn round_to_pairs_of(first: &[f32], second: &[f32], out: &mut [f32]) {
+        for ((o, &a), &b) in out.iter_mut().zip(first).zip(second) {
+            *o = f32::from_bits(nearest(a) | nearest(b) << 16);
+        }
+    }
+}
+
 /// The nearest bf16: ties go to the even one. A finite value never becomes infinite, and what is not a number stays none.
 #[inline(always)]
 fn nearest(v: f32) -> u32 {
@@ -219,16 +228,22 @@ multiversion! {
 }
 
 multiversion! {
-    /// bf16 is the upper half of an f32: add 16 random bits below the cut, then cut. A finite value
-    /// never becomes infinite: the largest finite bf16 takes its place.
+    /// Each value as [`rounded_bf16`] with its random number.
     pub(crate) fn round_bf16(values: &[f32], random: &[u16], out: &mut [u16]) {
         for ((o, &v), &r) in out.iter_mut().zip(values).zip(random) {
-            let bits = v.to_bits();
-            let sign = (bits >> 16) & 0x8000;
-            let magnitude = ((bits & 0x7FFF_FFFF) + r as u32) >> 16;
-            *o = (magnitude.min(0x7F7F) | sign) as u16;
+            *o = rounded_bf16(v, r);
         }
     }
+}
+
+/// bf16 is the upper half of an f32: add 16 random bits below the cut, then cut. A finite value
+/// never becomes infinite: the largest finite bf16 takes its place.
+#[inline(always)]
+pub(super) fn rounded_bf16(v: f32, random: u16) -> u16 {
+    let bits = v.to_bits();
+    let sign = (bits >> 16) & 0x8000;
+    let magnitude = ((bits & 0x7FFF_FFFF) + random as u32) >> 16;
+    (magnitude.min(0x7F7F) | sign) as u16
 }
 
 #[cfg(test)]

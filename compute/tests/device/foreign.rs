@@ -100,7 +100,7 @@ fn write_all_ways(w: &Weight, r: &mut Random) -> [&'static str; 3] {
     let write = Write { step: 0.5, decay: 0.01, stream: Stream::rounding(1, 1, 1) };
     let zeros = |n: usize| device.zeros(n);
     let stored = |n: usize| device.stored(Dtype::F32, n);
-    let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
+    let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS, weight: w.dtype() };
     let (mut s, mut norms, mut a, mut b) =
         (zeros(m.max(n)), zeros(NORM_SLOTS), stored(rank * m.max(n)), stored(rank * m.max(n)));
     device.run(|| {

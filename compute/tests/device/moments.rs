@@ -43,7 +43,8 @@ fn after(dtype: Dtype, (m, n, t, rank): (usize, usize, usize, usize)) -> [(Vec<f
     let weight = || Weight::from_values(Dtype::F32, m, n, &start);
     let weights = [weight(), weight(), weight()];
     device.run(|| {
-        let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
+        let c =
+            Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS, weight: Dtype::F32 };
         let (mut s, mut norms) = (device.zeros(channels), device.zeros(NORM_SLOTS));
         let (exp_avg, exp_avg_sq) = (&compressed.0, &compressed.1);
         let prepare = ApolloPrepare { s: &mut s, at: 0, exp_avg, exp_avg_sq, factors: f, compressed: c };

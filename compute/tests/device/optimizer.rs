@@ -4,8 +4,8 @@ use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, Random, assert_close, wide};
 use crate::reference;
 use compute::{
-    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Dtype, Factors, Limiter, Moments, NORM_FACTOR,
-    NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Compressed, Cpu, Device, Dtype, Factors, Limiter, Moments,
+    NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Stream, Write,
 };
 use std::sync::Arc;
 
@@ -16,6 +16,62 @@ on_every_device! {
     adamw_on_rows_touches_the_rows_and_slots_that_it_names,
     a_step_on_16_bit_weights_is_right_on_average,
     an_overflow_shows_in_the_norm_of_the_update,
+}
+
+#[test]
+fn factors_rounded_to_bf16_move_weights_in_bf16_as_exact_ones_do() {
+    let mut r = Random::new("pairs");
+    let cpus =
+        [Cpu::without_pairs, Cpu::with_portable_pairs].map(|with| Arc::new(with(Cpu::new(2).expect("two threads"))));
+    for case in cases().into_iter().filter(|case| case.m * case.n > 1000) {
+        let Case { m, n, rank, t, scale_type } = case;
+        let (channels, d, seed) = (m.max(n), m.min(n), r.next());
+        let start: Vec<f32> = (0..m * n).map(|_| (r.below(128) as f32 - 64.0) / 64.0).collect();
+        let (x, dy) = (r.normals(t * n), r.normals(t * m));
+        // Steps in bf16, and steps of weights in f32, which are never rounded.
+        let [exact, rounded, unrounded] = [(0, Dtype::BF16), (1, Dtype::BF16), (1, Dtype::F32)].map(|(cpu, dtype)| {
+            let device = &cpus[cpu];
+            let w = device.weight(dtype, m, n, &start);
+            let mut p = device.zeros(rank * d);
+            device.normal_projection(&mut p, rank, d, Stream::projection(seed, 0, d));
+            let (mut s, mut norms) = (device.poisoned(channels), device.zeros(NORM_SLOTS));
+            let [mut exp_avg, mut exp_avg_sq] = [(); 2].map(|()| device.stored(Dtype::F32, rank * channels));
+            let (x, dy) = (device.upload(&x), device.upload(&dy));
+            let f = Factors { x: &x, dy: &dy, t, m, n };
+            let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS, weight: dtype };
+            let (exp_avg, exp_avg_sq) = (&mut exp_avg, &mut exp_avg_sq);
+            let prepare = ApolloPrepare {
+                s: &mut s,
+                at: 0,
+                exp_avg: &*exp_avg,
+                exp_avg_sq: &*exp_avg_sq,
+                factors: f,
+                compressed: c,
+            };
+            device.run(|| device.apollo_prepare(&mut norms, &mut [prepare]));
+            // A move of a few neighbours.
+            let norm = device.download(&norms)[NORM_UPDATE];
+            device.write(&mut norms, NORM_FACTOR, &[1.0 / norm]);
+            let step = 0.02 * ((m * n) as f32).sqrt();
+            let write = Write { step, decay: 0.0, stream: Stream::rounding(seed, 1, 0) };
+            let commit = ApolloCommit { w: &w, s: &s, at: 0, exp_avg, exp_avg_sq, factors: f, compressed: c, write };
+            device.run(|| device.apollo_commit(&mut norms, &mut [commit]));
+            let moved =
+                device.weight_values(&w).iter().zip(&start).map(|(w, w0)| *w as f64 - *w0 as f64).collect::<Vec<_>>();
+            (wide(&device.download_stored(exp_avg)), moved)
+        });
+        // Both factors and both halves of R are rounded to 2^-9 of themselves; small ranks and t average little of that.
+        let [of_r, of_w] =
+            [distance(&exact.0, &rounded.0) / norm(&exact.0), distance(&exact.1, &rounded.1) / norm(&exact.1)];
+        println!("{case:?}: R {of_r:.1e}, move {of_w:.1e}");
+        assert!(of_r > 0.0 && of_r <= 2f64.powi(-8), "{case:?}: exp_avg is off by {of_r}");
+        // Where the value moves across a random number the element moves to the other neighbour.
+        assert!(of_w <= 0.1, "{case:?}: the move is off by {of_w}");
+        let mean = |x: &[f64], y: &[f64]| reference::dot(x, y) / reference::dot(y, y);
+        let share = mean(&rounded.1, &unrounded.1);
+        assert!((share - 1.0).abs() <= 0.02, "{case:?}: moved {share} of what it should");
+        assert!(unrounded.0 != rounded.0, "{case:?}: weights in f32 had their factors rounded");
+    }
 }
 
 const MOMENTS: Moments = Moments { beta1: 0.9, beta2: 0.99, eps: 1e-6 };
@@ -156,7 +212,7 @@ fn follow<D: Machine>(device: &Arc<D>, case: &Case, r: &mut Random) {
         let dy: Vec<f32> = (0..t * m).map(|_| size * r.normal()).collect();
         let (x_buffer, dy_buffer) = (device.upload(&x), device.upload(&dy));
         let f = Factors { x: &x_buffer, dy: &dy_buffer, t, m, n };
-        let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
+        let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS, weight: Dtype::F32 };
         let mut s = device.poisoned(channels);
         let state = (device.download_stored(&exp_avg), device.download_stored(&exp_avg_sq), device.weight_values(&w));
         device.apollo_prepare(
@@ -342,7 +398,13 @@ fn a_step_on_16_bit_weights_is_right_on_average<D: Machine>(device: &Arc<D>) {
             let apply = |dtype: Dtype, seed: u64| {
                 let w = device.weight(dtype, m, n, &start);
                 let f = Factors { x: &x, dy: &dy, t, m, n };
-                let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
+                let c = Compressed {
+                    projection: &p,
+                    rank,
+                    scale_type: ScaleType::Channel,
+                    moments: MOMENTS,
+                    weight: dtype,
+                };
                 let (mut s, mut norms) = (device.zeros(n), device.zeros(NORM_SLOTS));
                 let [mut a, mut b] = [(); 2].map(|()| device.stored(Dtype::F32, rank * n));
                 let write = Write { step: 1e-3, decay: 1e-4, stream: Stream::rounding(seed, 1, 0) };
@@ -405,7 +467,7 @@ fn an_overflow_shows_in_the_norm_of_the_update<D: Machine>(device: &Arc<D>) {
             let rank = 2;
             let mut p = device.zeros(rank * n);
             device.normal_projection(&mut p, rank, n, Stream::projection(1, 0, n));
-            let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS };
+            let c = Compressed { projection: &p, rank, scale_type, moments: MOMENTS, weight: Dtype::F32 };
             let (mut s, mut norms) = (device.zeros(m), device.zeros(NORM_SLOTS));
             device.apollo_prepare(
                 &mut norms,

@@ -82,7 +82,8 @@ fn products_and_steps_are_the_same_to_the_bit() {
             device.linear(&mut y, &x, w, Some(bias), t);
             device.linear_dx(&mut dx, &dy, w, t, false);
             let f = Factors { x: &x, dy: &dy, t, m, n };
-            let c = Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS };
+            let c =
+                Compressed { projection: &p, rank, scale_type: ScaleType::Channel, moments: MOMENTS, weight: dtype };
             let (mut s, mut norms) = (device.zeros(m), device.zeros(NORM_SLOTS));
             let [mut avg, mut avg_sq] = [(); 2].map(|()| device.stored(Dtype::F32, m * rank));
             device.apollo_prepare(

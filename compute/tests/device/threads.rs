@@ -137,7 +137,7 @@ fn optimizer(d: &Arc<Cpu>, out: &mut Results) {
             let mut p = d.zeros(rank * dim);
             d.normal_projection(&mut p, rank, dim, Stream::projection(3, 1, dim));
             out.keep("projection", &p);
-            let c = Compressed { projection: &p, rank, scale_type, moments };
+            let c = Compressed { projection: &p, rank, scale_type, moments, weight: dtype };
             let (mut s, mut norms) = (d.zeros(channels), d.zeros(NORM_SLOTS));
             let stored = if i == 2 { Dtype::BF16 } else { Dtype::F32 };
             let [mut a, mut b] = [(); 2].map(|()| d.stored(stored, rank * channels));
