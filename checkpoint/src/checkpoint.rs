@@ -129,6 +129,8 @@ pub struct Checkpoint {
     quick: Quick,
     /// Generations to which the history led back until this handle pruned it, and that nobody has asked for yet.
     pruned: Vec<u64>,
+    /// What did not go as it should and changes nothing, that nobody has asked for yet.
+    warnings: Vec<String>,
     /// Why this handle must not be used any more.
     unusable: Option<String>,
     _lock: DiskFile,
@@ -163,10 +165,13 @@ impl Checkpoint {
         for dir in paths.dirs() {
             disk.create_dir(&dir)?;
         }
-        let (current, recovery, pruned) = recover::recover(&disk, &paths, &layout, options.keep)?;
+        let (current, recovery) = recover::recover(&disk, &paths, &layout)?;
+        let (known, quick, pruned, unusable) = (None, Quick::unknown(&current.tensors), Vec::new(), None);
+        let warnings = Vec::new();
+        let mut checkpoint =
+            Checkpoint { paths, options, disk, current, known, quick, pruned, warnings, unusable, _lock: lock };
+        checkpoint.prune(checkpoint.options.keep.at_any_age())?;
         drop(readers);
-        let (known, quick, unusable) = (None, Quick::unknown(&current.tensors), None);
-        let checkpoint = Checkpoint { paths, options, disk, current, known, quick, pruned, unusable, _lock: lock };
         Ok((checkpoint, recovery))
     }
 
@@ -219,13 +224,25 @@ impl Checkpoint {
     }
 
     /// Makes files, optimizer state and progress those of generation `to`, as a new generation, by the
-    /// same protocol. Live weights are not touched: restore them with [`Checkpoint::read_tensor`].
+    /// same protocol; none is made of the current one. Live weights are not touched: restore them with
+    /// [`Checkpoint::read_tensor`].
     pub fn rollback(&mut self, to: u64) -> Result<RollbackReport> {
+        self.roll_back(to).map_err(|error| match error {
+            Error::Torn { .. } => Error::Delta { reason: error.to_string(), model: self.paths.model.clone() },
+            error => error,
+        })
+    }
+
+    fn roll_back(&mut self, to: u64) -> Result<RollbackReport> {
         self.usable()?;
+        let began = std::time::Instant::now();
         let target = self.restorable(to)?;
         let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
         let layout = self.layout()?;
         self.require_unchanged()?;
+        if to == self.current.generation {
+            return Ok(RollbackReport { to, sync: SyncReport::unchanged(to, began.elapsed()) });
+        }
         let mut state = match &target.state {
             Some(_) => Some(open_state(&self.disk, &self.paths, &target)?),
             None => None,
@@ -253,14 +270,31 @@ impl Checkpoint {
         // Whether it has its name is for the next open to see.
         self.current = adopted.map_err(|error| self.interrupted(error))?;
         self.quick = Quick::unknown(&self.current.tensors);
-        match prune(&self.disk, &self.paths, number, self.options.keep) {
-            Ok(pruned) => self.pruned.extend(pruned),
-            Err(source) => {
-                self.unusable = Some(source.to_string());
-                return Err(Error::Interrupted { generation: number, source: Box::new(source) });
-            }
+        if let Err(source) = self.prune(self.options.keep) {
+            self.unusable = Some(source.to_string());
+            return Err(Error::Interrupted { generation: number, source: Box::new(source) });
         }
         Ok(&self.current)
+    }
+
+    /// Removes what `keep` does not ask for. The current generation does not depend on it: what cannot be removed is tried
+    /// again the next time, unless it is not known what is on the disk.
+    fn prune(&mut self, keep: Keep) -> Result<()> {
+        match prune(&self.disk, &self.paths, self.current.generation, keep) {
+            Ok(pruned) => self.pruned.extend(pruned),
+            Err(error @ Error::Sync { .. }) => return Err(error),
+            Err(error) => {
+                let warning =
+                    format!("what the history no longer needs could not be removed: {error}; it will be tried again");
+                self.warnings.push(warning);
+            }
+        }
+        Ok(())
+    }
+
+    /// What did not go as it should and changes nothing of what was done. Each is told once.
+    pub fn take_warnings(&mut self) -> Vec<String> {
+        std::mem::take(&mut self.warnings)
     }
 
     /// Generations that could be restored until this handle removed what led back to them, by [`Options::keep`] or because
@@ -385,14 +419,14 @@ impl Checkpoint {
             Err((error, Files::Unknown)) => return Err(self.interrupted(error)),
         };
         let number = generation.generation;
-        let finished = commit::publish(disk, paths, &generation)
-            .and_then(|()| commit::retire(disk, paths, number))
-            .and_then(|()| prune(disk, paths, number, self.options.keep));
-        match finished {
-            Ok(pruned) => self.pruned.extend(pruned),
-            Err(error) => return Err(self.interrupted(error)),
+        let finished = commit::publish(disk, paths, &generation).and_then(|()| commit::retire(disk, paths, number));
+        finished.map_err(|error| self.interrupted(error))?;
+        let before = std::mem::replace(&mut self.current, generation);
+        if let Err(error) = self.prune(self.options.keep) {
+            self.current = before;
+            return Err(self.interrupted(error));
         }
-        (self.current, self.quick) = (generation, quick);
+        self.quick = quick;
         report(total, total);
         Ok(SyncReport {
             generation: number,
@@ -440,7 +474,12 @@ impl fmt::Display for Checkpoint {
 
 /// All generations of a model directory, oldest first, without the lock; none if it was never opened.
 pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
-    Paths::new(model_dir).list(&Disk::real())
+    let (disk, paths) = (Disk::real(), Paths::new(model_dir));
+    if paths.numbers(&disk)?.is_empty() {
+        // Or all documents are missing.
+        paths.newest(&disk)?;
+    }
+    paths.list(&disk)
 }
 
 /// How long who takes the lock may need to say so in it.

@@ -122,7 +122,11 @@ impl Disk {
         name.push(".tmp");
         let tmp = PathBuf::from(name);
         let mut file = self.create(&tmp)?;
-        file.write_all(bytes).map_err(Error::io("write", &tmp))?;
+        if let Err(error) = file.write_all(bytes).map_err(Error::io("write", &tmp)) {
+            // On a full disk it is in the way of what comes next; whoever opens removes what stays.
+            let _ = self.remove(&tmp);
+            return Err(error);
+        }
         file.sync()?;
         self.rename(&tmp, path)?;
         self.sync_dir(path.parent().unwrap_or(Path::new(".")))

@@ -195,6 +195,14 @@ pub enum Error {
         /// The tensor that differs.
         tensor: String,
     },
+    /// A delta of the history does not check.
+    #[error("{reason}; the generations before it cannot be restored unless it is put back from a copy that has .apollod (`apollod checkpoint repair {} --from COPY`); the files are as before", model.display())]
+    Delta {
+        /// What is wrong with which delta.
+        reason: String,
+        /// The model directory.
+        model: PathBuf,
+    },
     /// An error in the middle of a sync, after which the files could not be brought back at once.
     #[error("{source}; generation {generation} was under way: open the checkpoint again to undo or finish it")]
     Interrupted {

@@ -51,8 +51,8 @@ impl fmt::Display for Unexpected {
         write!(
             f,
             "{dir} is not as generation {generation} recorded it: {damage}; `apollod checkpoint verify {dir}` names every \
-             damaged block: put the file back from a copy, or accept what was changed on purpose with `apollod checkpoint \
-             adopt {dir}`"
+             damaged block and `apollod checkpoint repair {dir}` puts them right from live weights, MODEL.generations or a \
+             copy (--from); only if the file was changed on purpose, `apollod checkpoint adopt {dir}` takes it as it is"
         )
     }
 }

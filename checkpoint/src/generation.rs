@@ -317,8 +317,11 @@ impl Paths {
     /// Reads one generation's document.
     pub(crate) fn load(&self, disk: &Disk, generation: u64) -> Result<Generation> {
         let path = self.generation(generation);
-        let bytes = disk.read(&path)?;
-        let parsed = Generation::from_json(&bytes).and_then(|parsed| {
+        let read = match disk.exists(&path)? {
+            true => Ok(disk.read(&path)?),
+            false => Err(Unreadable::Damaged("it is missing".into())),
+        };
+        let parsed = read.and_then(|bytes| Generation::from_json(&bytes)).and_then(|parsed| {
             if parsed.generation == generation {
                 return Ok(parsed);
             }
@@ -330,17 +333,39 @@ impl Paths {
         })
     }
 
-    /// The numbers of all generations, ascending.
+    /// The numbers of all generations, ascending: those that have a document, and those that must have one, because there is
+    /// the delta between them, as there is of published ones alone.
     pub(crate) fn numbers(&self, disk: &Disk) -> Result<Vec<u64>> {
-        disk.numbers(&self.root.join("generations"), ".json")
+        let mut numbers = disk.numbers(&self.root.join("generations"), ".json")?;
+        let deltas = disk.numbers(&self.root.join("history"), ".delta")?;
+        numbers.extend(deltas.iter().flat_map(|&number| [number.saturating_sub(1), number]));
+        numbers.sort_unstable();
+        numbers.dedup();
+        Ok(numbers)
     }
 
     /// The current generation: the one with the highest number.
+    ///
+    /// Errors: its document is damaged or missing, and so it is not known what the files are.
     pub(crate) fn newest(&self, disk: &Disk) -> Result<Option<Generation>> {
-        match self.numbers(disk)?.last() {
-            Some(newest) => self.load(disk, *newest).map(Some),
-            None => Ok(None),
+        let numbers = self.numbers(disk)?;
+        if let Some(missing) = self.missing(disk)? {
+            return self.load(disk, missing).map(Some);
         }
+        numbers.last().map(|newest| self.load(disk, *newest)).transpose()
+    }
+
+    /// The newest generation, if neither a document nor a delta is left of it, but block sums: those of the last generation
+    /// are removed when the next one has its document.
+    pub(crate) fn missing(&self, disk: &Disk) -> Result<Option<u64>> {
+        let newest = self.numbers(disk)?.last().copied();
+        let sums = disk.numbers(&self.root.join("sums"), "")?;
+        let Some(&held) = sums.last() else { return Ok(None) };
+        Ok(match newest {
+            // A first use that was cut short leaves the sums of generation 0.
+            None => Some(held).filter(|held| *held > 0),
+            Some(newest) => Some(held).filter(|held| *held > newest && !sums.contains(&newest)),
+        })
     }
 
     /// All generations, oldest first, each with whether it can be restored. One whose document cannot be read is there

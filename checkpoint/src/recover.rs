@@ -11,7 +11,6 @@ use crate::journal::{HeadShard, Reader};
 use crate::layout::Layout;
 use crate::piece::within;
 use crate::record::{Record, Side};
-use crate::retain::{Keep, prune};
 use crate::shards::Shards;
 use crate::verify;
 
@@ -53,13 +52,8 @@ impl fmt::Display for Recovery {
     }
 }
 
-/// Brings the directory to a generation and gives it, with what had to be done and the generations that were pruned.
-pub(crate) fn recover(
-    disk: &Disk,
-    paths: &Paths,
-    layout: &Layout,
-    keep: Keep,
-) -> Result<(Generation, Recovery, Vec<u64>)> {
+/// Brings the directory to a generation and gives it, with what had to be done.
+pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout) -> Result<(Generation, Recovery)> {
     remove_temporary(disk, paths)?;
     let Some(current) = paths.newest(disk)? else {
         if disk.exists(&paths.journal())? {
@@ -70,8 +64,7 @@ pub(crate) fn recover(
             });
         }
         let base = commit::record_files(disk, paths, layout, 0, Progress::default())?;
-        let pruned = prune(disk, paths, 0, keep.at_any_age())?;
-        return Ok((base, Recovery::Created, pruned));
+        return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
     // A process that died may have left names that are not durable: that of this generation, before which older ones
@@ -84,8 +77,7 @@ pub(crate) fn recover(
         true => resolve(disk, paths, &current)?,
         false => Recovery::Clean { generation },
     };
-    let pruned = prune(disk, paths, generation, keep.at_any_age())?;
-    Ok((current, recovery, pruned))
+    Ok((current, recovery))
 }
 
 /// Deals with a journal: the generation that it belongs to is published, or it is undone.

@@ -1,7 +1,8 @@
 //! Damage put right from content that has the recorded sum.
 //!
 //! A generation records BLAKE3 of every 16 KiB block, of every header, of its optimizer state and of its own document. So
-//! content is known to be right whoever has it ([`Sources`]), and nothing else is ever written.
+//! content is known to be right whoever has it ([`Sources`]), and nothing else is ever written. A delta has sums of its own,
+//! and ends with the document of its generation: one from a copy is right if it is whole and that document is ours.
 //!
 //! # Why it needs no journal
 //!
@@ -15,7 +16,7 @@
 //! already undone changes nothing. Then it is tried again.
 
 use std::fmt;
-use std::io::{self, Write};
+use std::io;
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Options, open_state, take_lock};
@@ -28,10 +29,9 @@ use crate::journal::Reader;
 use crate::layout::Layout;
 use crate::readers::keep_out;
 use crate::recover;
-use crate::retain::Keep;
 use crate::sums::{self, Sum};
 use crate::verify::{Damage, verify_files};
-use crate::verify_history::verify_history;
+use crate::verify_history::{Earlier, earlier, verify_history, whole_delta};
 
 pub use crate::donors::Sources;
 
@@ -104,7 +104,7 @@ impl Checkpoint {
 /// Errors: no generations, the lock is taken, a copy that is none, or the system's. What could not be repaired is in the report.
 pub fn repair(model_dir: &Path, sources: &Sources) -> Result<RepairReport> {
     let (disk, paths) = (Disk::real(), Paths::new(model_dir));
-    if paths.numbers(&disk)?.is_empty() {
+    if paths.numbers(&disk)?.is_empty() && paths.missing(&disk)?.is_none() {
         let reason = "it has no generations, so there are no checksums to repair by".into();
         return Err(Error::Model { path: model_dir.to_path_buf(), reason });
     }
@@ -133,7 +133,7 @@ fn recover_journal(disk: &Disk, paths: &Paths) -> Result<()> {
         return Ok(());
     }
     let layout = Layout::load(disk, &paths.model)?;
-    recover::recover(disk, paths, &layout, Keep::default()).map(drop)
+    recover::recover(disk, paths, &layout).map(drop)
 }
 
 /// A repair under way.
@@ -160,14 +160,18 @@ impl<'a> Repair<'a> {
     /// Documents of generations: they end the deltas, and lie beside copies. One that is of no use any more goes.
     fn documents(&mut self) -> Result<()> {
         let (disk, paths) = (self.disk, self.paths);
-        let numbers = paths.numbers(disk)?;
+        let mut numbers = paths.numbers(disk)?;
+        numbers.extend(paths.missing(disk)?);
         for &number in &numbers {
             let Err(Error::Generation { .. }) = paths.load(disk, number) else { continue };
             let path = paths.generation(number);
             if let Some((document, from)) = self.document(number) {
                 disk.replace(&path, &document.to_json())?;
                 self.note(path.display().to_string(), 0, from);
-            } else if numbers.last() != Some(&number) && !disk.exists(&paths.delta(number + 1))? {
+            } else if numbers.last() != Some(&number)
+                && disk.exists(&path)?
+                && !disk.exists(&paths.delta(number + 1))?
+            {
                 disk.remove(&path)?;
                 disk.sync_dir(path.parent().expect("it lies in a folder"))?;
                 self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
@@ -216,10 +220,10 @@ impl<'a> Repair<'a> {
             self.shard(current, shard, &sums)?;
         }
         self.write_sums(current, &sums)?;
-        for of in self.paths.list(self.disk)? {
-            if of.state.is_some() && (of.restorable || of.generation == current.generation) {
-                self.state(&of)?;
-            }
+        self.state(current)?;
+        for Earlier { number, document } in earlier(self.disk, self.paths, current)? {
+            self.delta(number + 1)?;
+            document.map_or(Ok(()), |document| self.state(&document))?;
         }
         let mut damage = verify_files(self.disk, self.paths, &self.paths.model, current, true)?.damage;
         damage.extend(verify_history(self.disk, self.paths, current)?.0);
@@ -289,30 +293,52 @@ impl<'a> Repair<'a> {
         let Some(all) = sums.iter().cloned().collect::<Option<Vec<_>>>() else { return Ok(()) };
         let (path, bytes) = (self.paths.sums(current.generation), sums::to_bytes(&all));
         if blake3::hash(&bytes).to_hex().as_str() == current.sums_blake3 {
-            let mut file = self.disk.create(&path)?;
-            file.write_all(&bytes).map_err(Error::io("write", &path))?;
-            file.sync()?;
-            self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
-            self.note(path.display().to_string(), 0, "the weights".into());
+            self.put(&path, &mut &bytes[..], "the weights".into())?;
         }
         Ok(())
     }
 
     /// The optimizer state of a generation, from a copy with `.apollod`. What is checked is then written over the damaged one.
     fn state(&mut self, of: &Generation) -> Result<()> {
-        if open_state(self.disk, self.paths, of).is_ok() {
+        if of.state.is_none() || open_state(self.disk, self.paths, of).is_ok() {
             return Ok(());
         }
-        let path = self.paths.state(of.generation);
-        for copy in self.donors.copies.iter().map(|copy| Paths::new(&copy.dir)) {
-            let Ok(mut whole) = open_state(self.disk, &copy, of) else { continue };
-            let mut file = self.disk.create(&path)?;
-            io::copy(&mut whole, &mut file).map_err(Error::io("write", &path))?;
-            file.sync()?;
-            self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
-            self.note(path.display().to_string(), 0, copy.state(of.generation).display().to_string());
-            break;
+        let whole = |copy: &Paths| Some((open_state(self.disk, copy, of).ok()?, copy.state(of.generation)));
+        match self.copies().iter().find_map(whole) {
+            Some((mut state, from)) => {
+                self.put(&self.paths.state(of.generation), &mut state, from.display().to_string())
+            }
+            None => Ok(()),
         }
+    }
+
+    /// The delta of a generation, from a copy with `.apollod` in which it ends with the same document.
+    fn delta(&mut self, number: u64) -> Result<()> {
+        if whole_delta(self.disk, self.paths, number).is_ok() {
+            return Ok(());
+        }
+        let Ok(document) = self.paths.load(self.disk, number) else { return Ok(()) };
+        let same = |copy: &Paths| {
+            whole_delta(self.disk, copy, number).ok()?;
+            let last = Reader::open(self.disk, &copy.delta(number)).and_then(Reader::last).ok()?;
+            (last.progress == document.progress && last.sums_blake3 == document.sums_blake3).then(|| copy.delta(number))
+        };
+        let Some(from) = self.copies().iter().find_map(same) else { return Ok(()) };
+        self.put(&self.paths.delta(number), &mut self.disk.open(&from)?, from.display().to_string())
+    }
+
+    /// `.apollod` of the copies.
+    fn copies(&self) -> Vec<Paths> {
+        self.donors.copies.iter().map(|copy| Paths::new(&copy.dir)).collect()
+    }
+
+    /// Writes a whole file in the place of a damaged or missing one: a crash leaves it as damaged as it was.
+    fn put(&mut self, path: &Path, whole: &mut dyn io::Read, from: String) -> Result<()> {
+        let mut file = self.disk.create(path)?;
+        io::copy(whole, &mut file).map_err(Error::io("write", path))?;
+        file.sync()?;
+        self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
+        self.note(path.display().to_string(), 0, from);
         Ok(())
     }
 }

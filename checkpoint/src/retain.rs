@@ -74,10 +74,11 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Res
             old.push(paths.sums(number));
         }
     }
+    // First, so that no document ever says that what is removed can be restored.
+    thin(disk, paths, oldest)?;
     for path in old {
         disk.remove(&path)?;
     }
-    thin(disk, paths, oldest)?;
     Ok(lost)
 }
 
@@ -85,8 +86,15 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Res
 fn oldest(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<u64> {
     let history = disk.numbers(&paths.root.join("history"), ".delta")?;
     let bytes = |path: PathBuf| disk.stat(&path).ok().flatten().map_or(0, |stat| stat.bytes);
+    let states = disk.numbers(&paths.root.join("state"), "")?;
     let cost = |number: u64| {
-        let there = history.binary_search(&(number + 1)).is_ok();
+        // Where the delta alone is missing, it may come back (see `repair.rs`), and what lies before it is kept for that.
+        let lacks = || {
+            let before = history.first().is_some_and(|oldest| *oldest <= number);
+            (before || states.binary_search(&number).is_ok())
+                && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
+        };
+        let there = history.binary_search(&(number + 1)).is_ok() || lacks();
         there.then(|| bytes(paths.delta(number + 1)) + bytes(paths.state(number)))
     };
     let age = |number: u64| {

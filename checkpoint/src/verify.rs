@@ -44,7 +44,16 @@ pub enum Damage {
         /// The damaged blocks of 16 KiB, as bytes of the tensor; empty if `sums/G` is damaged too.
         blocks: Vec<Range<u64>>,
     },
-    /// The optimizer state, the block sums, or something of an earlier generation.
+    /// A delta or an optimizer state of the history. The current generation does not need it.
+    History {
+        /// What is wrong with which file.
+        reason: String,
+        /// Without it these generations cannot be restored: from this one
+        oldest: u64,
+        /// to this one.
+        newest: u64,
+    },
+    /// The optimizer state, the block sums, or the document of an earlier generation.
     Other {
         /// What is wrong with which file.
         reason: String,
@@ -64,6 +73,12 @@ impl fmt::Display for Damage {
                     }
                     None => Ok(()),
                 }
+            }
+            Damage::History { reason, oldest, newest } if oldest == newest => {
+                write!(f, "{reason}; generation {oldest} cannot be restored without it")
+            }
+            Damage::History { reason, oldest, newest } => {
+                write!(f, "{reason}; generations {oldest} to {newest} cannot be restored without it")
             }
             Damage::Other { reason } => f.write_str(reason),
         }
@@ -97,8 +112,10 @@ impl VerifyReport {
 impl fmt::Display for VerifyReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "generation {}: {} tensors, {} bytes, ", self.generation, self.tensors, self.bytes)?;
-        if self.history > 0 {
-            write!(f, "{} earlier generations, ", self.history)?;
+        match self.history {
+            0 => {}
+            1 => f.write_str("1 earlier generation, ")?,
+            history => write!(f, "{history} earlier generations, ")?,
         }
         write!(f, "{:.2} s: ", self.seconds)?;
         if self.is_ok() {
@@ -126,7 +143,7 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
             reason: "it has no generation to compare with; open it once".into(),
         })?;
         let mut report = verify_files(&disk, &paths, model_dir, &generation, true)?;
-        let (damage, history) = verify_history(&disk, &paths, &generation)?;
+        let (damage, history) = settled_history(&disk, &paths, &generation)?;
         report.damage.extend(damage);
         report.history = history;
         let moved = || -> Result<bool> {
@@ -140,6 +157,24 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
         std::thread::sleep(WAIT);
     }
     Err(Error::Busy { dir: model_dir.to_path_buf() })
+}
+
+/// [`verify_history`] as it is when nobody is removing what is old: a sync does that after it has published its generation,
+/// and what is gone for good looks damaged until its document says so.
+fn settled_history(disk: &Disk, paths: &Paths, generation: &Generation) -> Result<(Vec<Damage>, u64)> {
+    let mut seen = verify_history(disk, paths, generation)?;
+    for _ in 0..ATTEMPTS {
+        if seen.0.is_empty() {
+            break;
+        }
+        std::thread::sleep(WAIT);
+        let again = verify_history(disk, paths, generation)?;
+        if again == seen {
+            break;
+        }
+        seen = again;
+    }
+    Ok(seen)
 }
 
 /// Compares the shards in `dir` with a generation, and if `with_state` what `.apollod` holds of it.

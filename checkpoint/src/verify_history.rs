@@ -7,52 +7,78 @@ use crate::generation::{Generation, Paths};
 use crate::journal::Reader;
 use crate::verify::Damage;
 
-/// Checks every byte of the history of `current`; gives what is damaged, and how many earlier generations were found that
-/// can be restored.
+/// A generation to which the history leads back.
+pub(crate) struct Earlier {
+    pub(crate) number: u64,
+    /// None if it is damaged or missing: the delta after it leads back to what was before it all the same.
+    pub(crate) document: Option<Generation>,
+}
+
+/// The generations before `current` that rollback should reach, the last one first.
+pub(crate) fn earlier(disk: &Disk, paths: &Paths, current: &Generation) -> Result<Vec<Earlier>> {
+    let (mut earlier, mut before) = (Vec::new(), current.previous);
+    while let Some(number) = before {
+        let document = match paths.load(disk, number) {
+            // Thinned: it was let go of.
+            Ok(document) if document.tensors.is_empty() => break,
+            Ok(document) => Some(document),
+            Err(Error::Generation { .. } | Error::Document { .. }) if disk.exists(&paths.delta(number + 1))? => None,
+            Err(Error::Generation { .. } | Error::Document { .. }) => break,
+            Err(error) => return Err(error),
+        };
+        before = document.as_ref().map_or(number.checked_sub(1), |document| document.previous);
+        earlier.push(Earlier { number, document });
+    }
+    Ok(earlier)
+}
+
+/// Checks every byte of the history of `current`; gives what is damaged, and how many earlier generations it leads back to.
 pub(crate) fn verify_history(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(Vec<Damage>, u64)> {
-    let (mut damage, mut restorable) = (Vec::new(), 0);
-    let mut documents = Vec::new();
+    let mut damage = Vec::new();
     for number in paths.numbers(disk)?.into_iter().filter(|number| *number < current.generation) {
-        note(&mut damage, paths.load(disk, number).map(|document| documents.push(document)));
+        let document = paths.load(disk, number).map(drop);
+        damage.extend(document.err().map(|error| Damage::Other { reason: error.to_string() }));
     }
-    for number in disk.numbers(&paths.root.join("history"), ".delta")? {
-        note(&mut damage, whole_delta(disk, paths, number));
+    let earlier = earlier(disk, paths, current)?;
+    let oldest = earlier.last().map_or(current.generation, |earlier| earlier.number);
+    for Earlier { number, document } in earlier.iter().rev() {
+        let lost = |oldest: u64, checked: Result<()>| {
+            let damage = |error: Error| Damage::History { reason: error.to_string(), oldest, newest: *number };
+            checked.err().map(damage)
+        };
+        damage.extend(lost(oldest, whole_delta(disk, paths, number + 1)));
+        let state = document.as_ref().map_or(Ok(()), |document| whole_state(disk, paths, document));
+        damage.extend(lost(*number, state));
     }
-    for number in disk.numbers(&paths.root.join("state"), "")? {
-        let document = documents.iter().find(|document| document.generation == number);
-        if let Some(document) = document.filter(|document| document.state.is_some()) {
-            note(&mut damage, open_state(disk, paths, document).map(drop));
-        }
-    }
-    // From the current generation back, as a rollback goes: each step needs its delta and ends at a state.
-    let mut after = current;
-    for document in documents.iter().rev().filter(|document| !document.tensors.is_empty()) {
-        if after.previous != Some(document.generation) {
-            break;
-        }
-        let needed =
-            [Some(paths.delta(after.generation)), document.state.as_ref().map(|_| paths.state(document.generation))];
-        for path in needed.into_iter().flatten() {
-            if disk.exists(&path)? {
-                continue;
-            }
-            damage.push(Damage::Other { reason: format!("{} is missing", path.display()) });
-        }
-        (after, restorable) = (document, restorable + 1);
-    }
-    Ok((damage, restorable))
+    Ok((damage, earlier.len() as u64))
 }
 
-fn note(damage: &mut Vec<Damage>, checked: Result<()>) {
-    damage.extend(checked.err().map(|error| Damage::Other { reason: error.to_string() }));
-}
-
-fn whole_delta(disk: &Disk, paths: &Paths, number: u64) -> Result<()> {
+/// Reads the whole delta of a generation and checks it.
+pub(crate) fn whole_delta(disk: &Disk, paths: &Paths, number: u64) -> Result<()> {
     let path = paths.delta(number);
+    if !disk.exists(&path)? {
+        return Err(Error::Document { path, reason: "it is missing".into() });
+    }
     let delta = Reader::open(disk, &path)?;
     if delta.head.generation != number {
         let reason = format!("it is the delta of generation {}", delta.head.generation);
         return Err(Error::Document { path, reason });
     }
     delta.scan()
+}
+
+/// Reads the optimizer state of an earlier generation, where it has one, and checks it.
+fn whole_state(disk: &Disk, paths: &Paths, of: &Generation) -> Result<()> {
+    let path = paths.state(of.generation);
+    if of.state.is_none() {
+        return Ok(());
+    }
+    if !disk.exists(&path)? {
+        return Err(Error::Document { path, reason: "it is missing".into() });
+    }
+    match open_state(disk, paths, of) {
+        // What can be done about that of the current generation is no help here.
+        Err(Error::State { path, reason, .. }) => Err(Error::Document { path, reason }),
+        opened => opened.map(drop),
+    }
 }

@@ -258,6 +258,131 @@ fn a_generation_whose_document_is_damaged_is_listed_and_passed_by_and_comes_back
     }
 }
 
+/// All files under `.apollod` but the lock, which says whose it is.
+fn held(model: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+    let mut files = Vec::new();
+    for folder in ["generations", "history", "state", "sums"] {
+        let Ok(entries) = fs::read_dir(model.join(".apollod").join(folder)) else { continue };
+        files.extend(entries.map(|entry| entry.unwrap().path()).map(|path| (path.clone(), fs::read(path).unwrap())));
+    }
+    files.sort();
+    files
+}
+
+#[test]
+fn a_missing_document_is_noticed_and_comes_back_and_nobody_removes_what_belongs_to_it() {
+    for missing in 0..=2u64 {
+        let (scene, checkpoint) = Scene::new(21 + missing);
+        drop(checkpoint);
+        let model = scene.model();
+        let copies = [scene.dir.path().join("backup")];
+        copy_tree(&model, &copies[0]);
+        let whole = held(&model);
+        fs::remove_file(model.join(format!(".apollod/generations/{missing}.json"))).unwrap();
+        let without = held(&model);
+
+        let listed = checkpoint::list(&model).unwrap();
+        assert_eq!(listed.len(), 3);
+        let said = listed[missing as usize].damage.clone().unwrap();
+        assert!(said.contains("missing") && said.contains("apollod checkpoint repair"), "{said}");
+        match (missing, checkpoint::verify(&model), Checkpoint::open(&model)) {
+            (2, Err(Error::Generation { .. }), Err(Error::Generation { .. })) => {}
+            (0 | 1, Ok(report), Ok(_)) => assert!(report.damage.len() == 1, "{report}"),
+            (_, verified, opened) => panic!("without {missing}: {verified:?}, {opened:?}"),
+        }
+        assert!(held(&model) == without, "something was removed");
+
+        let sources = Sources { live: None, copies: if missing == 0 { &copies } else { &[] } };
+        let report = checkpoint::repair(&model, &sources).unwrap();
+        assert!(report.damage.is_empty() && report.repaired.len() == 1, "{report}");
+        assert!(held(&model) == whole);
+    }
+}
+
+#[test]
+fn where_all_documents_are_missing_the_files_do_not_become_generation_0() {
+    for kept in [u64::MAX, 0] {
+        let (scene, checkpoint) = Scene::new(25);
+        drop(checkpoint);
+        let model = scene.model();
+        let keep = checkpoint::Keep { generations: kept, ..Default::default() };
+        drop(Checkpoint::open_with(&model, Options { keep, ..Options::default() }).unwrap());
+        let copies = [scene.dir.path().join("backup")];
+        copy_tree(&model, &copies[0]);
+        let whole = held(&model);
+        // With no history, also where an old document is left of which nothing else is.
+        for left in [&[][..], &[0, 1]] {
+            if kept > 0 && !left.is_empty() {
+                continue;
+            }
+            for number in (0..=2).filter(|number| !left.contains(number)) {
+                fs::remove_file(model.join(format!(".apollod/generations/{number}.json"))).unwrap();
+            }
+            let without = held(&model);
+            let opened = Checkpoint::open(&model).unwrap_err();
+            assert!(matches!(opened, Error::Generation { .. }), "{opened}");
+            assert!(checkpoint::list(&model).is_err() || kept > 0 || !left.is_empty());
+            assert!(checkpoint::verify(&model).is_err() && held(&model) == without, "something was removed");
+            let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+            assert!(report.damage.is_empty() && report.generation == 2, "{report}");
+            copy_tree(&copies[0].join(".apollod/generations"), &model.join(".apollod/generations"));
+            assert!(held(&model) == whole);
+        }
+    }
+}
+
+#[test]
+fn deltas_and_states_of_the_history_come_back_from_a_copy_with_its_own_folder() {
+    for gone in [false, true] {
+        let (mut scene, mut checkpoint) = Scene::new(30);
+        let mut live = scene.newest().clone();
+        live.train(&mut Rng(31), 5);
+        sync(&mut checkpoint, &live, 3);
+        scene.all.push(live);
+        drop(checkpoint);
+        let (model, copies) = (scene.model(), [scene.dir.path().join("backup")]);
+        copy_tree(&model, &copies[0]);
+        let whole = held(&model);
+        for file in ["history/2.delta", "state/1"] {
+            let path = model.join(".apollod").join(file);
+            if gone { fs::remove_file(path).unwrap() } else { flip(&path, 700) }
+        }
+        let verified = checkpoint::verify(&model).unwrap();
+        let lost: Vec<(u64, u64)> = verified
+            .damage
+            .iter()
+            .filter_map(|damage| match damage {
+                Damage::History { oldest, newest, .. } => Some((*oldest, *newest)),
+                _ => None,
+            })
+            .collect();
+        assert_eq!((lost, verified.damage.len()), (vec![(0, 1), (1, 1)], 2), "{verified}");
+        let (mut checkpoint, _) = Checkpoint::open(&model).unwrap();
+        let refused = checkpoint.rollback(0).unwrap_err().to_string();
+        assert!(gone || refused.contains("apollod checkpoint repair"), "{refused}");
+        // What does not need it can be restored.
+        assert_files_are(&checkpoint, scene.newest());
+        drop(checkpoint);
+
+        let alone = checkpoint::repair(&model, &Sources::default()).unwrap();
+        assert!(alone.repaired.is_empty() && alone.damage == verified.damage, "{alone}");
+        // A copy of another history with the same numbers is no help.
+        let (other, handle) = Scene::new(32);
+        drop(handle);
+        let others = [other.model()];
+        let foreign = checkpoint::repair(&model, &Sources { live: None, copies: &others }).unwrap();
+        assert!(foreign.repaired.iter().all(|done| done.what.ends_with("state/1")), "{foreign}");
+        assert!(foreign.damage.iter().any(|damage| damage.to_string().contains("2.delta")), "{foreign}");
+
+        let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+        assert!(report.damage.is_empty(), "{report}");
+        assert!(held(&model) == whole);
+        let (mut checkpoint, _) = Checkpoint::open(&model).unwrap();
+        checkpoint.rollback(1).unwrap();
+        assert_files_are(&checkpoint, &scene.all[1]);
+    }
+}
+
 #[test]
 fn a_damaged_document_that_nothing_leads_back_to_keeps_nobody_from_working_and_goes() {
     let (scene, checkpoint) = Scene::new(8);

@@ -24,7 +24,7 @@ fn four_generations(dir: &std::path::Path, seed: u64) -> (Checkpoint, Vec<Live>)
 
 #[test]
 fn rollback_restores_files_state_and_cursor_of_every_kept_generation() {
-    for to in 0..=4 {
+    for to in 0..=3 {
         let dir = tempfile::tempdir().unwrap();
         let (mut checkpoint, all) = four_generations(dir.path(), 20);
         let want = checkpoint::list(dir.path()).unwrap()[to as usize].clone();
@@ -38,6 +38,23 @@ fn rollback_restores_files_state_and_cursor_of_every_kept_generation() {
         let state = (to > 0).then(|| state_of(to));
         assert_eq!(read_state(&checkpoint), state);
     }
+}
+
+#[test]
+fn a_rollback_to_the_current_generation_makes_none() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut checkpoint, all) = four_generations(dir.path(), 25);
+    let before = checkpoint.current().clone();
+    let report = checkpoint.rollback(4).unwrap();
+    assert!(report.sync.unchanged && report.sync.generation == 4, "{report}");
+    assert!(checkpoint.current() == &before && checkpoint.generations().unwrap().len() == 5);
+    assert_files_are(&checkpoint, &all[4]);
+    // It is a promise about the files all the same.
+    let path = dir.path().join("model-00001-of-00002.safetensors");
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[700_000] ^= 4;
+    fs::write(&path, &bytes).unwrap();
+    assert!(matches!(checkpoint.rollback(4).unwrap_err(), Error::Changed { .. }));
 }
 
 #[test]
@@ -70,7 +87,8 @@ fn a_damaged_delta_stops_a_rollback_before_anything_is_written() {
         bytes[bit / 8] ^= 1 << (bit % 8);
         fs::write(&path, bytes).unwrap();
         let error = checkpoint.rollback(1).unwrap_err();
-        assert!(matches!(error, Error::Torn { .. }), "bit {bit}: {error}");
+        assert!(matches!(error, Error::Delta { .. }), "bit {bit}: {error}");
+        assert!(error.to_string().contains("2.delta") && error.to_string().contains("repair"), "{error}");
         assert_files_are(&checkpoint, &all[4]);
     }
 }

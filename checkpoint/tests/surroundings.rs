@@ -469,8 +469,15 @@ fn a_folder_in_the_place_of_a_file_is_said_and_left_alone() {
             assert!(error.to_string().contains(name), "{name}: {error}");
         }
         drop(checkpoint);
-        let error = Checkpoint::open(dir.path()).map(drop).unwrap_err();
-        assert!(error.to_string().contains(name), "{name}: {error}");
+        let said = match Checkpoint::open(dir.path()) {
+            Err(error) => error.to_string(),
+            // It is in the way of the next sync, and of nothing else.
+            Ok((mut checkpoint, _)) => {
+                assert!(["state/2", "sums/2"].contains(&name), "{name}");
+                checkpoint.take_warnings().concat()
+            }
+        };
+        assert!(said.contains(name), "{name}: {said}");
         // A sync that came as far as to its name has all blocks in the files, and waits in its journal.
         let waits = dir.path().join(".apollod/journal").is_file();
         assert!(folder.is_dir() && waits == name.starts_with("generations"), "{name}");

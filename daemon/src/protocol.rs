@@ -14,7 +14,7 @@
 //!    |---|---|
 //!    | [`ToTrainer::Train`] | `Trained` (a gated or non-finite step too: `skipped` says why) or `Failed` |
 //!    | [`ToTrainer::Sync`] | `Synced` or `Failed` |
-//!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed` |
+//!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed`; none, but `Dying`, where only the files are rolled back |
 //!    | [`ToTrainer::Repair`] | `Repaired`, also when not everything could be, or `Failed` |
 //!    | [`ToTrainer::Shutdown`] with `sync` | `Synced` or `Failed`, then the child exits with status 0 |
 //!    | [`ToTrainer::Shutdown`] without `sync` | none: the child exits with status 0 |
@@ -26,7 +26,7 @@
 //!    nothing. A trainer that has sent one and then says nothing for long is stopped or hangs, and is killed.
 //! 7. [`FromTrainer::Invalidated`] comes whenever the server was told that weights have moved; it answers nothing.
 //!    [`FromTrainer::Published`] comes when a generation got a directory of its own (`sync.mode = "generation"`), or did
-//!    not: after the answer to a sync or a rollback, and once after `Ready`. It answers nothing either.
+//!    not: before the answer to a sync or a rollback, and once after `Ready`. It answers nothing either.
 //! 8. [`FromTrainer::Dying`] is the last word of a child that cannot go on, such as after an error of its GPU: it answers
 //!    nothing, and the child exits.
 //! 9. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
@@ -236,6 +236,24 @@ pub struct Synced {
     /// Whether nothing had changed since that generation, so that no new one was made.
     #[serde(default)]
     pub unchanged: bool,
+    /// Why the generation got no directory of its own, where it was to get one.
+    #[serde(default)]
+    pub directory_failed: Option<String>,
+}
+
+/// The answer to [`ToTrainer::Rollback`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RolledBack {
+    /// The generation that the files now hold: the one that was asked for if they held it before, else a new one.
+    pub generation: u64,
+    /// Its cursor.
+    pub cursor: u64,
+    /// How many times the live weights have moved, this time included.
+    #[serde(default)]
+    pub weight_version: u64,
+    /// Generations that went from the history for it.
+    #[serde(default)]
+    pub no_longer: Vec<u64>,
 }
 
 impl fmt::Display for Synced {
@@ -320,15 +338,7 @@ pub enum FromTrainer {
     /// The files are a new generation.
     Synced(Synced),
     /// Files and live weights are back at an earlier generation.
-    RolledBack {
-        /// The generation that the files now hold.
-        generation: u64,
-        /// Its cursor.
-        cursor: u64,
-        /// How many times the live weights have moved, this time included.
-        #[serde(default)]
-        weight_version: u64,
-    },
+    RolledBack(RolledBack),
     /// What was damaged in the files is right again, as far as possible.
     Repaired(Repaired),
     /// The server was told that weights have moved.
@@ -353,7 +363,23 @@ pub enum FromTrainer {
         request: Request,
         /// Why, and what to do about it.
         reason: String,
+        /// Whether it is worth trying again.
+        #[serde(default)]
+        cause: Cause,
     },
+}
+
+/// What kept a request from being done.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Cause {
+    /// Nothing that passes by itself.
+    #[default]
+    Other,
+    /// The file system is full.
+    NoRoom,
+    /// Another program is loading the model.
+    Readers,
 }
 
 /// A line that is not a message of this protocol.

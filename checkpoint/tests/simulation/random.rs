@@ -170,14 +170,18 @@ impl Run {
         self.disk.set_faults(Faults { short, fail });
         let mut started = self.disk.len();
         let opened = held.map_or_else(|| self.history.world.open(&self.disk), Ok);
+        // What could not be removed is left over.
+        let mut whole = true;
         let result = opened.and_then(|mut checkpoint| {
             started = self.disk.len();
-            self.history.run(&mut checkpoint, step)
+            let result = self.history.run(&mut checkpoint, step);
+            whole = checkpoint.take_warnings().is_empty();
+            result
         });
         let returned = self.disk.len();
         self.disk.set_faults(Faults { short, fail: None });
         let after = self.disk.live();
-        let mut outcomes = Outcomes::new(&self.history, step, &before, result.is_ok().then_some(&after));
+        let mut outcomes = Outcomes::new(&self.history, step, &before, (result.is_ok() && whole).then_some(&after));
         outcomes.short = short;
         let (old, new) = (outcomes.old(), outcomes.new_or_old());
         let at_return = match &result {

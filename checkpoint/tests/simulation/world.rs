@@ -243,6 +243,8 @@ impl History {
                 let state = Some(self.world.state(cursor));
                 Some(Known { generation, progress: progress(cursor), weights, state, clean: true, ..now.clone() })
             }
+            // It is that already.
+            Step::Rollback(to) if to == self.current => None,
             Step::Rollback(to) => Some(Known { generation, ..self.known[&to].clone() }),
             Step::Adopt => Some(Known { generation, state: None, clean: true, replayable: false, ..now.clone() }),
         }

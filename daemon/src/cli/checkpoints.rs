@@ -74,7 +74,12 @@ Example:
         json: bool,
     },
     /// Go back to the content of an earlier generation, as a new one.
-    #[command(after_help = "Example:\n  apollod checkpoint rollback ./model --to 12")]
+    #[command(after_help = "\
+It can be undone by another rollback, and as every generation it may push the oldest out of the history (sync.keep), which it
+says. To the current generation it makes none: it takes back what was trained since. Without a daemon it changes the files alone.
+
+Example:
+  apollod checkpoint rollback ./model --to 12")]
     Rollback {
         /// The model directory.
         dir: PathBuf,
@@ -116,11 +121,11 @@ Example:
         /// The model directory.
         dir: PathBuf,
     },
-    /// Put damage right that `verify` or a sync has found: blocks, headers, optimizer states, documents of generations.
+    /// Put damage right that `verify` or a sync has found: blocks, headers, deltas, optimizer states, documents of generations.
     #[command(after_help = "\
 What is written has the recorded checksum, so it is right wherever it comes from: the live weights of the running server (as
 far as they have not moved since the current generation), MODEL.generations, the copies that --from names, or the damaged
-block itself with one bit turned back. It says what was repaired and what not; exit status 1 when something is damaged still.
+block itself with one bit turned back. Deltas and optimizer states come from a copy that has .apollod. It says what was repaired and what not; exit status 1 when something is damaged still.
 It may be stopped and started again at any moment.
 
 Examples:
@@ -175,10 +180,7 @@ pub fn run(args: &CheckpointArgs) -> Result<ExitCode> {
             println!("{report}");
             println!("not covered: config.json, the tokenizer's files, the queue");
             if !report.is_ok() {
-                println!(
-                    "to put it right from the live weights or a copy: apollod checkpoint repair {}",
-                    dir.display()
-                );
+                println!("{}", advice(dir, &report.damage));
             }
             return Ok(if report.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
@@ -216,6 +218,25 @@ fn generations(dir: &Path) -> Result<Vec<Generation>> {
     )
 }
 
+/// What helps against damage that a check has found.
+fn advice(dir: &Path, damage: &[Damage]) -> String {
+    let repair = format!("apollod checkpoint repair {}", dir.display());
+    if damage.iter().all(|damage| matches!(damage, Damage::History { .. })) {
+        return format!(
+            "the files are whole; what is damaged is needed only to go back. From a copy that has .apollod: {repair} --from \
+             COPY. Without one it can stay: it goes when the history has moved on (sync.keep)"
+        );
+    }
+    let missing = damage.iter().any(|damage| matches!(damage, Damage::File { .. }));
+    let first = match missing {
+        true => {
+            "a file that is missing or of another length first has to be copied there, from any copy of the model; then, "
+        }
+        false => "",
+    };
+    format!("{first}to put it right from the live weights, MODEL.generations or a copy (--from): {repair}")
+}
+
 fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
     let client = match dir {
         None => Client::new(client),
@@ -233,6 +254,9 @@ fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
         "generation {}: {} of {} blocks changed, {} bytes written, {:.2} s",
         done.generation, done.blocks_changed, done.blocks_total, done.bytes_written, done.seconds
     );
+    if let Some(why) = done.directory_failed {
+        bail!("generation {} is in the files, and got no directory of its own: {why}", done.generation);
+    }
     Ok(())
 }
 
@@ -274,14 +298,44 @@ fn list(dir: &Path, json: bool) -> Result<()> {
 fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
     if let Some(client) = Client::of_model(dir, client) {
         let done: Value = client.post(&format!("/v1/checkpoints/{to}/rollback"), &[], b"")?.ok()?;
-        println!("back at the content of {to}: generation {}; live weights and files", done["generation"]);
+        let (generation, cursor) = (&done["generation"], &done["cursor"]);
+        match generation.as_u64() == Some(to) {
+            true => println!("generation {to} is what the files hold already; live weights are it again"),
+            false => println!("back at the content of {to}: generation {generation}; live weights and files"),
+        }
+        println!(
+            "examples after number {cursor} are taken back and are not trained again unless they are posted again"
+        );
+        let no_longer: Vec<u64> = serde_json::from_value(done["no_longer"].clone()).unwrap_or_default();
+        say_no_longer(&no_longer);
         return Ok(());
     }
     generations(dir)?;
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
-    println!("{}; files only: no daemon runs on {}", checkpoint.rollback(to)?, dir.display());
+    let done = checkpoint.rollback(to)?;
+    match done.sync.unchanged {
+        true => println!(
+            "generation {to} is what the files hold already: nothing was done; what is in the queue after it is trained when \
+             `apollod serve` starts"
+        ),
+        false => println!("{done}; files only: no daemon runs on {}", dir.display()),
+    }
     Ok(())
+}
+
+fn say_no_longer(generations: &[u64]) {
+    match (generations.first(), generations.last()) {
+        (Some(first), Some(last)) if first == last => {
+            println!("generation {first} went from the history for it (sync.keep) and cannot be restored any more");
+        }
+        (Some(first), Some(last)) => {
+            println!(
+                "generations {first} to {last} went from the history for it (sync.keep) and cannot be restored any more"
+            );
+        }
+        _ => {}
+    }
 }
 
 fn recover(dir: &Path) -> Result<()> {
@@ -343,7 +397,10 @@ fn say_repaired(done: &Repaired) -> ExitCode {
         }
         return ExitCode::SUCCESS;
     }
-    println!("what is damaged still has its content nowhere that was looked at: name a copy with --from");
+    println!(
+        "what is damaged still has its content nowhere that was looked at: name a copy with --from (one that has .apollod for \
+         deltas and optimizer states; a file that is missing or of another length has to be copied there first)"
+    );
     ExitCode::FAILURE
 }
 
@@ -372,7 +429,12 @@ fn adopt(dir: &Path) -> Result<()> {
                 println!("  {file}: tensor `{tensor}`, {} blocks of 16 KiB", blocks.len());
             }
             Damage::Header { file } => println!("  {file}: its header"),
-            Damage::File { .. } | Damage::Other { .. } => println!("  {changed}"),
+            Damage::File { .. } => println!("  {changed}"),
+            // What its text advises is done with.
+            Damage::Other { .. } | Damage::History { .. } => {
+                let what = changed.to_string();
+                println!("  {}", what.split(';').next().unwrap_or(&what));
+            }
         }
     }
     println!("the optimizer begins with a fresh state");

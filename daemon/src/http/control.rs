@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 
 use super::{App, Problem, blocking};
+use crate::protocol::RolledBack;
 
 /// `GET /v1/status`: everything about the daemon now.
 pub async fn status(State(app): State<App>) -> Response {
@@ -135,6 +136,9 @@ pub async fn repair(State(app): State<App>, body: Bytes) -> Result<Response, Pro
     if let Some(path) = from.iter().find(|path| !path.is_absolute()) {
         return Err(Problem::new(400, "from", format!("{} is no absolute path", path.display())));
     }
+    if let Some(path) = from.iter().find(|path| !path.is_dir()) {
+        return Err(Problem::new(400, "from", format!("{} is no directory here", path.display())));
+    }
     Ok(Json(app.supervisor.repair(from).await?).into_response())
 }
 
@@ -162,6 +166,7 @@ pub async fn rollback(State(app): State<App>, Path(generation): Path<String>) ->
         }
         Some(_) => {}
     }
-    let (generation, cursor) = app.supervisor.rollback(to).await?;
-    Ok(Json(json!({ "generation": generation, "cursor": cursor, "rollback_of": to })))
+    let RolledBack { generation, cursor, no_longer, .. } = app.supervisor.rollback(to).await?;
+    let body = json!({ "generation": generation, "cursor": cursor, "rollback_of": to, "no_longer": no_longer });
+    Ok(Json(body))
 }

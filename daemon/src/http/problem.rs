@@ -103,6 +103,8 @@ impl From<ControlError> for Problem {
             ControlError::NotReady { .. } => Self::new(503, "not-ready", detail).retry_after(2),
             ControlError::Stopping => Self::new(503, "stopping", detail).retry_after(10),
             ControlError::Failed(_) => Self::new(500, "failed", detail),
+            ControlError::NoRoom(_) => Self::new(507, "no-room", detail).retry_after(NO_ROOM_RETRY_S),
+            ControlError::Readers(_) => Self::new(503, "readers", detail).retry_after(10),
             ControlError::Lost(_) => Self::new(502, "lost", detail),
         }
     }

@@ -64,7 +64,7 @@ pub(super) fn open(path: &Path) -> Result<Connection, QueueError> {
     };
     connection.pragma_update(None, "journal_mode", "WAL").map_err(of)?;
     connection.pragma_update(None, "synchronous", "FULL").map_err(of)?;
-    let health: String = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0)).map_err(of)?;
+    let health: String = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get(0)).map_err(of)?;
     if health != "ok" {
         return Err(corrupt(health));
     }

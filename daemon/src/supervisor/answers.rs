@@ -10,7 +10,9 @@ use super::events::What;
 use super::run::{InFlight, Sent, Supervisor, answer, now};
 use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
-use crate::protocol::{FromTrainer, Invalidated, Published, Ready, Repaired, Request, Synced, Trained};
+use crate::protocol::{
+    Cause, FromTrainer, Invalidated, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
+};
 
 impl Supervisor {
     /// Takes in what the child says. Every request gets exactly one answer; anything else is a broken trainer.
@@ -35,9 +37,7 @@ impl Supervisor {
                 self.in_flight = Some(InFlight::Shutdown);
                 self.on_synced("shutdown".into(), Vec::new(), synced)
             }
-            (FromTrainer::RolledBack { generation, cursor, weight_version }, Some(InFlight::Rollback { reply })) => {
-                self.on_rolled_back(generation, cursor, weight_version, reply)
-            }
+            (FromTrainer::RolledBack(done), Some(InFlight::Rollback { reply })) => self.on_rolled_back(done, reply),
             (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => on_repaired(repaired, reply),
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
@@ -53,7 +53,9 @@ impl Supervisor {
                 });
                 self.lose_child(State::WaitingForServer, reason);
             }
-            (FromTrainer::Failed { request, reason }, in_flight) => self.on_failed(request, reason, in_flight),
+            (FromTrainer::Failed { request, reason, cause }, in_flight) => {
+                self.on_failed(request, reason, cause, in_flight)
+            }
             (message, in_flight) => {
                 self.in_flight = in_flight;
                 self.kill_child(format!("it broke the protocol with an answer out of turn: {message:?}"));
@@ -212,7 +214,8 @@ impl Supervisor {
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
     }
 
-    fn on_rolled_back(&mut self, generation: u64, cursor: u64, weight_version: u64, reply: Reply<(u64, u64)>) {
+    fn on_rolled_back(&mut self, done: RolledBack, reply: Reply<RolledBack>) {
+        let RolledBack { generation, cursor, weight_version, .. } = done;
         self.record(move |queue| {
             let taken_back = queue.record_rolled_back(generation, cursor)?;
             tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
@@ -224,10 +227,10 @@ impl Supervisor {
             status.weight_version = weight_version;
         });
         self.tell(What::Rollback { generation });
-        answer(Some(reply), Ok((generation, cursor)));
+        answer(Some(reply), Ok(done));
     }
 
-    fn on_failed(&mut self, request: Request, reason: String, in_flight: Option<InFlight>) {
+    fn on_failed(&mut self, request: Request, reason: String, cause: Cause, in_flight: Option<InFlight>) {
         if request != Request::Start {
             tracing::error!("{request} failed: {reason}");
         }
@@ -245,16 +248,18 @@ impl Supervisor {
                     ));
                 }
             }
-            (Request::Sync, Some(InFlight::Sync { reason: why, waiting })) => self.on_sync_failed(why, waiting, reason),
+            (Request::Sync, Some(InFlight::Sync { reason: why, waiting })) => {
+                self.on_sync_failed(why, waiting, reason, cause)
+            }
             (Request::Shutdown | Request::Sync, Some(InFlight::Shutdown)) => {
                 self.in_flight = Some(InFlight::Shutdown);
-                self.on_sync_failed("shutdown".into(), Vec::new(), reason);
+                self.on_sync_failed("shutdown".into(), Vec::new(), reason, cause);
             }
             (Request::Rollback, Some(InFlight::Rollback { reply })) => {
-                answer(Some(reply), Err(ControlError::Failed(reason)));
+                answer(Some(reply), Err(failed(reason, cause)));
             }
             (Request::Repair, Some(InFlight::Repair { reply })) => {
-                answer(Some(reply), Err(ControlError::Failed(reason)));
+                answer(Some(reply), Err(failed(reason, cause)));
             }
             (_, in_flight) => {
                 self.in_flight = in_flight;
@@ -263,13 +268,21 @@ impl Supervisor {
         }
     }
 
-    fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String) {
+    fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String, cause: Cause) {
         self.next_sync = self.options.schedule.next_after(Utc::now());
         self.update(|status| {
             status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
             status.counts.syncs_failed += 1;
         });
-        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Failed(reason.clone()))));
+        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(failed(reason.clone(), cause))));
+    }
+}
+
+fn failed(reason: String, cause: Cause) -> ControlError {
+    match cause {
+        Cause::Other => ControlError::Failed(reason),
+        Cause::NoRoom => ControlError::NoRoom(reason),
+        Cause::Readers => ControlError::Readers(reason),
     }
 }
 

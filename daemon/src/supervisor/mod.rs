@@ -37,7 +37,7 @@ pub use status::{State, Status};
 #[cfg(test)]
 pub use status::{StepLoss, Timings};
 
-use crate::protocol::{Repaired, Synced};
+use crate::protocol::{Repaired, RolledBack, Synced};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
 use child::Output;
@@ -102,6 +102,12 @@ pub enum ControlError {
     /// The trainer tried and failed; nothing was changed.
     #[error("{0}")]
     Failed(String),
+    /// The same, and it may be done when there is room in the file system.
+    #[error("{0}")]
+    NoRoom(String),
+    /// The same, and it may be done when another program has loaded the model.
+    #[error("{0}")]
+    Readers(String),
     /// The trainer died, or lost its server, before it answered.
     #[error("the trainer did not answer: {0}; whether it was done will show in the generations")]
     Lost(String),
@@ -117,7 +123,7 @@ type Reply<T> = oneshot::Sender<Result<T, ControlError>>;
 enum Event {
     Child { number: u64, output: Output },
     Sync { reason: String, reply: Option<Reply<Synced>> },
-    Rollback { to: u64, reply: Reply<(u64, u64)> },
+    Rollback { to: u64, reply: Reply<RolledBack> },
     Repair { from: Vec<PathBuf>, reply: Reply<Repaired> },
     Pause(bool),
     Wake,
@@ -183,7 +189,7 @@ impl Handle {
     ///
     /// # Errors
     /// [`ControlError`].
-    pub async fn rollback(&self, to: u64) -> Result<(u64, u64), ControlError> {
+    pub async fn rollback(&self, to: u64) -> Result<RolledBack, ControlError> {
         let (reply, outcome) = oneshot::channel();
         self.tell(Event::Rollback { to, reply });
         outcome.await.unwrap_or(Err(ControlError::Stopping))

@@ -12,7 +12,7 @@ use super::child::{Child, Output};
 use super::events::{Events, What};
 use super::record::Records;
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
-use crate::protocol::{FromTrainer, Repaired, Synced, ToTrainer};
+use crate::protocol::{FromTrainer, Repaired, RolledBack, Synced, ToTrainer};
 use crate::queue::{Batch, Queue};
 
 /// Longest wait between two restarts.
@@ -44,7 +44,7 @@ pub(super) enum InFlight {
         waiting: Vec<Reply<Synced>>,
     },
     Rollback {
-        reply: Reply<(u64, u64)>,
+        reply: Reply<RolledBack>,
     },
     Repair {
         reply: Reply<Repaired>,
@@ -83,7 +83,7 @@ pub(super) struct Supervisor {
     pub(super) absent: Option<(State, String)>,
     pub(super) in_flight: Option<InFlight>,
     wanted_sync: Option<WantedSync>,
-    wanted_rollback: Option<(u64, Reply<(u64, u64)>)>,
+    wanted_rollback: Option<(u64, Reply<RolledBack>)>,
     wanted_repair: Option<(Vec<PathBuf>, Reply<Repaired>)>,
     pub(super) paused: Option<String>,
     pub(super) stopping: bool,
@@ -416,7 +416,7 @@ impl Supervisor {
         }
     }
 
-    fn want_rollback(&mut self, to: u64, reply: Reply<(u64, u64)>) {
+    fn want_rollback(&mut self, to: u64, reply: Reply<RolledBack>) {
         let error = self.not_ready().or_else(|| {
             let busy = self.wanted_rollback.is_some() || matches!(self.in_flight, Some(InFlight::Rollback { .. }));
             busy.then(|| ControlError::Failed("another rollback is under way".into()))

@@ -18,7 +18,7 @@ mod workers;
 
 use crate::backend::Backend;
 use crate::config::Config;
-use crate::protocol::{self, FromTrainer, Request, ToTrainer};
+use crate::protocol::{self, Cause, FromTrainer, Request, ToTrainer};
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::{Cpu, Cuda};
@@ -68,7 +68,7 @@ fn say_why(error: StartError) -> Result<()> {
     match error {
         StartError::ServerGone(reason) => say(&FromTrainer::ServerGone { reason }),
         StartError::Failed(error) => {
-            say(&FromTrainer::Failed { request: Request::Start, reason: format!("{error:#}") })
+            say(&FromTrainer::Failed { request: Request::Start, reason: format!("{error:#}"), cause: Cause::Other })
         }
     }
 }
@@ -147,20 +147,27 @@ fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbo
             Err(RecvTimeoutError::Timeout) if !line.is_empty() => None,
             Err(RecvTimeoutError::Timeout) => lock().look().err().map(|reason| FromTrainer::ServerGone { reason }),
         };
-        if let Some(answer) = answer {
-            say(&answer)?;
-            match answer {
-                FromTrainer::ServerGone { .. } => return Ok(()),
+        if let Some(mut answer) = answer {
+            if matches!(answer, FromTrainer::Synced(_) | FromTrainer::RolledBack(_)) {
                 // A replay from this generation begins without keys and values, and is to end with the same bytes.
-                FromTrainer::Synced(_) | FromTrainer::RolledBack { .. } => line.forget(),
-                _ => {}
+                line.forget();
+                // Who hears of a generation finds its directory.
+                let published = lock().publish();
+                published.as_ref().map_or(Ok(()), say)?;
+                if let (FromTrainer::Synced(synced), Some(FromTrainer::Published(published))) = (&mut answer, published)
+                {
+                    synced.directory_failed = published.failed;
+                }
+            }
+            say(&answer)?;
+            if let FromTrainer::ServerGone { .. } = answer {
+                return Ok(());
             }
         }
         let mut session = lock();
         if let Some(reason) = session.broken() {
             return say(&FromTrainer::Dying { reason });
         }
-        session.publish().map_or(Ok(()), |published| say(&published))?;
         if let Some(invalidated) = session.invalidate(stop) {
             say(&invalidated)?;
         }

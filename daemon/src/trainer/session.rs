@@ -11,7 +11,8 @@ use super::{repair, restore, settings};
 use crate::backend::Backend;
 use crate::config::{SyncMode, Update};
 use crate::protocol::{
-    Budget, ExampleResult, FromTrainer, Invalidated, Published, Ready, Request, Synced, ToTrainer, Trained, Work,
+    Budget, Cause, ExampleResult, FromTrainer, Invalidated, Published, Ready, Request, RolledBack, Synced, ToTrainer,
+    Trained, Work,
 };
 use crate::weights;
 use anyhow::Result;
@@ -55,6 +56,8 @@ pub struct Session<D: Backend> {
     budget: Budget,
     /// Of the hashes that tell a sync what has changed, where the weights are hashed.
     hash_seed: u64,
+    /// Why live weights or optimizer are not those of the files, after a rollback that was made of the files alone.
+    stranded: Option<String>,
 }
 
 impl<D: Backend> Session<D> {
@@ -132,6 +135,7 @@ impl<D: Backend> Session<D> {
             unpublished: true,
             budget: settings::budget(&config.train)?,
             hash_seed,
+            stranded: None,
             device,
             attachment,
             model,
@@ -224,12 +228,14 @@ impl<D: Backend> Session<D> {
         Ok(())
     }
 
-    /// Why a new process has to open the directory again, if it does: only recovery knows what is in the files then.
+    /// Why a new process has to open the directory again, if it does: only recovery knows what is in the files then, or
+    /// only a new start brings live weights and optimizer to the files.
     pub fn broken(&self) -> Option<String> {
-        self.checkpoint.unusable().map(str::to_owned)
+        self.stranded.clone().or_else(|| self.checkpoint.unusable().map(str::to_owned))
     }
 
-    /// Does what is asked, other than to train; `None` where the protocol has no answer.
+    /// Does what is asked, other than to train; `None` where the protocol has no answer, and where this process is to end
+    /// in its place.
     pub fn answer(&mut self, request: &ToTrainer) -> Option<FromTrainer> {
         let needs_server = matches!(request, ToTrainer::Rollback { .. } | ToTrainer::Repair { .. });
         if let (true, Err(reason)) = (needs_server, self.check()) {
@@ -243,6 +249,10 @@ impl<D: Backend> Session<D> {
             ToTrainer::Shutdown { sync: true } => self.sync("shutdown"),
             ToTrainer::Shutdown { sync: false } => return None,
         };
+        if let (Some(_), Err(error)) = (&self.stranded, &result) {
+            tracing::error!("{error:#}");
+            return None;
+        }
         Some(answer_of(request.kind(), result))
     }
 
@@ -316,6 +326,7 @@ impl<D: Backend> Session<D> {
         start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         Ok(FromTrainer::Synced(Synced {
+            directory_failed: None,
             generation: report.generation,
             cursor: self.progress.cursor,
             blocks_total: report.blocks_total,
@@ -339,9 +350,25 @@ impl<D: Backend> Session<D> {
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
         let report = self.checkpoint.rollback(to)?;
-        start::tell_pruned(&mut self.checkpoint);
+        let no_longer = start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
         self.prefix_cache.moved();
+        if let Err(error) = self.follow_files() {
+            let why = format!("the files are rolled back to {to}, and live weights could not follow them: {error:#}");
+            self.stranded = Some(why);
+            return Err(error);
+        }
+        tracing::info!("{report}");
+        Ok(FromTrainer::RolledBack(RolledBack {
+            generation: self.checkpoint.current().generation,
+            cursor: self.progress.cursor,
+            weight_version: self.progress.weight_version,
+            no_longer,
+        }))
+    }
+
+    /// Live weights, optimizer and progress become those of the current generation. On an error they are nobody's.
+    fn follow_files(&mut self) -> Result<()> {
         restore_all(&self.checkpoint, self.optimizer.tensors(), &self.model, &self.file_dtypes)?;
         let settings = self.optimizer.settings().clone();
         self.optimizer = Optimizer::new(self.device.clone(), self.optimizer.tensors().to_vec(), settings);
@@ -352,12 +379,7 @@ impl<D: Backend> Session<D> {
         let weight_version = self.progress.weight_version + 1;
         let epoch = self.attachment.epoch().into();
         self.progress = Progress { weight_version, epoch, ..self.checkpoint.current().progress.clone() };
-        tracing::info!("{report}");
-        Ok(FromTrainer::RolledBack {
-            generation: self.checkpoint.current().generation,
-            cursor: self.progress.cursor,
-            weight_version,
-        })
+        Ok(())
     }
 }
 
@@ -365,8 +387,17 @@ impl<D: Backend> Session<D> {
 fn answer_of(request: Request, outcome: Result<FromTrainer>) -> FromTrainer {
     outcome.unwrap_or_else(|error| match error.downcast::<ipc::Gone>() {
         Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
-        Err(error) => FromTrainer::Failed { request, reason: format!("{error:#}") },
+        Err(error) => FromTrainer::Failed { request, reason: format!("{error:#}"), cause: cause_of(&error) },
     })
+}
+
+fn cause_of(error: &anyhow::Error) -> Cause {
+    use checkpoint::Error::{Full, NoRoom, Readers, TooLittleSpace};
+    match error.downcast_ref() {
+        Some(Full { .. } | TooLittleSpace { .. } | NoRoom { .. }) => Cause::NoRoom,
+        Some(Readers { .. }) => Cause::Readers,
+        _ => Cause::Other,
+    }
 }
 
 fn ms(clock: Instant) -> f64 {

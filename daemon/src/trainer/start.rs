@@ -199,7 +199,8 @@ pub(super) fn damaged_documents(checkpoint: &Checkpoint) -> Result<Vec<String>> 
 }
 
 /// Says in the log which generations the history has lost.
-pub(super) fn tell_pruned(checkpoint: &mut Checkpoint) {
+pub(super) fn tell_pruned(checkpoint: &mut Checkpoint) -> Vec<u64> {
+    checkpoint.take_warnings().iter().for_each(|warning| tracing::warn!("{warning}"));
     let pruned = checkpoint.take_pruned();
     if let (Some(first), Some(last)) = (pruned.first(), pruned.last()) {
         let which =
@@ -208,4 +209,5 @@ pub(super) fn tell_pruned(checkpoint: &mut Checkpoint) {
             "{which} went from the history by sync.keep, keep_bytes or keep_days, and cannot be restored any more"
         );
     }
+    pruned
 }

@@ -94,6 +94,58 @@ fn a_damaged_optimizer_state_is_said_and_rollback_and_adopt_are_the_ways_out() {
     }
 }
 
+/// Makes something else of a generation's optimizer state, with the checksums of what it is then.
+fn forge_state(place: &Place, generation: u64, state: &[u8]) {
+    let own = place.model().join(".apollod");
+    let (state_path, path) =
+        (own.join(format!("state/{generation}")), own.join(format!("generations/{generation}.json")));
+    let was = fs::read(&state_path).unwrap();
+    let hex = |bytes: &[u8]| blake3::hash(bytes).to_hex().to_string();
+    let text = fs::read_to_string(&path).unwrap();
+    let text = text.replace(&hex(&was), &hex(state));
+    let text = text.replace(
+        &format!("\"bytes\": {},\n    \"blake3\"", was.len()),
+        &format!("\"bytes\": {},\n    \"blake3\"", state.len()),
+    );
+    let digits = text.rfind("\"seal\": \"").unwrap() + 9;
+    let (before, after) = (&text[..digits], &text[digits + 64..]);
+    let sealed = format!("{before}{}{after}", hex(format!("{before}{after}").as_bytes()));
+    fs::write(path, sealed).unwrap();
+    fs::write(state_path, state).unwrap();
+}
+
+#[test]
+fn a_rollback_that_live_weights_cannot_follow_ends_the_trainer_and_no_sync_publishes_what_is_left() {
+    let place = Place::new();
+    let engine = place.engine();
+    let daemon = place.daemon(&[]);
+    for generation in [1, 2] {
+        wait_trained(&daemon, &post(&daemon, taught(2)));
+        assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], generation);
+    }
+    forge_state(&place, 1, b"whole, and no optimizer state");
+    let trainer = daemon.get("/v1/status")["trainer_pid"].clone();
+    let back = checkpoint(&place, "rollback", &["--to", "1"]);
+    let error = String::from_utf8_lossy(&back.stderr).into_owned();
+    assert!(!back.status.success() && error.contains("live weights could not follow"), "{error}");
+    // The files are rolled back; this trainer must not write what it holds as the generation after that.
+    until("the trainer is another one", || daemon.get("/v1/status")["trainer_pid"] != trainer);
+    let synced = checkpoint(&place, "sync", &[]);
+    assert!(!synced.status.success(), "{synced:?}");
+    let generations = || daemon.get("/v1/checkpoints")["generations"].as_array().unwrap().len();
+    assert_eq!(generations(), 4);
+    until("it is said", || daemon.get("/v1/status")["state"] == "failed");
+    drop(daemon);
+    said(&checkpoint(&place, "rollback", &["--to", "2"]));
+    let daemon = place.daemon(&[]);
+    wait_trained(&daemon, &post(&daemon, taught(1)));
+    assert_eq!(daemon.post("/v1/checkpoint", json!({}))["generation"], 5);
+    let examples = checkpoint::list(&place.model()).unwrap().last().unwrap().progress.examples;
+    assert_eq!(examples, 5);
+    daemon.stop();
+    engine.stop();
+}
+
 /// `apollod checkpoint` on the place's model.
 fn checkpoint(place: &Place, action: &str, more: &[&str]) -> Output {
     place.apollod().args(["checkpoint", action]).arg(place.model()).args(more).output().unwrap()
