@@ -355,9 +355,13 @@ impl Paths {
         numbers.last().map(|newest| self.load(disk, *newest)).transpose()
     }
 
-    /// The newest generation, if neither a document nor a delta is left of it, but block sums: those of the last generation
-    /// are removed when the next one has its document.
+    /// The newest generation, if neither a document, a delta nor a journal is left of it, but block sums: those of the last
+    /// generation are removed when the next one has its document.
     pub(crate) fn missing(&self, disk: &Disk) -> Result<Option<u64>> {
+        if self.is_torn(disk)? {
+            // The journal says what was under way.
+            return Ok(None);
+        }
         let newest = self.numbers(disk)?.last().copied();
         let sums = disk.numbers(&self.root.join("sums"), "")?;
         let Some(&held) = sums.last() else { return Ok(None) };

@@ -143,7 +143,7 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
             reason: "it has no generation to compare with; open it once".into(),
         })?;
         let mut report = verify_files(&disk, &paths, model_dir, &generation, true)?;
-        let (damage, history) = settled_history(&disk, &paths, &generation)?;
+        let (damage, history) = settled(|| verify_history(&disk, &paths, &generation))?;
         report.damage.extend(damage);
         report.history = history;
         let moved = || -> Result<bool> {
@@ -159,20 +159,19 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
     Err(Error::Busy { dir: model_dir.to_path_buf() })
 }
 
-/// [`verify_history`] as it is when nobody is removing what is old: a sync does that after it has published its generation,
-/// and what is gone for good looks damaged until its document says so.
-fn settled_history(disk: &Disk, paths: &Paths, generation: &Generation) -> Result<(Vec<Damage>, u64)> {
-    let mut seen = verify_history(disk, paths, generation)?;
+/// What two looks at the history agree on, or the first that finds no damage. A sync removes what is old after it has published
+/// its generation, and what is about to be gone for good looks damaged for a moment.
+fn settled(mut look: impl FnMut() -> Result<(Vec<Damage>, u64)>) -> Result<(Vec<Damage>, u64)> {
+    let mut seen = look()?;
     for _ in 0..ATTEMPTS {
         if seen.0.is_empty() {
             break;
         }
         std::thread::sleep(WAIT);
-        let again = verify_history(disk, paths, generation)?;
-        if again == seen {
+        let before = std::mem::replace(&mut seen, look()?);
+        if before == seen {
             break;
         }
-        seen = again;
     }
     Ok(seen)
 }
@@ -241,4 +240,25 @@ fn compare(file: &str, tensor: &TensorSum, is: &[Sum], want: Option<&[Sum]>) -> 
         tensor: tensor.name.clone(),
         blocks: differ.map(|(_, block)| block.start - tensor.offset..block.end - tensor.offset).collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damage_is_what_two_looks_agree_on() {
+        let of = |reasons: &[&str]| {
+            reasons.iter().map(|reason| Damage::Other { reason: (*reason).into() }).collect::<Vec<_>>()
+        };
+        for (looks, want, taken) in [
+            (&[&[][..]][..], &[][..], 1),
+            (&[&["gone", "going"], &["gone"], &[]], &[], 3),
+            (&[&["gone", "damaged"], &["damaged"], &["damaged"], &[]], &["damaged"], 3),
+        ] {
+            let mut rest = looks.iter();
+            let settled = settled(|| Ok((of(rest.next().unwrap()), 0))).unwrap();
+            assert_eq!((settled.0, looks.len() - rest.len()), (of(want), taken));
+        }
+    }
 }

@@ -4,8 +4,9 @@ mod common;
 
 use std::fs;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use checkpoint::{Checkpoint, Error, verify};
+use checkpoint::{Checkpoint, Error, Options, verify};
 use common::*;
 
 /// A model with generations 0..=3, of which 0 is too far back to be restored.
@@ -91,11 +92,7 @@ fn what_a_rollback_needs_and_is_not_there_is_named() {
     }
     // A delta under another's name checks in itself.
     fs::copy(dir.join(".apollod/history/3.delta"), dir.join(".apollod/history/2.delta")).unwrap();
-    assert!(
-        said(dir).contains("it is the delta of generation 3; generation"),
-        "{}",
-        said(dir)
-    );
+    assert!(said(dir).contains("it is the delta of generation 3; generation"), "{}", said(dir));
 }
 
 #[test]
@@ -107,4 +104,36 @@ fn damage_of_the_history_does_not_keep_the_current_generation_from_being_used() 
     assert!(checkpoint.verify().unwrap().is_ok());
     assert!(matches!(checkpoint.rollback(2), Err(Error::Delta { .. })));
     assert!(!verify(dir.path()).unwrap().is_ok());
+}
+
+#[test]
+fn what_syncs_remove_meanwhile_is_not_taken_for_damage() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut live = make_model(dir.path(), true, 0, 95);
+    let keep = checkpoint::Keep { generations: 1, ..Default::default() };
+    let options = Options { keep, ..Options::default() };
+    let (mut checkpoint, _) = Checkpoint::open_with(dir.path(), options).unwrap();
+    let ended = AtomicBool::new(false);
+    let verified = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut rng = Rng(96);
+            for cursor in 1..=150 {
+                live.train(&mut rng, 3);
+                sync(&mut checkpoint, &live, cursor);
+            }
+            ended.store(true, Ordering::SeqCst);
+        });
+        let mut verified = 0;
+        while !ended.load(Ordering::SeqCst) {
+            match verify(dir.path()) {
+                Ok(report) => assert!(report.is_ok(), "{report}"),
+                Err(Error::Busy { .. }) => {}
+                Err(error) => panic!("{error}"),
+            }
+            verified += 1;
+        }
+        verified
+    });
+    println!("{verified} times");
+    assert!(verified > 0);
 }
