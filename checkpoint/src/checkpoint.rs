@@ -240,13 +240,13 @@ impl Checkpoint {
         let _readers = keep_out(&self.disk, &self.paths, self.options.readers_wait)?;
         let layout = self.layout()?;
         self.require_unchanged()?;
-        if to == self.current.generation {
-            return Ok(RollbackReport { to, sync: SyncReport::unchanged(to, began.elapsed()) });
-        }
         let mut state = match &target.state {
             Some(_) => Some(open_state(&self.disk, &self.paths, &target)?),
             None => None,
         };
+        if to == self.current.generation {
+            return Ok(RollbackReport { to, sync: SyncReport::unchanged(to, began.elapsed()) });
+        }
         let mut write_state = |out: &mut dyn Write| io::copy(state.as_mut().expect("used if there"), out).map(|_| ());
         let mut source = UndoSource::open(&self.disk, &self.paths, &layout, self.current.generation, to)?;
         let draft =
@@ -280,10 +280,12 @@ impl Checkpoint {
     /// Removes what `keep` does not ask for. The current generation does not depend on it: what cannot be removed is tried
     /// again the next time, unless it is not known what is on the disk.
     fn prune(&mut self, keep: Keep) -> Result<()> {
-        match prune(&self.disk, &self.paths, self.current.generation, keep) {
-            Ok(pruned) => self.pruned.extend(pruned),
-            Err(error @ Error::Sync { .. }) => return Err(error),
-            Err(error) => {
+        let (pruned, failed) = prune(&self.disk, &self.paths, self.current.generation, keep);
+        self.pruned.extend(pruned);
+        match failed {
+            None => {}
+            Some(error @ Error::Sync { .. }) => return Err(error),
+            Some(error) => {
                 let warning =
                     format!("what the history no longer needs could not be removed: {error}; it will be tried again");
                 self.warnings.push(warning);
@@ -455,7 +457,7 @@ impl Checkpoint {
         let reason = match known {
             Some(known) if known.restorable => return Ok(known),
             Some(Generation { damage: Some(damage), .. }) => damage,
-            Some(_) => "its deltas or its optimizer state were pruned".into(),
+            Some(_) => "its deltas or its optimizer state were pruned or are missing, which `verify` tells".into(),
             None => "there is no such generation".into(),
         };
         Err(Error::NotRestorable { generation: to, reason, restorable: possible })
@@ -474,12 +476,7 @@ impl fmt::Display for Checkpoint {
 
 /// All generations of a model directory, oldest first, without the lock; none if it was never opened.
 pub fn list(model_dir: &Path) -> Result<Vec<Generation>> {
-    let (disk, paths) = (Disk::real(), Paths::new(model_dir));
-    if paths.numbers(&disk)?.is_empty() {
-        // Or all documents are missing.
-        paths.newest(&disk)?;
-    }
-    paths.list(&disk)
+    Paths::new(model_dir).list(&Disk::real())
 }
 
 /// How long who takes the lock may need to say so in it.

@@ -376,7 +376,8 @@ impl Paths {
     /// with what is wrong with it.
     pub(crate) fn list(&self, disk: &Disk) -> Result<Vec<Generation>> {
         let read = |number| self.load(disk, number).unwrap_or_else(|error| Generation::damaged(number, &error));
-        let mut all: Vec<Generation> = self.numbers(disk)?.into_iter().map(read).collect();
+        let numbers = self.numbers(disk)?.into_iter().chain(self.missing(disk)?);
+        let mut all: Vec<Generation> = numbers.map(read).collect();
         let mut reachable = true;
         for generation in all.iter_mut().rev() {
             let state = generation.state.is_none() || disk.exists(&self.state(generation.generation))?;

@@ -82,7 +82,7 @@ impl fmt::Display for RepairReport {
 }
 
 impl Checkpoint {
-    /// Puts right what is damaged of the current generation and of the documents and states of earlier ones, where the right
+    /// Puts right what is damaged of the current generation and of documents, deltas and states of earlier ones, where the right
     /// content is found. Programs that load the model are waited for.
     pub fn repair(&mut self, sources: &Sources) -> Result<RepairReport> {
         self.usable()?;
@@ -110,6 +110,9 @@ pub fn repair(model_dir: &Path, sources: &Sources) -> Result<RepairReport> {
     }
     let _lock = take_lock(&disk, &paths)?;
     let _readers = keep_out(&disk, &paths, Options::default().readers_wait)?;
+    for dir in paths.dirs() {
+        disk.create_dir(&dir)?;
+    }
     let mut repair = Repair::open(&disk, &paths, sources)?;
     repair.documents()?;
     let recovered = recover_journal(&disk, &paths);

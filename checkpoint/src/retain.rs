@@ -54,45 +54,67 @@ impl Keep {
 }
 
 /// Removes deltas and states that lie further back than `keep` says, and sums of other generations; documents
-/// further back lose their tensors. Gives the generations to which nothing leads back any more.
-pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<Vec<u64>> {
-    let oldest = oldest(disk, paths, current, keep)?;
-    let (mut old, mut lost) = (Vec::new(), Vec::new());
+/// further back lose their tensors. Gives the generations to which nothing leads back any more, and the first error, after
+/// which the rest is done all the same.
+pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> (Vec<u64>, Option<Error>) {
+    let (mut lost, mut failed) = (Vec::new(), None);
+    let found =
+        oldest(disk, paths, current, keep).and_then(|oldest| Ok((oldest, too_old(disk, paths, current, oldest)?)));
+    let (oldest, old) = match found {
+        Ok(found) => found,
+        Err(error) => return (lost, Some(error)),
+    };
+    let mut tried = |done: Result<()>| {
+        let ok = done.is_ok();
+        failed = failed.take().or(done.err());
+        ok
+    };
+    // First, so that no document says that what is removed can be restored; where there is no room for thinner ones, what
+    // is removed makes it.
+    let thinned = tried(thin(disk, paths, oldest));
+    for (path, leads_to) in old {
+        if tried(disk.remove(&path).map(drop)) {
+            lost.extend(leads_to);
+        }
+    }
+    if !thinned {
+        tried(thin(disk, paths, oldest));
+    }
+    (lost, failed)
+}
+
+/// The files of what is older than `oldest`, each delta with the generation that it leads back to.
+fn too_old(disk: &Disk, paths: &Paths, current: u64, oldest: u64) -> Result<Vec<(PathBuf, Option<u64>)>> {
+    let mut old = Vec::new();
     for number in disk.numbers(&paths.root.join("history"), ".delta")? {
         if number <= oldest || number > current {
-            lost.extend(number.checked_sub(1).filter(|before| *before < current));
-            old.push(paths.delta(number));
+            let before = number.checked_sub(1).filter(|before| *before < current);
+            old.push((paths.delta(number), before));
         }
     }
     for number in disk.numbers(&paths.root.join("state"), "")? {
         if number < oldest || number > current {
-            old.push(paths.state(number));
+            old.push((paths.state(number), None));
         }
     }
     for number in disk.numbers(&paths.root.join("sums"), "")? {
         if number != current {
-            old.push(paths.sums(number));
+            old.push((paths.sums(number), None));
         }
     }
-    // First, so that no document ever says that what is removed can be restored.
-    thin(disk, paths, oldest)?;
-    for path in old {
-        disk.remove(&path)?;
-    }
-    Ok(lost)
+    Ok(old)
 }
 
 /// The oldest generation that stays restorable.
 fn oldest(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<u64> {
     let history = disk.numbers(&paths.root.join("history"), ".delta")?;
     let bytes = |path: PathBuf| disk.stat(&path).ok().flatten().map_or(0, |stat| stat.bytes);
-    let states = disk.numbers(&paths.root.join("state"), "")?;
     let cost = |number: u64| {
         // Where the delta alone is missing, it may come back (see `repair.rs`), and what lies before it is kept for that.
         let lacks = || {
+            let thick = paths.load(disk, number).is_ok_and(|of| !of.tensors.is_empty());
             let before = history.first().is_some_and(|oldest| *oldest <= number);
-            (before || states.binary_search(&number).is_ok())
-                && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
+            (thick || before) && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
         };
         let there = history.binary_search(&(number + 1)).is_ok() || lacks();
         there.then(|| bytes(paths.delta(number + 1)) + bytes(paths.state(number)))

@@ -318,10 +318,15 @@ fn where_all_documents_are_missing_the_files_do_not_become_generation_0() {
             for number in (0..=2).filter(|number| !left.contains(number)) {
                 fs::remove_file(model.join(format!(".apollod/generations/{number}.json"))).unwrap();
             }
+            if left.is_empty() {
+                fs::remove_dir(model.join(".apollod/generations")).unwrap();
+            }
             let without = held(&model);
             let opened = Checkpoint::open(&model).unwrap_err();
             assert!(matches!(opened, Error::Generation { .. }), "{opened}");
-            assert!(checkpoint::list(&model).is_err() || kept > 0 || !left.is_empty());
+            let listed = checkpoint::list(&model).unwrap();
+            let newest = listed.last().unwrap();
+            assert!(newest.generation == 2 && newest.damage.clone().unwrap().contains("missing"), "{newest}");
             assert!(checkpoint::verify(&model).is_err() && held(&model) == without, "something was removed");
             let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
             assert!(report.damage.is_empty() && report.generation == 2, "{report}");
@@ -381,6 +386,20 @@ fn deltas_and_states_of_the_history_come_back_from_a_copy_with_its_own_folder() 
         checkpoint.rollback(1).unwrap();
         assert_files_are(&checkpoint, &scene.all[1]);
     }
+}
+
+#[test]
+fn the_first_delta_comes_back_too_although_the_directory_was_used_without_it() {
+    let (scene, checkpoint) = Scene::new(40);
+    drop(checkpoint);
+    let (model, copies) = (scene.model(), [scene.dir.path().join("backup")]);
+    copy_tree(&model, &copies[0]);
+    let whole = held(&model);
+    fs::remove_file(model.join(".apollod/history/1.delta")).unwrap();
+    drop(Checkpoint::open(&model).unwrap());
+    let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+    assert!(report.damage.is_empty() && report.repaired.len() == 1, "{report}");
+    assert!(held(&model) == whole);
 }
 
 #[test]

@@ -49,7 +49,12 @@ fn a_rollback_to_the_current_generation_makes_none() {
     assert!(report.sync.unchanged && report.sync.generation == 4, "{report}");
     assert!(checkpoint.current() == &before && checkpoint.generations().unwrap().len() == 5);
     assert_files_are(&checkpoint, &all[4]);
-    // It is a promise about the files all the same.
+    // It is a promise about files and state all the same.
+    let state = dir.path().join(".apollod/state/4");
+    let good = fs::read(&state).unwrap();
+    fs::write(&state, "damaged").unwrap();
+    assert!(matches!(checkpoint.rollback(4).unwrap_err(), Error::State { .. }));
+    fs::write(&state, good).unwrap();
     let path = dir.path().join("model-00001-of-00002.safetensors");
     let mut bytes = fs::read(&path).unwrap();
     bytes[700_000] ^= 4;

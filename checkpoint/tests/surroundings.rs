@@ -489,6 +489,29 @@ fn a_folder_in_the_place_of_a_file_is_said_and_left_alone() {
     }
 }
 
+#[test]
+fn what_cannot_be_removed_is_told_and_keeps_nothing_else_from_going() {
+    let dir = tempfile::tempdir().unwrap();
+    let base = make_model(dir.path(), true, 0, 115);
+    let keep = checkpoint::Keep { generations: 1, ..Default::default() };
+    let storage = Failing::new();
+    let options = Options { keep, ..Options::default() };
+    let (mut checkpoint, _) = Checkpoint::open_on(storage.clone(), dir.path(), options).unwrap();
+    sync(&mut checkpoint, &trained(&base, 116), 1);
+    sync(&mut checkpoint, &trained(&base, 117), 2);
+    storage.fail(Operation::Remove, "history/2.delta", EIO);
+    sync(&mut checkpoint, &trained(&base, 118), 3);
+    let own = dir.path().join(".apollod");
+    assert!(checkpoint.take_warnings().concat().contains("2.delta") && own.join("history/2.delta").exists());
+    assert!(!own.join("state/1").exists() && !own.join("sums/2").exists());
+    assert_eq!(checkpoint.current().generation, 3);
+    storage.mend();
+    sync(&mut checkpoint, &trained(&base, 119), 4);
+    assert!(checkpoint.take_warnings().is_empty() && !own.join("history/2.delta").exists());
+    checkpoint.rollback(3).unwrap();
+    assert_files_are(&checkpoint, &trained(&base, 118));
+}
+
 const OPENERS: usize = 50;
 
 /// A pid that is nobody's, in a lock that a dead process has left.

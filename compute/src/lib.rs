@@ -326,8 +326,8 @@ pub trait Device: Sized + Send + Sync + 'static {
             self.linear(y, x, w, *bias, t);
         }
     }
-    /// [`Device::linear_group`] for rows to which no gradient flows back: where it is faster and W is bf16, x is rounded to bf16
-    /// first, as it is by servers of such weights.
+    /// [`Device::linear_group`] in which, where it is faster and W is bf16, x is rounded to bf16 first, as it is by servers of
+    /// such weights.
     fn linear_group_rounded(&self, outputs: &mut [LinearOutput<Self>], x: &Self::Buffer, t: usize) {
         self.linear_group(outputs, x, t);
     }
@@ -338,6 +338,11 @@ pub trait Device: Sized + Send + Sync + 'static {
         for (i, (dy, w)) in inputs.iter().enumerate() {
             self.linear_dx(dx, dy, w, t, i > 0);
         }
+    }
+    /// [`Device::linear_dx_group`] in which, where it is faster and W is bf16, dy is rounded to bf16 first, as trainers of such
+    /// weights do.
+    fn linear_dx_group_rounded(&self, dx: &mut Self::Buffer, inputs: &[(&Self::Buffer, &Self::Weight)], t: usize) {
+        self.linear_dx_group(dx, inputs, t);
     }
     /// db (m) = sum over the t rows of dy (t,m).
     fn sum_rows(&self, db: &mut Self::Buffer, dy: &Self::Buffer, t: usize, m: usize);

@@ -246,8 +246,14 @@ pub struct Synced {
 pub struct RolledBack {
     /// The generation that the files now hold: the one that was asked for if they held it before, else a new one.
     pub generation: u64,
+    /// The one that was asked for.
+    #[serde(default)]
+    pub to: u64,
     /// Its cursor.
     pub cursor: u64,
+    /// Its optimizer steps.
+    #[serde(default)]
+    pub step: u64,
     /// How many times the live weights have moved, this time included.
     #[serde(default)]
     pub weight_version: u64,

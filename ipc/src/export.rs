@@ -250,6 +250,7 @@ fn listen(path: &Path) -> Result<UnixListener, Error> {
     fchmod(&socket, Mode::RUSR | Mode::WUSR).map_err(io)?;
     match rustix::net::bind(&socket, &address) {
         Ok(()) => {}
+        Err(rustix::io::Errno::NOENT) => return Err(refuse("its folder is not there: create it first".into())),
         Err(rustix::io::Errno::ADDRINUSE) => return Err(refuse("another process has just taken it".into())),
         Err(error) => return Err(io(error)),
     }

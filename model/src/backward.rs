@@ -3,7 +3,7 @@
 //! Residual gradients flow from layer to layer as dx (t,H). Nothing of the context gets a gradient,
 //! and the pass ends at the lowest layer in which somebody wants one.
 
-use crate::forward::{Linear, Model, Saved};
+use crate::forward::{Activations, Linear, Model, Saved};
 use compute::{AttentionGrads, AttentionSaved, Device, Past, Sink, TensorId};
 use std::sync::Arc;
 
@@ -21,8 +21,7 @@ impl<D: Device> Model<D> {
             sink.linear(self.head, normed, dlogits, t);
         }
         let hidden = self.config().decoder.hidden;
-        let mut dnormed = self.device.uninit(t * hidden);
-        self.device.linear_dx(&mut dnormed, dlogits, &self.weights()[self.head], t, false);
+        let dnormed = self.dx(&[(&**dlogits, &self.weights()[self.head])], t);
         let mut dx = self.device.zeros(t * hidden);
         self.norm_backward(&mut dx, &dnormed, x, self.norm, t, sink);
         Arc::new(dx)
@@ -142,8 +141,16 @@ impl<D: Device> Model<D> {
             }
         }
         let inputs = layers.map(|(linear, dy)| (&**dy, &self.weights()[linear.weight]));
+        self.dx(&inputs, t)
+    }
+
+    /// dx (t,n) = Σ dy W over pairs (dy, W).
+    fn dx(&self, inputs: &[(&D::Buffer, &D::Weight)], t: usize) -> D::Buffer {
         let mut dx = self.device.uninit(t * self.device.shape(inputs[0].1).1);
-        self.device.linear_dx_group(&mut dx, &inputs, t);
+        match self.windows {
+            Activations::Exact => self.device.linear_dx_group(&mut dx, inputs, t),
+            Activations::Rounded => self.device.linear_dx_group_rounded(&mut dx, inputs, t),
+        }
         dx
     }
 

@@ -21,12 +21,13 @@ pub(crate) struct Linear {
     pub bias: Option<TensorId>,
 }
 
-/// How products take activations.
-#[derive(Clone, Copy)]
+/// How products take activations, and gradients of them.
+#[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Activations {
-    /// As they are, for windows that gradients flow through.
+    /// As they are: for windows that gradients flow through, unless [`Model::rounding_windows`] says otherwise.
     Exact,
-    /// Rounded as a server of 16-bit weights rounds them: for a frozen context whose keys and values are kept in bf16 too.
+    /// Rounded as a server of 16-bit weights rounds them, where that is faster: for a frozen context whose keys and values are
+    /// kept in bf16 too.
     Rounded,
 }
 
@@ -59,6 +60,8 @@ pub struct Model<D: Device> {
     /// (positions, head_dim)
     pub(crate) rope: D::Buffer,
     positions: usize,
+    /// How windows take them.
+    pub(crate) windows: Activations,
 }
 
 /// Keys and values of a context, per layer, for up to `capacity` tokens.
@@ -194,7 +197,14 @@ impl<D: Device> Model<D> {
         let table = config.rope.table(0, positions);
         let mut rope = device.uninit(table.len());
         device.write(&mut rope, 0, &table);
-        Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights }
+        let windows = Activations::Exact;
+        Model { layers, embed, norm, head, rope, positions, device, config, tensors, weights, windows }
+    }
+
+    /// From now on windows round activations, and gradients of them, to bf16 where weights are bf16 and that is faster, as other
+    /// trainers do everywhere. It moves a gradient by some 1e-2 of its size (DESIGN.md).
+    pub fn rounding_windows(self, round: bool) -> Model<D> {
+        Model { windows: if round { Activations::Rounded } else { Activations::Exact }, ..self }
     }
 
     /// What it runs on.
@@ -302,8 +312,7 @@ impl<D: Device> Model<D> {
     /// Final norm and head: normed (t,H) and logits (t,V).
     pub(crate) fn logits(&self, x: &D::Buffer, t: usize) -> (D::Buffer, D::Buffer) {
         let normed = self.norm(x, self.norm, t);
-        let mut logits = self.device.uninit(t * self.config.decoder.vocab);
-        self.device.linear(&mut logits, &normed, &self.weights[self.head], None, t);
+        let logits = self.linear(&normed, Linear { weight: self.head, bias: None }, t, self.windows);
         (normed, logits)
     }
 

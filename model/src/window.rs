@@ -8,7 +8,7 @@
 //! With [`Extent::Full`] the window reaches back to the first token and gradients flow through the
 //! context as well; the loss is the same. That is what others do, for comparison.
 
-use crate::forward::{Activations, Cache, Model};
+use crate::forward::{Cache, Model};
 use crate::recorded::Inputs;
 use compute::{Device, Sink};
 use std::ops::Range;
@@ -266,7 +266,7 @@ impl<D: Device> Model<D> {
         let mut x = Arc::new(self.embed(&inputs.ids, t));
         let mut saved = Vec::new();
         for layer in 0..self.layers.len() {
-            let (next, activations) = self.layer(layer, x, cache.past(layer), t, Activations::Exact);
+            let (next, activations) = self.layer(layer, x, cache.past(layer), t, self.windows);
             x = next;
             if sink.is_some() {
                 saved.push(activations);

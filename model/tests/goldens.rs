@@ -7,6 +7,7 @@ use common::{Machine, cases, examples, gradients, gradients_in, load, relative, 
 use compute::{Cpu, Cuda, Dtype};
 use model::{Config, Example, Extent};
 use safetensors::SafeTensors;
+use std::sync::Arc;
 
 /// Both sides compute in f32 with other orders of summation: observed differences are below 1e-5.
 const TOLERANCE: f64 = 1e-4;
@@ -97,6 +98,39 @@ fn keys_and_values_in_bf16_cost_a_few_hundredths_of_a_gradient_at_most() -> Resu
         assert!(chosen == gradients_in(&cpu, &model, &examples[0], Extent::Frozen, narrow).1, "bf16 is what it takes");
     }
     assert!(worst > 1e-6, "the test compared f32 with f32");
+    Ok(())
+}
+
+/// Windows that round activations and gradients to bf16, as they do where the processor has dot products of it, beside those that
+/// do not; with keys and values in f32, so that nothing else differs, and in bf16, as they are then.
+#[test]
+fn windows_in_bf16_cost_a_few_hundredths_of_a_gradient_at_most() -> Result<()> {
+    let exact = Arc::new(Cpu::new(2)?.without_pairs());
+    let pairs = Arc::new(Cpu::new(2)?.with_portable_pairs());
+    let mut worst = [0f64; 2];
+    for dir in cases() {
+        let reference = load(&exact, &dir, Dtype::BF16)?;
+        let model = load(&pairs, &dir, Dtype::BF16)?.rounding_windows(true);
+        for (i, example) in examples(&dir)?.iter().enumerate() {
+            let context = reference.cache_in(Dtype::F32, reference.positions());
+            let (want_report, want) = gradients_in(&exact, &reference, example, Extent::Frozen, context);
+            for (keys, worst) in [Dtype::F32, Dtype::BF16].into_iter().zip(&mut worst) {
+                let (report, got) =
+                    gradients_in(&pairs, &model, example, Extent::Frozen, model.cache_in(keys, model.positions()));
+                let of_loss = relative(&[report.loss()], &[want_report.loss()]);
+                let of_gradient = relative(&got.concat(), &want.concat());
+                println!(
+                    "{} example {i}, keys in {keys}: loss {of_loss:.1e}, gradient {of_gradient:.1e}",
+                    dir.display()
+                );
+                // As above, and PyTorch's own bf16 is off by up to 0.18 here (research/LOG.md).
+                assert!(of_loss < 1e-2 && of_gradient < 6e-2, "{} {i} {keys}: {of_loss}, {of_gradient}", dir.display());
+                *worst = worst.max(of_gradient);
+            }
+        }
+    }
+    println!("worst gradient: {:.1e} with keys and values in f32, {:.1e} in bf16", worst[0], worst[1]);
+    assert!(worst[0] > 1e-4, "nothing was rounded");
     Ok(())
 }
 

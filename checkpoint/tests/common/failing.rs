@@ -23,6 +23,7 @@ pub enum Operation {
     /// fsync of a file or a folder.
     Sync,
     Rename,
+    Remove,
 }
 
 #[derive(Debug)]
@@ -198,7 +199,7 @@ impl Storage for Failing {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        self.change()?;
+        self.check(Operation::Remove, path)?;
         RealStorage.remove(path)
     }
 

@@ -247,6 +247,32 @@ impl Weight {
         });
     }
 
+    /// `len` elements of rows `row` and `row + 1` of a bf16 matrix from column `col` on, the two of a column in the place of one
+    /// f32, the first in its lower half; in pieces as of [`Weight::read_pieces`].
+    pub(super) fn read_pairs_of_rows(
+        &self,
+        row: usize,
+        col: usize,
+        len: usize,
+        out: &mut [f32],
+        piece: usize,
+        step: usize,
+    ) {
+        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
+        let (mut first, mut second) = ([0u16; CHUNK], [0u16; CHUNK]);
+        for at in (0..len).step_by(CHUNK.next_multiple_of(piece)) {
+            let n = CHUNK.min(len - at);
+            for (row, half) in [(row, &mut first), (row + 1, &mut second)] {
+                // SAFETY: `parts` gives a whole row's range for a matrix.
+                self.parts(row, col + at, n, |base, _| unsafe { load::<u16>(base, &mut half[..n]) });
+            }
+            let pieces = first[..n].chunks(piece).zip(second[..n].chunks(piece));
+            for (i, (first, second)) in pieces.enumerate() {
+                interleave(first, second, &mut out[(at / piece + i) * step..][..first.len()]);
+            }
+        }
+    }
+
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
     pub(super) fn prefetch(&self, row: usize, col: usize, len: usize) {
@@ -360,6 +386,14 @@ fn bits(values: &[f32]) -> &[u32] {
 fn bits_mut(values: &mut [f32]) -> &mut [u32] {
     // SAFETY: as in `bits`.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
+}
+
+multiversion! {
+    fn interleave(first: &[u16], second: &[u16], out: &mut [f32]) {
+        for ((o, &a), &b) in out.iter_mut().zip(first).zip(second) {
+            *o = f32::from_bits(a as u32 | (b as u32) << 16);
+        }
+    }
 }
 
 multiversion! {

@@ -273,6 +273,11 @@ impl Panels {
         Panels { columns, ..self }
     }
 
+    /// The same for so many rows and columns of B.
+    pub fn part(self, k: usize, columns: usize) -> Panels {
+        Panels { k, columns, ..self }
+    }
+
     /// Columns of a panel.
     pub fn width(&self) -> usize {
         2 * self.vectors.lanes()
@@ -320,8 +325,8 @@ impl Panels {
             let n = width.min(columns - first);
             for (line, rows) in panel.chunks_exact_mut(width).zip(b.chunks(2 * columns)) {
                 let zeros = [0.0; 2 * MOST_LANES];
-                let lower = if rows.len() > columns { &rows[columns + first..][..n] } else { &zeros[..n] };
-                round_to_pairs_of(&rows[first..][..n], lower, line);
+                let second = if rows.len() > columns { &rows[columns + first..][..n] } else { &zeros[..n] };
+                round_to_pairs_of(&rows[first..][..n], second, line);
             }
         })
     }

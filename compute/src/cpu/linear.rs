@@ -20,8 +20,8 @@ const COLS: usize = 512;
 /// Rows of W that are asked for before they are read: the memory's latency in time.
 const AHEAD: usize = 8;
 const DX_AHEAD: usize = 16;
-/// Rows of W in one piece of `linear_dx`, and the most columns of one task.
-const DX_ROWS: usize = 128;
+/// Rows of W, or pairs of them, in one piece of `linear_dx`, and the most columns of one task.
+const DX_DEPTH: usize = 128;
 const DX_COLS: usize = 256;
 
 /// One product of [`linear_group`].
@@ -131,25 +131,58 @@ fn fill_bias(out: &mut [f32], bias: Option<&Weight>, first: usize, width: usize)
 
 /// dx (t,n) = dy (t,m) W, or += if `accumulate`.
 pub fn linear_dx(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: bool) {
-    let (m, n) = (w.rows(), w.cols());
-    assert!(dx.len() >= t * n && dy.len() >= t * m);
+    assert!(dy.len() >= t * w.rows());
+    let panels = Panels::new(w.rows(), w.cols());
+    products_dx(dx, dy, w, t, panels, accumulate, |w, k, col, cols, out, panels| {
+        w.prefetch(k + DX_AHEAD, col, cols);
+        w.read_pieces(k, col, cols, out, panels.width(), panels.step());
+    });
+}
+
+/// [`linear_dx`] with dy rounded to bf16, if W is bf16 and there is something that multiplies pairs of it.
+pub fn linear_dx_rounded(dx: &mut [f32], dy: &[f32], w: &Weight, t: usize, accumulate: bool, pairs: Option<Vectors>) {
+    let m = w.rows();
+    let Some(vectors) = pairs.filter(|_| w.dtype() == Dtype::BF16 && m.is_multiple_of(2)) else {
+        return linear_dx(dx, dy, w, t, accumulate);
+    };
+    let mut rounded = Buffer::uninit(t * m / 2);
+    round_to_pairs(&dy[..t * m], &mut rounded);
+    let panels = Panels::of_pairs(vectors, m / 2, w.cols());
+    products_dx(dx, &rounded, w, t, panels, accumulate, |w, k, col, cols, out, panels| {
+        w.prefetch(2 * k + DX_AHEAD, col, cols);
+        w.prefetch(2 * k + DX_AHEAD + 1, col, cols);
+        w.read_pairs_of_rows(2 * k, col, cols, out, panels.width(), panels.step());
+    });
+}
+
+/// dx = dy · B for all of B (w.cols() columns), of which `read` fills a line of panels: its k, first column and number of
+/// columns, where it begins, and the panels. dy has `b.k` elements a row.
+fn products_dx(
+    dx: &mut [f32],
+    dy: &[f32],
+    w: &Weight,
+    t: usize,
+    b: Panels,
+    accumulate: bool,
+    read: impl Fn(&Weight, usize, usize, usize, &mut [f32], Panels) + Sync,
+) {
+    let (depth, n) = (b.k, b.columns);
+    assert!(dx.len() >= t * n);
     let dx = Shared::new(&mut dx[..t * n]);
     // Two tasks for each thread: the bits do not depend on it.
     let wide = n.div_ceil(2 * rayon::current_num_threads()).next_multiple_of(DX_COLS / 4).clamp(1, DX_COLS);
     (0..n.div_ceil(wide)).into_par_iter().for_each(|block| {
         let first = block * wide;
         let cols = wide.min(n - first);
-        with_scratch(Panels::new(DX_ROWS, cols).len(), |packed| {
-            for row in (0..m).step_by(DX_ROWS) {
-                let panels = Panels::new(DX_ROWS.min(m - row), cols);
-                let width = panels.width();
+        with_scratch(b.part(DX_DEPTH, cols).len(), |packed| {
+            for start in (0..depth).step_by(DX_DEPTH) {
+                let panels = b.part(DX_DEPTH.min(depth - start), cols);
                 for k in 0..panels.k {
-                    w.prefetch(row + k + DX_AHEAD, first, cols);
-                    w.read_pieces(row + k, first, cols, &mut packed[k * width..], width, panels.step());
+                    read(w, start + k, first, cols, &mut packed[k * panels.width()..], panels);
                 }
-                let a = Rows::new(&dy[row..], t, m);
+                let a = Rows::new(&dy[start..], t, depth);
                 // SAFETY: columns first..first + cols of dx belong to this task.
-                unsafe { kernel::product(&dx, first, n, a, panels, packed, 0..panels.k, accumulate || row > 0) };
+                unsafe { kernel::product(&dx, first, n, a, panels, packed, 0..panels.k, accumulate || start > 0) };
             }
         });
     });

@@ -182,6 +182,11 @@ impl Device for Cpu {
     fn linear_dx(&self, dx: &mut Buffer, dy: &Buffer, w: &Weight, t: usize, accumulate: bool) {
         linear::linear_dx(dx, dy, w, t, accumulate);
     }
+    fn linear_dx_group_rounded(&self, dx: &mut Buffer, inputs: &[(&Buffer, &Weight)], t: usize) {
+        for (i, (dy, w)) in inputs.iter().enumerate() {
+            linear::linear_dx_rounded(dx, dy, w, t, i > 0, self.pairs);
+        }
+    }
     fn sum_rows(&self, db: &mut Buffer, dy: &Buffer, t: usize, m: usize) {
         pointwise::sum_rows(db, dy, t, m);
     }

@@ -63,6 +63,7 @@ impl Along {
     /// Packs x (t, columns), given as its rows.
     fn packed_rows(self, x: &[f32], columns: usize) -> (Panels, Buffer) {
         let panels = self.panels(columns);
+        let x = &x[..self.t * columns];
         let packed = if self.pairs.is_some() { panels.of_pairs_of_rows(x) } else { panels.of_rows(x) };
         (panels, packed)
     }

@@ -10,6 +10,7 @@ on_every_device! {
     linear_is_the_product_with_the_transposed_weight_plus_bias,
     a_rounded_product_rounds_its_input_and_nothing_else,
     linear_dx_sets_or_adds_the_product_with_the_weight,
+    a_rounded_dx_rounds_its_gradients_and_nothing_else,
     linear_writes_only_its_rows_of_a_larger_buffer,
     outer_accumulate_adds_the_outer_product_of_the_factors,
 }
@@ -82,6 +83,32 @@ fn linear_dx_sets_or_adds_the_product_with_the_weight<D: Machine>(device: &Arc<D
             device.linear_dx(&mut dx, &dy, &w, t, true);
             let want: Vec<f64> = want.iter().zip(&before).map(|(a, &b)| a + b as f64).collect();
             assert_close(&device.download(&dx), &want, F32, &format!("{dtype} ({t},{m},{n}) added"));
+        }
+    }
+}
+
+/// Over several weights, of which some are rounded and others not.
+fn a_rounded_dx_rounds_its_gradients_and_nothing_else<D: Machine>(device: &Arc<D>) {
+    let mut r = Random::new("rounded dx");
+    for (t, m, n) in SHAPES.into_iter().chain([(32, 130, 97), (7, 600, 700)]) {
+        for dtype in DTYPES {
+            let weights: [_; 2] = std::array::from_fn(|_| r.weight(device, dtype, m, n, 0.3));
+            let dys: [_; 2] = std::array::from_fn(|_| r.normals(t * m));
+            let uploaded = dys.each_ref().map(|dy| device.upload(dy));
+            let inputs: Vec<_> = uploaded.iter().zip(&weights).map(|(dy, (w, _))| (dy, w)).collect();
+            let mut dx = device.poisoned(t * n);
+            device.linear_dx_group_rounded(&mut dx, &inputs, t);
+            let dx = device.download(&dx);
+            let off = |seen: &dyn Fn(&[f32]) -> Vec<f64>| {
+                let each = dys.iter().zip(&weights).map(|(dy, (_, w))| reference::matmul(&seen(dy), w, t, m, n));
+                let want = each.reduce(|a, b| a.iter().zip(&b).map(|(a, b)| a + b).collect()).unwrap();
+                let size = want.iter().fold(1.0f64, |top, v| top.max(v.abs()));
+                dx.iter().zip(&want).map(|(&is, want)| (is as f64 - want).abs() / size).fold(0.0, f64::max)
+            };
+            let nearest = |x: &[f32]| wide(&compute::widen(Dtype::BF16, &compute::narrow(Dtype::BF16, x)));
+            let (exact, rounded) = (off(&|dy| D::seen(dtype, dy)), off(&nearest));
+            let may_round = dtype == Dtype::BF16;
+            assert!(exact < F32 || may_round && rounded < F32, "{dtype} ({t},{m},{n}): {exact}, rounded {rounded}");
         }
     }
 }

@@ -88,6 +88,16 @@ macro_rules! on_every_device {
                 }
             )*
         }
+        /// As on a processor with dot products of bf16.
+        mod on_cpu_in_pairs {
+            $(
+                #[test]
+                fn $body() {
+                    let cpu = compute::Cpu::new(2).expect("two threads").with_portable_pairs();
+                    super::$body(&std::sync::Arc::new(cpu));
+                }
+            )*
+        }
         mod on_cuda {
             $(
                 #[test]

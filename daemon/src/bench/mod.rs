@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, DeviceChoice, OnDevice};
-use crate::config::TrainConfig;
+use crate::config::{Activations, TrainConfig};
 use crate::trainer;
 
 pub use machine::{Rates, cpu_rates, gpu_rates};
@@ -92,6 +92,7 @@ fn measure<D: Backend>(device: &Arc<D>, options: &Options) -> Result<()> {
         eprintln!("{}: making random weights", options.shape);
     }
     let model = random_model(device, &config, options.dtype, tokens);
+    let model = model.rounding_windows(options.train.activations == Activations::Bf16);
     let memory = PeakMemory::watch(device.clone());
     let settings = trainer::optimizer_settings(&**device, &options.train)?;
     let tensors = trainer::tensors(&config, &options.train);
@@ -221,6 +222,7 @@ fn print<D: Backend>(
     if options.json {
         let mut out = json!({"shape": options.shape, "dtype": options.dtype.to_string(), "context": options.context,
             "decision": options.decision, "rank": options.train.rank, "moments": optimizer.settings().moments.to_string(),
+            "activations": options.train.activations,
             "steps": options.steps, "device": device});
         for (name, (median, min, max)) in names.iter().zip(&spread) {
             out[*name] = round(*median);

@@ -9,7 +9,7 @@ use compute::Dtype;
 
 use crate::backend::DeviceChoice;
 use crate::bench::{self, Options, Pattern, SyncOptions};
-use crate::config::{Moments, Rule, TensorRule, TrainConfig};
+use crate::config::{Activations, Moments, Rule, TensorRule, TrainConfig};
 
 /// What to measure.
 #[derive(Debug, Subcommand)]
@@ -120,6 +120,9 @@ pub struct StepArgs {
     /// What the moments are stored in; `auto` is bf16 on a CPU, f32 on a GPU.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().moments)]
     moments: Moments,
+    /// What products of the decision tokens take activations in: `bf16` is faster where the processor has dot products of it.
+    #[arg(long, value_enum, default_value_t = TrainConfig::default().activations)]
+    activations: Activations,
     /// Steps that count, after one that does not.
     #[arg(long, default_value_t = 5)]
     steps: usize,
@@ -167,8 +170,13 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
         "f32" | "fp32" => Dtype::F32,
         other => bail!("--dtype {other}: use bf16, f16 or f32"),
     };
-    let mut train =
-        TrainConfig { rank: args.rank, threads: args.threads, moments: args.moments, ..TrainConfig::default() };
+    let mut train = TrainConfig {
+        rank: args.rank,
+        threads: args.threads,
+        moments: args.moments,
+        activations: args.activations,
+        ..TrainConfig::default()
+    };
     if args.head_adamw {
         let adamw = |pattern: &str| TensorRule { pattern: pattern.into(), rule: Rule::Adamw };
         train.rules = vec![adamw("model.embed_tokens.*"), adamw("lm_head.*")];

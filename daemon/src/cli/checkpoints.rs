@@ -246,14 +246,13 @@ fn sync(dir: Option<&Path>, client: &ClientArgs) -> Result<()> {
         },
     };
     let done: Synced = serde_json::from_value(client.post("/v1/checkpoint", &[], b"")?.ok()?)?;
-    if done.unchanged {
-        println!("nothing changed since generation {}: no new generation was made", done.generation);
-        return Ok(());
+    match done.unchanged {
+        true => println!("nothing changed since generation {}: no new generation was made", done.generation),
+        false => println!(
+            "generation {}: {} of {} blocks changed, {} bytes written, {:.2} s",
+            done.generation, done.blocks_changed, done.blocks_total, done.bytes_written, done.seconds
+        ),
     }
-    println!(
-        "generation {}: {} of {} blocks changed, {} bytes written, {:.2} s",
-        done.generation, done.blocks_changed, done.blocks_total, done.bytes_written, done.seconds
-    );
     if let Some(why) = done.directory_failed {
         bail!("generation {} is in the files, and got no directory of its own: {why}", done.generation);
     }
@@ -361,7 +360,9 @@ fn repair(dir: &Path, from: &[PathBuf], client: &ClientArgs) -> Result<ExitCode>
         let body = serde_json::json!({ "from": from }).to_string();
         let answer = client.post("/v1/checkpoints/repair", &[("content-type", "application/json")], body.as_bytes())?;
         // The damage may be what keeps a trainer from starting.
-        if answer.status != 503 {
+        let no_trainer =
+            answer.status == 503 && answer.body["type"].as_str().is_some_and(|kind| kind.ends_with("not-ready"));
+        if !no_trainer {
             return Ok(say_repaired(&serde_json::from_value(answer.ok()?)?));
         }
         eprintln!("no trainer is attached, so the files are repaired without the daemon");

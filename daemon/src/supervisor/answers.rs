@@ -8,7 +8,7 @@ use chrono::Utc;
 use super::child::Output;
 use super::events::What;
 use super::run::{InFlight, Sent, Supervisor, answer, now};
-use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastSync, StepLoss, Timings};
+use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastRollback, LastSync, StepLoss, Timings};
 use super::{ControlError, FAILURES_MAX, Reply, State};
 use crate::protocol::{
     Cause, FromTrainer, Invalidated, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
@@ -215,7 +215,7 @@ impl Supervisor {
     }
 
     fn on_rolled_back(&mut self, done: RolledBack, reply: Reply<RolledBack>) {
-        let RolledBack { generation, cursor, weight_version, .. } = done;
+        let RolledBack { generation, cursor, step, weight_version, .. } = done;
         self.record(move |queue| {
             let taken_back = queue.record_rolled_back(generation, cursor)?;
             tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
@@ -224,7 +224,8 @@ impl Supervisor {
         (self.unsynced, self.replay_from) = (false, None);
         self.update(|status| {
             (status.generation, status.cursor) = (Some(generation), Some(cursor));
-            status.weight_version = weight_version;
+            (status.weight_version, status.step) = (weight_version, step);
+            status.last_rollback = Some(LastRollback { at: now(), done: done.clone() });
         });
         self.tell(What::Rollback { generation });
         answer(Some(reply), Ok(done));

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Budget, Invalidated, Published, Synced};
+use crate::protocol::{Budget, Invalidated, Published, RolledBack, Synced};
 
 /// Steps whose losses are kept.
 pub const LOSSES_KEPT: usize = 32;
@@ -106,6 +106,16 @@ pub struct LastSync {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
+}
+
+/// The last rollback.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastRollback {
+    /// When it ended, RFC 3339.
+    pub at: String,
+    /// What it did.
+    #[serde(flatten)]
+    pub done: RolledBack,
 }
 
 /// The last time that the server was told of moved weights.
@@ -233,6 +243,9 @@ pub struct Status {
     pub timings: Option<Timings>,
     /// The last sync since the daemon's start.
     pub last_sync: Option<LastSync>,
+    /// The last rollback since the daemon's start.
+    #[serde(default)]
+    pub last_rollback: Option<LastRollback>,
     /// The directory of the last generation, with `sync.mode = "generation"`.
     #[serde(default)]
     pub directory: Option<LastPublished>,
@@ -369,6 +382,9 @@ impl fmt::Display for Status {
         if let Some(LastPublished { at, published }) = &self.directory {
             let what = published.directory.as_deref().unwrap_or("none");
             writeln!(f, "  directory   {what} at {at}, generation {}", published.generation)?;
+        }
+        if let Some(LastRollback { at, done: RolledBack { generation, to, .. } }) = &self.last_rollback {
+            writeln!(f, "  rollback    last {at}: generation {generation} has the content of {to}")?;
         }
         let last_sync = self.last_sync.as_ref().map(|sync| match (&sync.done, &sync.failed) {
             (Some(done), _) => format!("{} ({}): {done}, {:.2} s", sync.at, sync.reason, done.seconds),

@@ -9,7 +9,7 @@ use super::start::{self, Start, StartError};
 use super::workers::{Computed, Done, Step, Worker};
 use super::{repair, restore, settings};
 use crate::backend::Backend;
-use crate::config::{SyncMode, Update};
+use crate::config::{Activations, SyncMode, Update};
 use crate::protocol::{
     Budget, Cause, ExampleResult, FromTrainer, Invalidated, Published, Ready, Request, RolledBack, Synced, ToTrainer,
     Trained, Work,
@@ -74,7 +74,8 @@ impl<D: Backend> Session<D> {
         let files = SafetensorsDir::open(&config.model.dir)?;
         let head_copy = ipc::tied_head_copy(&files, model_config.decoder.tied)?;
         let longest = settings::longest(&model_config, &config.train);
-        let model = Arc::new(Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest));
+        let model = Model::new(device.clone(), model_config, D::attached(&device, &attachment), longest);
+        let model = Arc::new(model.rounding_windows(config.train.activations == Activations::Bf16));
         let mut cache = model.cache(longest);
         let mut recovery = vec![recovery];
         let optimizer_settings = settings::optimizer_settings(&*device, &config.train)?;
@@ -361,7 +362,9 @@ impl<D: Backend> Session<D> {
         tracing::info!("{report}");
         Ok(FromTrainer::RolledBack(RolledBack {
             generation: self.checkpoint.current().generation,
+            to,
             cursor: self.progress.cursor,
+            step: self.progress.step,
             weight_version: self.progress.weight_version,
             no_longer,
         }))
@@ -392,9 +395,13 @@ fn answer_of(request: Request, outcome: Result<FromTrainer>) -> FromTrainer {
 }
 
 fn cause_of(error: &anyhow::Error) -> Cause {
-    use checkpoint::Error::{Full, NoRoom, Readers, TooLittleSpace};
-    match error.downcast_ref() {
-        Some(Full { .. } | TooLittleSpace { .. } | NoRoom { .. }) => Cause::NoRoom,
+    use checkpoint::Error::{Full, Interrupted, Readers, TooLittleSpace};
+    let error = match error.downcast_ref() {
+        Some(Interrupted { source, .. }) => Some(&**source),
+        error => error,
+    };
+    match error {
+        Some(Full { .. } | TooLittleSpace { .. }) => Cause::NoRoom,
         Some(Readers { .. }) => Cause::Readers,
         _ => Cause::Other,
     }
