@@ -146,7 +146,7 @@ pub enum Error {
         damage: String,
     },
     /// A generation's document cannot be read.
-    #[error("{}: {reason}; `apollod checkpoint repair {}` brings it back from the history or from a copy", path.display(), model.display())]
+    #[error("{}: {reason}; `apollod checkpoint repair {}` brings it back from the history or, with --from, from a copy that has .apollod; if it never belonged here, remove it", path.display(), model.display())]
     Generation {
         /// The document.
         path: PathBuf,

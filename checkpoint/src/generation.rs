@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::disk::Disk;
 use crate::error::{Error, Result};
+use crate::journal::Reader;
 
 /// The version of the document that this crate writes and reads.
 pub(crate) const VERSION: u32 = 2;
@@ -355,20 +356,29 @@ impl Paths {
         numbers.last().map(|newest| self.load(disk, *newest)).transpose()
     }
 
-    /// The newest generation, if neither a document, a delta nor a journal is left of it, but block sums: those of the last
-    /// generation are removed when the next one has its document.
+    /// The current generation, if it has neither a document nor a delta, and something else says that there was one: the journal
+    /// of the sync after it, block sums and states, which are removed when a newer generation has its document, or a newest
+    /// document without tensors, which are taken out for the same reason.
     pub(crate) fn missing(&self, disk: &Disk) -> Result<Option<u64>> {
-        if self.is_torn(disk)? {
-            // The journal says what was under way.
-            return Ok(None);
-        }
         let newest = self.numbers(disk)?.last().copied();
+        let thin = newest.filter(|newest| self.load(disk, *newest).is_ok_and(|newest| newest.tensors.is_empty()));
+        let after_thin = thin.map(|thin| thin + 1);
+        if self.is_torn(disk)? {
+            // What cannot be read is for recovery to say.
+            let Ok(journal) = Reader::open(disk, &self.journal()) else { return Ok(after_thin) };
+            let before = journal.head.previous;
+            return Ok(Some(before).filter(|before| newest.is_none_or(|newest| *before > newest)).or(after_thin));
+        }
         let sums = disk.numbers(&self.root.join("sums"), "")?;
-        let Some(&held) = sums.last() else { return Ok(None) };
+        let states = disk.numbers(&self.root.join("state"), "")?;
+        let held = sums.last().max(states.last()).copied();
         Ok(match newest {
             // A first use that was cut short leaves the sums of generation 0.
-            None => Some(held).filter(|held| *held > 0),
-            Some(newest) => Some(held).filter(|held| *held > newest && !sums.contains(&newest)),
+            None => held.filter(|held| *held > 0),
+            Some(newest) => {
+                let alone = |held: &u64| *held > newest && !sums.contains(&newest);
+                held.filter(alone).or(after_thin)
+            }
         })
     }
 

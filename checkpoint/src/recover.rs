@@ -59,7 +59,8 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout) -> Result<(Ge
         if disk.exists(&paths.journal())? {
             return Err(Error::Document {
                 path: paths.journal(),
-                reason: "there is a journal and no generation before it; remove it if the files are known to be good"
+                reason: "there is a journal and no document of the generation before it, and the files may lie between the two: \
+                         put .apollod back from a copy, with the files"
                     .into(),
             });
         }

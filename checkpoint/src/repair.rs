@@ -16,7 +16,9 @@
 //! already undone changes nothing. Then it is tried again.
 
 use std::fmt;
+use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, Options, open_state, take_lock};
@@ -166,21 +168,27 @@ impl<'a> Repair<'a> {
         let mut numbers = paths.numbers(disk)?;
         numbers.extend(paths.missing(disk)?);
         for &number in &numbers {
-            let Err(Error::Generation { .. }) = paths.load(disk, number) else { continue };
             let path = paths.generation(number);
-            if let Some((document, from)) = self.document(number) {
-                disk.replace(&path, &document.to_json())?;
-                self.note(path.display().to_string(), 0, from);
-            } else if numbers.last() != Some(&number)
-                && disk.exists(&path)?
-                && !disk.exists(&paths.delta(number + 1))?
-            {
+            if self.mend_document(number)? {
+                continue;
+            }
+            if numbers.last() != Some(&number) && disk.exists(&path)? && !disk.exists(&paths.delta(number + 1))? {
                 disk.remove(&path)?;
                 disk.sync_dir(path.parent().expect("it lies in a folder"))?;
                 self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
             }
         }
         Ok(())
+    }
+
+    /// Whether a document is whole, or is now.
+    fn mend_document(&mut self, number: u64) -> Result<bool> {
+        let Err(Error::Generation { .. }) = self.paths.load(self.disk, number) else { return Ok(true) };
+        let Some((document, from)) = self.document(number) else { return Ok(false) };
+        let path = self.paths.generation(number);
+        self.disk.replace(&path, &document.to_json())?;
+        self.note(path.display().to_string(), 0, from);
+        Ok(true)
     }
 
     /// A whole document of a generation, from anywhere.
@@ -191,29 +199,35 @@ impl<'a> Repair<'a> {
                 return Some((document, path.display().to_string()));
             }
         }
-        let copies = self.donors.copies.iter().flat_map(|copy| {
-            let of_copy = Paths::new(&copy.dir).generation(number);
-            [of_copy, copy.dir.join(DOCUMENT)]
-        });
-        for path in copies {
-            let read = self.disk.read(&path).ok().and_then(|bytes| Generation::from_json(&bytes).ok());
-            let ours = |document: &Generation| document.generation == number && self.is_ours(document);
-            if let Some(document) = read.filter(ours) {
-                return Some((document, path.display().to_string()));
+        for copy in self.copies().iter().filter(|copy| self.is_same_history(copy)) {
+            for path in [copy.generation(number), copy.model.join(DOCUMENT)] {
+                let read = self.disk.read(&path).ok().and_then(|bytes| Generation::from_json(&bytes).ok());
+                let ours = |document: &Generation| document.generation == number && self.is_ours(document);
+                if let Some(document) = read.filter(ours) {
+                    return Some((document, path.display().to_string()));
+                }
             }
         }
         None
     }
 
-    /// Whether a document that lies beside a copy is of this history, as far as that can be told.
+    /// Whether what is here of a document's generation, its block sums or its optimizer state, is what it says. Where there is
+    /// nothing, undoing to it checks every tensor, so a wrong one is refused then, with nothing written.
     fn is_ours(&self, document: &Generation) -> bool {
         let number = document.generation;
-        match sums_checksum(self.disk, self.paths, number) {
-            // The current generation: its block sums are there.
-            Some(sums) => sums == document.sums_blake3,
-            // An earlier one: undoing to it checks every tensor, so a wrong one is refused then, with nothing written.
-            None => true,
-        }
+        let sums = self.disk.read(&self.paths.sums(number)).ok().map(|sums| blake3::hash(&sums).to_hex().to_string());
+        let state = self.disk.exists(&self.paths.state(number)).unwrap_or(false);
+        sums.is_none_or(|sums| sums == document.sums_blake3)
+            && (!state || document.state.is_some() && open_state(self.disk, self.paths, document).is_ok())
+    }
+
+    /// False if a generation that is whole here and in the copy is another one there.
+    fn is_same_history(&self, copy: &Paths) -> bool {
+        let mark = |document: Generation| (document.created_unix, document.progress, document.sums_blake3);
+        self.paths.numbers(self.disk).unwrap_or_default().into_iter().all(|number| {
+            let [here, there] = [self.paths, copy].map(|paths| paths.load(self.disk, number).ok().map(mark));
+            here.is_none() || there.is_none() || here == there
+        })
     }
 
     /// Everything of the current generation; then what is damaged still, here and in the history.
@@ -224,13 +238,29 @@ impl<'a> Repair<'a> {
         }
         self.write_sums(current, &sums)?;
         self.state(current)?;
-        for Earlier { number, document } in earlier(self.disk, self.paths, current)? {
-            self.delta(number + 1)?;
-            document.map_or(Ok(()), |document| self.state(&document))?;
-        }
+        self.history(current)?;
         let mut damage = verify_files(self.disk, self.paths, &self.paths.model, current, true)?.damage;
         damage.extend(verify_history(self.disk, self.paths, current)?.0);
         Ok(RepairReport { generation: current.generation, repaired: std::mem::take(&mut self.repaired), damage })
+    }
+
+    /// Documents, deltas and states of earlier generations, each of which may lead to one that was out of reach.
+    fn history(&mut self, current: &Generation) -> Result<()> {
+        let mut reached = 0;
+        loop {
+            let all = earlier(self.disk, self.paths, current)?;
+            for Earlier { number, .. } in &all {
+                self.delta(number + 1)?;
+                self.mend_document(*number)?;
+                if let Ok(document) = self.paths.load(self.disk, *number) {
+                    self.state(&document)?;
+                }
+            }
+            if all.len() == reached {
+                return Ok(());
+            }
+            reached = all.len();
+        }
     }
 
     /// The block sums of every tensor, as far as they are known: recorded, or of content that has the tensor's checksum.
@@ -306,11 +336,13 @@ impl<'a> Repair<'a> {
         if of.state.is_none() || open_state(self.disk, self.paths, of).is_ok() {
             return Ok(());
         }
-        let whole = |copy: &Paths| Some((open_state(self.disk, copy, of).ok()?, copy.state(of.generation)));
+        let path = self.paths.state(of.generation);
+        let whole = |copy: &Paths| {
+            let from = copy.state(of.generation);
+            Some((open_state(self.disk, copy, of).ok().filter(|_| !same_file(&from, &path))?, from))
+        };
         match self.copies().iter().find_map(whole) {
-            Some((mut state, from)) => {
-                self.put(&self.paths.state(of.generation), &mut state, from.display().to_string())
-            }
+            Some((mut state, from)) => self.put(&path, &mut state, from.display().to_string()),
             None => Ok(()),
         }
     }
@@ -324,7 +356,8 @@ impl<'a> Repair<'a> {
         let same = |copy: &Paths| {
             whole_delta(self.disk, copy, number).ok()?;
             let last = Reader::open(self.disk, &copy.delta(number)).and_then(Reader::last).ok()?;
-            (last.progress == document.progress && last.sums_blake3 == document.sums_blake3).then(|| copy.delta(number))
+            let same = last.progress == document.progress && last.sums_blake3 == document.sums_blake3;
+            (same && !same_file(&copy.delta(number), &self.paths.delta(number))).then(|| copy.delta(number))
         };
         let Some(from) = self.copies().iter().find_map(same) else { return Ok(()) };
         self.put(&self.paths.delta(number), &mut self.disk.open(&from)?, from.display().to_string())
@@ -346,8 +379,8 @@ impl<'a> Repair<'a> {
     }
 }
 
-/// The checksum of the block sums of a generation, as they lie there.
-fn sums_checksum(disk: &Disk, paths: &Paths, number: u64) -> Option<String> {
-    let bytes = disk.read(&paths.sums(number)).ok()?;
-    Some(blake3::hash(&bytes).to_hex().to_string())
+/// Whether two names are of one file, which read well once and is no source for itself.
+fn same_file(a: &Path, b: &Path) -> bool {
+    let id = |path: &Path| fs::metadata(path).ok().map(|file| (file.dev(), file.ino()));
+    id(a).is_some() && id(a) == id(b)
 }

@@ -23,6 +23,7 @@ use std::time::Duration;
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::Paths;
+use crate::journal::Reader;
 
 /// Generations that one sync removes for their age, at most.
 const AGED_MAX: u64 = 2;
@@ -73,7 +74,9 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> (Ve
     // is removed makes it.
     let thinned = tried(thin(disk, paths, oldest));
     for (path, leads_to) in old {
-        if tried(disk.remove(&path).map(drop)) {
+        // A delta ends with the document of its generation, and may be the last to have it.
+        let kept = leads_to.map_or(Ok(()), |before| keep_document(disk, paths, before + 1));
+        if tried(kept) && tried(disk.remove(&path).map(drop)) {
             lost.extend(leads_to);
         }
     }
@@ -81,6 +84,15 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> (Ve
         tried(thin(disk, paths, oldest));
     }
     (lost, failed)
+}
+
+/// Writes the document of a generation from its delta, where it is missing or damaged and the delta is whole.
+fn keep_document(disk: &Disk, paths: &Paths, number: u64) -> Result<()> {
+    let Err(Error::Generation { .. }) = paths.load(disk, number) else { return Ok(()) };
+    match Reader::open(disk, &paths.delta(number)).and_then(Reader::last) {
+        Ok(document) if document.generation == number => disk.replace(&paths.generation(number), &document.to_json()),
+        _ => Ok(()),
+    }
 }
 
 /// The files of what is older than `oldest`, each delta with the generation that it leads back to.
@@ -108,13 +120,17 @@ fn too_old(disk: &Disk, paths: &Paths, current: u64, oldest: u64) -> Result<Vec<
 /// The oldest generation that stays restorable.
 fn oldest(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<u64> {
     let history = disk.numbers(&paths.root.join("history"), ".delta")?;
+    let states = disk.numbers(&paths.root.join("state"), "")?;
     let bytes = |path: PathBuf| disk.stat(&path).ok().flatten().map_or(0, |stat| stat.bytes);
     let cost = |number: u64| {
         // Where the delta alone is missing, it may come back (see `repair.rs`), and what lies before it is kept for that.
         let lacks = || {
-            let thick = paths.load(disk, number).is_ok_and(|of| !of.tensors.is_empty());
             let before = history.first().is_some_and(|oldest| *oldest <= number);
-            (thick || before) && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
+            let kept = match paths.load(disk, number) {
+                Ok(of) => !of.tensors.is_empty(),
+                Err(_) => before || states.binary_search(&number).is_ok(),
+            };
+            kept && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
         };
         let there = history.binary_search(&(number + 1)).is_ok() || lacks();
         there.then(|| bytes(paths.delta(number + 1)) + bytes(paths.state(number)))

@@ -137,43 +137,38 @@ impl fmt::Display for VerifyReport {
 pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
     let (disk, paths) = (Disk::real(), Paths::new(model_dir));
     let began = Instant::now();
-    for _ in 0..ATTEMPTS {
+    let agreed = agreed(|| {
         let generation = paths.newest(&disk)?.ok_or_else(|| Error::Model {
             path: model_dir.to_path_buf(),
             reason: "it has no generation to compare with; open it once".into(),
         })?;
         let mut report = verify_files(&disk, &paths, model_dir, &generation, true)?;
-        let (damage, history) = settled(|| verify_history(&disk, &paths, &generation))?;
+        let (damage, history) = verify_history(&disk, &paths, &generation)?;
         report.damage.extend(damage);
-        report.history = history;
-        let moved = || -> Result<bool> {
-            let newest = paths.newest(&disk)?.map(|newest| newest.generation);
-            Ok(disk.exists(&paths.journal())? || newest != Some(generation.generation))
-        };
-        if report.is_ok() || !moved()? {
-            report.seconds = began.elapsed().as_secs_f64();
-            return Ok(report);
-        }
-        std::thread::sleep(WAIT);
-    }
-    Err(Error::Busy { dir: model_dir.to_path_buf() })
+        (report.history, report.seconds) = (history, 0.0);
+        // In this order: the journal goes when its generation is there.
+        let moved = disk.exists(&paths.journal())?
+            || paths.newest(&disk)?.is_none_or(|newest| newest.generation != generation.generation);
+        Ok((report, moved))
+    })?;
+    let mut report = agreed.ok_or_else(|| Error::Busy { dir: model_dir.to_path_buf() })?;
+    report.seconds = began.elapsed().as_secs_f64();
+    Ok(report)
 }
 
-/// What two looks at the history agree on, or the first that finds no damage. A sync removes what is old after it has published
-/// its generation, and what is about to be gone for good looks damaged for a moment.
-fn settled(mut look: impl FnMut() -> Result<(Vec<Damage>, u64)>) -> Result<(Vec<Damage>, u64)> {
-    let mut seen = look()?;
+/// The first look that finds no damage, or what two looks on end agree on while no sync is under way. What a sync is writing,
+/// undoing or removing looks damaged for a moment. None if they never agree.
+fn agreed(mut look: impl FnMut() -> Result<(VerifyReport, bool)>) -> Result<Option<VerifyReport>> {
+    let mut seen = None;
     for _ in 0..ATTEMPTS {
-        if seen.0.is_empty() {
-            break;
+        let (report, moved) = look()?;
+        if report.is_ok() || !moved && seen.as_ref() == Some(&report) {
+            return Ok(Some(report));
         }
+        seen = Some(report).filter(|_| !moved);
         std::thread::sleep(WAIT);
-        let before = std::mem::replace(&mut seen, look()?);
-        if before == seen {
-            break;
-        }
     }
-    Ok(seen)
+    Ok(None)
 }
 
 /// Compares the shards in `dir` with a generation, and if `with_state` what `.apollod` holds of it.
@@ -247,18 +242,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn damage_is_what_two_looks_agree_on() {
-        let of = |reasons: &[&str]| {
-            reasons.iter().map(|reason| Damage::Other { reason: (*reason).into() }).collect::<Vec<_>>()
+    fn damage_is_what_two_looks_agree_on_while_nothing_moves() {
+        let report = |reasons: &[&str]| VerifyReport {
+            generation: 1,
+            tensors: 0,
+            bytes: 0,
+            history: 0,
+            damage: reasons.iter().map(|reason| Damage::Other { reason: (*reason).into() }).collect(),
+            seconds: 0.0,
         };
-        for (looks, want, taken) in [
-            (&[&[][..]][..], &[][..], 1),
-            (&[&["gone", "going"], &["gone"], &[]], &[], 3),
-            (&[&["gone", "damaged"], &["damaged"], &["damaged"], &[]], &["damaged"], 3),
-        ] {
+        type Look = (&'static [&'static str], bool);
+        let cases: [(&[Look], &[&str], usize); 4] = [
+            (&[(&[], true)], &[], 1),
+            (&[(&["gone", "going"], false), (&["gone"], false), (&[], false)], &[], 3),
+            (&[(&["gone", "bad"], false), (&["bad"], false), (&["bad"], false), (&[], false)], &["bad"], 3),
+            (&[(&["bad"], true), (&["bad"], false), (&["bad"], true), (&["bad"], false), (&[], false)], &[], 5),
+        ];
+        for (looks, want, taken) in cases {
             let mut rest = looks.iter();
-            let settled = settled(|| Ok((of(rest.next().unwrap()), 0))).unwrap();
-            assert_eq!((settled.0, looks.len() - rest.len()), (of(want), taken));
+            let agreed = agreed(|| {
+                let (reasons, moved) = rest.next().unwrap();
+                Ok((report(reasons), *moved))
+            });
+            assert_eq!((agreed.unwrap().unwrap(), looks.len() - rest.len()), (report(want), taken));
         }
     }
 }

@@ -22,8 +22,13 @@ pub(crate) fn earlier(disk: &Disk, paths: &Paths, current: &Generation) -> Resul
             // Thinned: it was let go of.
             Ok(document) if document.tensors.is_empty() => break,
             Ok(document) => Some(document),
-            Err(Error::Generation { .. } | Error::Document { .. }) if disk.exists(&paths.delta(number + 1))? => None,
-            Err(Error::Generation { .. } | Error::Document { .. }) => break,
+            Err(Error::Generation { .. } | Error::Document { .. }) => {
+                // Otherwise it was let go of, and its document damaged or removed after that.
+                if !disk.exists(&paths.delta(number + 1))? && !disk.exists(&paths.state(number))? {
+                    break;
+                }
+                None
+            }
             Err(error) => return Err(error),
         };
         before = document.as_ref().map_or(number.checked_sub(1), |document| document.previous);
@@ -35,11 +40,16 @@ pub(crate) fn earlier(disk: &Disk, paths: &Paths, current: &Generation) -> Resul
 /// Checks every byte of the history of `current`; gives what is damaged, and how many earlier generations it leads back to.
 pub(crate) fn verify_history(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(Vec<Damage>, u64)> {
     let mut damage = Vec::new();
-    for number in paths.numbers(disk)?.into_iter().filter(|number| *number < current.generation) {
+    let earlier = earlier(disk, paths, current)?;
+    let mut numbers = paths.numbers(disk)?;
+    numbers.extend(earlier.iter().map(|earlier| earlier.number));
+    numbers.retain(|number| *number < current.generation);
+    numbers.sort_unstable();
+    numbers.dedup();
+    for number in numbers {
         let document = paths.load(disk, number).map(drop);
         damage.extend(document.err().map(|error| Damage::Other { reason: error.to_string() }));
     }
-    let earlier = earlier(disk, paths, current)?;
     let oldest = earlier.last().map_or(current.generation, |earlier| earlier.number);
     for Earlier { number, document } in earlier.iter().rev() {
         let lost = |oldest: u64, checked: Result<()>| {

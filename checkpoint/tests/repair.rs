@@ -402,6 +402,102 @@ fn the_first_delta_comes_back_too_although_the_directory_was_used_without_it() {
     assert!(held(&model) == whole);
 }
 
+/// A scene of which so many earlier generations are kept, and a copy of it.
+fn kept(seed: u64, generations: u64) -> (Scene, PathBuf) {
+    let (scene, checkpoint) = Scene::new(seed);
+    drop(checkpoint);
+    let keep = checkpoint::Keep { generations, ..Default::default() };
+    drop(Checkpoint::open_with(&scene.model(), Options { keep, ..Options::default() }).unwrap());
+    let backup = scene.dir.path().join("backup");
+    copy_tree(&scene.model(), &backup);
+    (scene, backup)
+}
+
+#[test]
+fn a_document_of_another_history_is_not_taken_for_ours() {
+    let ((scene, backup), (other, _)) = (kept(50, 1), kept(51, 1));
+    let model = scene.model();
+    let whole = held(&model);
+    fs::remove_file(model.join(".apollod/generations/1.json")).unwrap();
+    let without = held(&model);
+    let others = [other.model()];
+    let foreign = checkpoint::repair(&model, &Sources { live: None, copies: &others }).unwrap();
+    assert!(foreign.repaired.is_empty() && foreign.damage[0].to_string().contains("1.json"), "{foreign}");
+    assert!(held(&model) == without);
+    let copies = [other.model(), backup];
+    let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+    assert!(report.damage.is_empty() && held(&model) == whole, "{report}");
+}
+
+#[test]
+fn a_document_and_the_delta_after_it_are_missed_and_come_back_together() {
+    let (scene, backup) = kept(52, 1);
+    let (model, copies) = (scene.model(), [backup]);
+    let whole = held(&model);
+    for file in ["generations/1.json", "history/2.delta"] {
+        fs::remove_file(model.join(".apollod").join(file)).unwrap();
+    }
+    let without = held(&model);
+    assert!(!checkpoint::verify(&model).unwrap().is_ok());
+    drop(Checkpoint::open(&model).unwrap());
+    assert!(held(&model) == without, "something was removed");
+    let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+    assert!(report.damage.is_empty() && held(&model) == whole, "{report}");
+}
+
+#[test]
+fn without_history_an_earlier_document_is_never_taken_for_the_current_one() {
+    for case in ["a journal that says nothing", "older sums", "nothing else", "a journal that was begun"] {
+        let (scene, backup) = kept(53, 0);
+        let (model, copies) = (scene.model(), [backup]);
+        let (own, good) = (model.join(".apollod"), files(&model));
+        let whole = held(&model);
+        match case {
+            "a journal that says nothing" => fs::write(own.join("journal"), "").unwrap(),
+            "older sums" => drop(fs::copy(own.join("sums/2"), own.join("sums/1")).unwrap()),
+            "nothing else" => {}
+            _ => {
+                let mut next = scene.newest().clone();
+                next.train(&mut Rng(54), 3);
+                for changes in 1.. {
+                    let storage = Stopping::after(i64::MAX);
+                    let options = Options { threads: 1, ..Options::default() };
+                    let (mut open, _) = Checkpoint::open_on(storage.clone(), &model, options).unwrap();
+                    storage.stop_after(changes);
+                    try_sync(&mut open, &next, 3).unwrap_err();
+                    if files(&model) != good {
+                        break;
+                    }
+                }
+            }
+        }
+        fs::remove_file(own.join("generations/2.json")).unwrap();
+        let without = held(&model);
+        let error = Checkpoint::open(&model).unwrap_err();
+        assert!(matches!(error, Error::Generation { .. }) && error.to_string().contains("2.json"), "{case}: {error}");
+        assert!(held(&model) == without, "{case}: something was removed");
+        let report = checkpoint::repair(&model, &Sources { live: None, copies: &copies }).unwrap();
+        assert!(report.damage.is_empty() && files(&model) == good, "{case}: {report}");
+        drop(Checkpoint::open(&model).unwrap());
+        assert!(held(&model) == whole, "{case}");
+    }
+}
+
+#[test]
+fn a_sync_does_not_remove_the_delta_that_alone_has_a_document() {
+    let (scene, _) = kept(55, 1);
+    let keep = checkpoint::Keep { generations: 1, ..Default::default() };
+    let options = Options { keep, ..Options::default() };
+    let (mut checkpoint, _) = Checkpoint::open_with(&scene.model(), options).unwrap();
+    fs::remove_file(scene.model().join(".apollod/generations/2.json")).unwrap();
+    let mut next = scene.newest().clone();
+    next.train(&mut Rng(56), 3);
+    sync(&mut checkpoint, &next, 3);
+    assert!(!scene.model().join(".apollod/history/2.delta").exists());
+    checkpoint.rollback(2).unwrap();
+    assert_files_are(&checkpoint, scene.newest());
+}
+
 #[test]
 fn a_damaged_document_that_nothing_leads_back_to_keeps_nobody_from_working_and_goes() {
     let (scene, checkpoint) = Scene::new(8);

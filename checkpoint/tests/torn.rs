@@ -266,10 +266,15 @@ fn a_journal_of_another_generation_or_of_other_files_is_refused_and_kept() {
     let without = tempfile::tempdir().unwrap();
     make_model(without.path(), false, 0, 60);
     fs::create_dir(without.path().join(".apollod")).unwrap();
-    fs::write(journal(without.path()), foreign).unwrap();
-    let error = Checkpoint::open(without.path()).unwrap_err().to_string();
-    assert!(error.contains("there is a journal and no generation before it"), "{error}");
-    assert!(journal(without.path()).exists());
+    for (bytes, reason) in [
+        (&foreign[..], "generations/1.json: it is missing"),
+        (b"none", "there is a journal and no document of the generation before it"),
+    ] {
+        fs::write(journal(without.path()), bytes).unwrap();
+        let error = Checkpoint::open(without.path()).unwrap_err().to_string();
+        assert!(error.contains(reason), "{error}");
+        assert!(journal(without.path()).exists());
+    }
 }
 
 #[test]

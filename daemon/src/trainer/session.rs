@@ -355,7 +355,11 @@ impl<D: Backend> Session<D> {
         self.unpublished = true;
         self.prefix_cache.moved();
         if let Err(error) = self.follow_files() {
-            let why = format!("the files are rolled back to {to}, and live weights could not follow them: {error:#}");
+            let files = match report.sync.unchanged {
+                true => format!("the files are at generation {to}, as before, what came after is trained again"),
+                false => format!("the files are rolled back to {to}"),
+            };
+            let why = format!("{files}, and live weights could not follow them: {error:#}");
             self.stranded = Some(why);
             return Err(error);
         }
