@@ -92,7 +92,8 @@ MUTANTS = [
      "if seal_of(bytes).as_ref() != Some(&generation.seal) {",
      "if seal_of(bytes).as_ref() != Some(&generation.seal) && bytes.is_empty() {"),
     ("the kept generations are one too few", "prune", "retain.rs",
-     'let oldest = oldest(disk, paths, current, keep)?;', 'let oldest = (oldest(disk, paths, current, keep)? + 1).min(current);'),
+     "oldest(disk, paths, current, keep).and_then",
+     "oldest(disk, paths, current, keep).map(|oldest| (oldest + 1).min(current)).and_then"),
     ("the current optimizer state is pruned", "prune", "retain.rs",
      "if number < oldest || number > current {", "if number < oldest || number >= current {"),
 ]
