@@ -259,9 +259,12 @@ impl Weight {
         step: usize,
     ) {
         assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
+        assert!((1..=CHUNK).contains(&piece), "pieces of {piece}, not of 1 to {CHUNK}");
         let (mut first, mut second) = ([0u16; CHUNK], [0u16; CHUNK]);
-        for at in (0..len).step_by(CHUNK.next_multiple_of(piece)) {
-            let n = CHUNK.min(len - at);
+        // Whole pieces at a time.
+        let most = CHUNK / piece * piece;
+        for at in (0..len).step_by(most) {
+            let n = most.min(len - at);
             for (row, half) in [(row, &mut first), (row + 1, &mut second)] {
                 // SAFETY: `parts` gives a whole row's range for a matrix.
                 self.parts(row, col + at, n, |base, _| unsafe { load::<u16>(base, &mut half[..n]) });
@@ -632,6 +635,31 @@ mod tests {
                         (at, true) => assert_eq!(*v, values[col + at], "{dtype} ({col},{len},{piece},{step}) at {i}"),
                         (_, false) => assert!(v.is_nan(), "{dtype} ({col},{len},{piece},{step}): wrote {i}"),
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_rows_are_those_of_the_two_rows_and_nothing_beside_them_is_written() {
+        let w = Weight::zeros(Dtype::BF16, 3, 701);
+        let stream = Stream::rounding(1, 2, 3);
+        // On the grid of bf16, so that rounding changes nothing.
+        let row = |sign: f32| (0..701).map(|i| sign * (i % 128) as f32).collect::<Vec<f32>>();
+        let rows = [row(1.0), row(-1.0)];
+        rows.iter().enumerate().for_each(|(i, values)| w.write(1 + i, 0, values, &stream));
+        for (col, len, piece, step) in
+            [(0, 701, 32, 40), (3, 600, 48, 48), (5, 7, 16, 21), (1, 300, 256, 300), (0, 9, 1, 2)]
+        {
+            let mut out = vec![f32::NAN; (len - 1) / piece * step + (len - 1) % piece + 1];
+            w.read_pairs_of_rows(1, col, len, &mut out, piece, step);
+            for (i, pair) in out.iter().enumerate() {
+                let halves = [pair.to_bits() << 16, pair.to_bits() & 0xFFFF_0000].map(f32::from_bits);
+                match (i / step * piece + i % step, i % step < piece) {
+                    (at, true) => {
+                        assert_eq!(halves, [rows[0][col + at], rows[1][col + at]], "({col},{len},{piece}) at {i}")
+                    }
+                    (_, false) => assert!(pair.is_nan(), "({col},{len},{piece}): wrote {i}"),
                 }
             }
         }

@@ -111,6 +111,7 @@ unsafe impl Lanes for PortablePairs {
         let sum = |i: usize| c[i] + upper(a[i]) * upper(b[i]) + lower(a[i]) * lower(b[i]);
         PortablePairs(Portable(std::array::from_fn(sum)))
     }
+    // SAFETY: what is asked of the caller is what Portable asks: `to` is valid for writes of N elements.
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         // SAFETY: the caller's promise.

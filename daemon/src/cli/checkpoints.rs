@@ -313,6 +313,7 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
     let done = checkpoint.rollback(to)?;
+    say_warnings(&mut checkpoint);
     match done.sync.unchanged {
         true => println!(
             "generation {to} is what the files hold already: nothing was done; what is in the queue after it is trained when \
@@ -321,6 +322,10 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
         false => println!("{done}; files only: no daemon runs on {}", dir.display()),
     }
     Ok(())
+}
+
+fn say_warnings(checkpoint: &mut Checkpoint) {
+    checkpoint.take_warnings().iter().for_each(|warning| eprintln!("{warning}"));
 }
 
 fn say_no_longer(generations: &[u64]) {
@@ -339,7 +344,8 @@ fn say_no_longer(generations: &[u64]) {
 
 fn recover(dir: &Path) -> Result<()> {
     generations(dir)?;
-    let (_, recovery) = Checkpoint::open(dir)?;
+    let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
+    say_warnings(&mut checkpoint);
     match recovery {
         // Only what is undone is compared, byte by byte, before its journal goes.
         Recovery::Clean { .. } | Recovery::Finished { .. } => {
@@ -423,6 +429,7 @@ fn adopt(dir: &Path) -> Result<()> {
     }
     let progress = checkpoint.current().progress.clone();
     let adopted = checkpoint.adopt(progress)?.generation;
+    say_warnings(&mut checkpoint);
     println!("generation {adopted} is the files as they are. Accepted:");
     for changed in &changed {
         match changed {
