@@ -1,0 +1,297 @@
+//! [`Device`]: what a machine can do, operation by operation.
+
+use crate::optimizer::{AdamwRows, ApolloCommit, ApolloPrepare, Factors, Limiter, Moments, Write};
+use crate::{Dtype, Stream};
+
+/// The operations of one training step. See the crate's text for what they have in common.
+///
+/// Panics: buffers too small for the shapes given are a mistake of the caller and assert.
+pub trait Device: Sized + Send + Sync + 'static {
+    /// f32 elements in device memory, owned.
+    type Buffer: Send + Sync;
+    /// f32 elements, or bf16 ones where [`Device::stores`] says so, that outlive a step, owned: moments, and keys and
+    /// values of a context. Operations compute with them in f32, and round moments in bf16 stochastically.
+    type Stored: Send + Sync + From<Self::Buffer>;
+    /// Unsigned integers in device memory, owned: token ids, targets, lengths.
+    type Ids: Send + Sync;
+    /// A weight in foreign memory.
+    type Weight: Send + Sync;
+    /// Recorded work.
+    type Graph: Send + Sync;
+
+    /// Runs `f` where the operations of this device run best: the CPU's thread pool, the caller's thread otherwise.
+    fn run<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R;
+    /// Waits for all that was queued.
+    fn synchronize(&self);
+    /// Number of rows that a window of `t` rows is padded to, so that recorded work serves it; none where work is
+    /// not recorded.
+    fn bucket(&self, t: usize) -> Option<usize>;
+    /// Records what `work` queues, without running it, to be replayed. Inside, nothing may be read, written from
+    /// the host, or made by `ids`; buffers that it leaves keep their place from replay to replay. The recording uses the
+    /// memory of `instead`, if given: whoever replays one of the two has done with what the other left.
+    fn record(&self, instead: Option<&Self::Graph>, work: &mut dyn FnMut()) -> Self::Graph;
+    /// Queues recorded work.
+    fn replay(&self, graph: &Self::Graph);
+
+    /// `len` zeros.
+    fn zeros(&self, len: usize) -> Self::Buffer;
+    /// `len` elements of unspecified content, for whoever sets all that is read.
+    fn uninit(&self, len: usize) -> Self::Buffer;
+    /// Number of elements of a buffer.
+    fn len(&self, buffer: &Self::Buffer) -> usize;
+    /// Token ids on the device.
+    fn ids(&self, ids: &[u32]) -> Self::Ids;
+    /// Replaces the first `ids.len()` of `dst`.
+    fn write_ids(&self, dst: &mut Self::Ids, ids: &[u32]);
+    /// Copies host values into `dst` from element `at` on.
+    fn write(&self, dst: &mut Self::Buffer, at: usize, src: &[f32]);
+    /// Waits for all that was queued and copies `dst.len()` values to the host.
+    fn read(&self, src: &Self::Buffer, at: usize, dst: &mut [f32]);
+    /// (rows, cols) of a weight.
+    fn shape(&self, w: &Self::Weight) -> (usize, usize);
+    /// Element type of a weight.
+    fn dtype(&self, w: &Self::Weight) -> Dtype;
+    /// All values of a weight as f32 on the host, row-major: for checks.
+    fn weight_values(&self, w: &Self::Weight) -> Vec<f32>;
+    /// Copies bytes `at..at + out.len()` of a weight, counted as the files hold it; a whole number of elements. Waits for
+    /// all that was queued.
+    fn read_weight(&self, w: &Self::Weight, at: usize, out: &mut [u8]);
+    /// Writes bytes of a weight from `at` on, counted as the files hold it; a whole number of elements, each of which
+    /// changes as a whole.
+    fn write_weight(&self, w: &Self::Weight, at: usize, bytes: &[u8]);
+    /// `dst[dst_at..][..len] = src[src_at..][..len]`.
+    fn copy(&self, dst: &mut Self::Buffer, dst_at: usize, src: &Self::Buffer, src_at: usize, len: usize);
+
+    /// Whether elements can be stored in this type.
+    fn stores(&self, dtype: Dtype) -> bool;
+    /// `len` stored zeros of a type that the device stores.
+    fn stored(&self, dtype: Dtype, len: usize) -> Self::Stored;
+    /// Number of stored elements.
+    fn stored_len(&self, stored: &Self::Stored) -> usize;
+    /// Their type.
+    fn stored_dtype(&self, stored: &Self::Stored) -> Dtype;
+    /// `dst[dst_at..][..len]` becomes the first `len` of src, rounded to the nearest.
+    fn store(&self, dst: &mut Self::Stored, dst_at: usize, src: &Self::Buffer, len: usize);
+    /// `dst[dst_at..][..len] = src[src_at..][..len]`, both of one type.
+    fn copy_stored(&self, dst: &mut Self::Stored, dst_at: usize, src: &Self::Stored, src_at: usize, len: usize);
+    /// Waits for all that was queued and copies `dst.len()` elements to the host.
+    fn read_stored(&self, src: &Self::Stored, at: usize, dst: &mut [f32]);
+    /// Copies host values into `dst` from element `at` on, rounded to the nearest.
+    fn write_stored(&self, dst: &mut Self::Stored, at: usize, src: &[f32]);
+
+    /// x (t,n): row i is row ids\[i\] of W (vocab,n). Ids beyond W are the caller's mistake.
+    fn embed(&self, x: &mut Self::Buffer, w: &Self::Weight, ids: &Self::Ids);
+    /// y (t,m) = x (t,n) Wᵀ + bias (m).
+    fn linear(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, bias: Option<&Self::Weight>, t: usize);
+    /// [`Device::linear`] of several weights with one x: each (y, w, bias).
+    fn linear_group(&self, outputs: &mut [LinearOutput<Self>], x: &Self::Buffer, t: usize) {
+        for LinearOutput { y, w, bias } in outputs {
+            self.linear(y, x, w, *bias, t);
+        }
+    }
+    /// [`Device::linear_group`] in which, where it is faster and W is bf16, x is rounded to bf16 first, as it is by servers of
+    /// such weights.
+    fn linear_group_rounded(&self, outputs: &mut [LinearOutput<Self>], x: &Self::Buffer, t: usize) {
+        self.linear_group(outputs, x, t);
+    }
+    /// dx (t,n) = dy (t,m) W, or dx += if `accumulate`.
+    fn linear_dx(&self, dx: &mut Self::Buffer, dy: &Self::Buffer, w: &Self::Weight, t: usize, accumulate: bool);
+    /// dx (t,n) = Σ dy W over several pairs (dy, W).
+    fn linear_dx_group(&self, dx: &mut Self::Buffer, inputs: &[(&Self::Buffer, &Self::Weight)], t: usize) {
+        for (i, (dy, w)) in inputs.iter().enumerate() {
+            self.linear_dx(dx, dy, w, t, i > 0);
+        }
+    }
+    /// [`Device::linear_dx_group`] in which, where it is faster and W is bf16, dy is rounded to bf16 first, as trainers of such
+    /// weights do.
+    fn linear_dx_group_rounded(&self, dx: &mut Self::Buffer, inputs: &[(&Self::Buffer, &Self::Weight)], t: usize) {
+        self.linear_dx_group(dx, inputs, t);
+    }
+    /// db (m) = sum over the t rows of dy (t,m).
+    fn sum_rows(&self, db: &mut Self::Buffer, dy: &Self::Buffer, t: usize, m: usize);
+    /// g (rows·cols) of G = dyᵀ x, added: the stored gradient, for collectors and checks only.
+    fn outer_accumulate(&self, g: &mut Self::Buffer, f: &Factors<Self::Buffer>);
+    /// `x[i] += y[i]` for i < len.
+    fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
+
+    /// y = x / rms(x) · w over rows of w's length; rms = sqrt(mean(x²) + eps).
+    fn rms_norm(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, eps: f32, rows: usize);
+    /// dx += gradient of the norm's input; dw (n) = gradient of w summed over the rows.
+    #[allow(clippy::too_many_arguments)]
+    fn rms_norm_backward(
+        &self,
+        dx: &mut Self::Buffer,
+        dw: &mut Self::Buffer,
+        dy: &Self::Buffer,
+        x: &Self::Buffer,
+        w: &Self::Weight,
+        eps: f32,
+        rows: usize,
+    );
+    /// Rotates x (t, heads, head_dim) in place: pairs (i, i + head_dim/2) by the angle of position
+    /// p = `position` (one element) + row. `table` is (positions, head_dim): cos then sin halves, already scaled.
+    /// `inverse` multiplies by the transposed rotation (backward).
+    #[allow(clippy::too_many_arguments)]
+    fn rope(
+        &self,
+        x: &mut Self::Buffer,
+        table: &Self::Buffer,
+        position: &Self::Ids,
+        t: usize,
+        heads: usize,
+        head_dim: usize,
+        inverse: bool,
+    );
+    /// out (t, heads·head_dim) and lse (heads, t): causal attention of queries at positions
+    /// past.len.. over the frozen past and over k, v (t, kv_heads·head_dim) of the same rows.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        out: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        q: &Self::Buffer,
+        k: &Self::Buffer,
+        v: &Self::Buffer,
+        past: Past<Self>,
+        t: usize,
+        shape: &Attention,
+    );
+    /// Gradients of q, k and v of the window (set, not added); the past gets none.
+    fn attention_backward(
+        &self,
+        grads: AttentionGrads<Self::Buffer>,
+        saved: AttentionSaved<Self>,
+        t: usize,
+        shape: &Attention,
+    );
+    /// h = silu(gate) · up, element by element.
+    fn swiglu(&self, h: &mut Self::Buffer, gate: &Self::Buffer, up: &Self::Buffer, len: usize);
+    /// Gradients of gate and up from dh; dh may not alias them.
+    fn swiglu_backward(
+        &self,
+        dgate: &mut Self::Buffer,
+        dup: &mut Self::Buffer,
+        dh: &Self::Buffer,
+        gate: &Self::Buffer,
+        up: &Self::Buffer,
+        len: usize,
+    );
+    /// losses\[i\] = -log softmax(logits row i)\[targets\[i\]\]; logits (t,v) become scale·(softmax - onehot), with one
+    /// element in `scale`. A row whose target is [`NO_TARGET`] has loss 0 and becomes zeros.
+    fn cross_entropy(
+        &self,
+        losses: &mut Self::Buffer,
+        logits: &mut Self::Buffer,
+        targets: &Self::Ids,
+        v: usize,
+        scale: &Self::Buffer,
+    );
+
+    /// counter\[at\] += number of elements that are not finite among the first `len` of each (buffer, len).
+    fn count_nonfinite(&self, counter: &mut Self::Buffer, at: usize, items: &[(&Self::Buffer, usize)]);
+    /// out\[i\] = sum of the squares of the first `len` elements of item i, in f64 and rounded at the end.
+    fn sum_squares(&self, out: &mut Self::Buffer, items: &[(&Self::Buffer, usize)]);
+    /// p (r,d) ~ N(0, 1/r) from the stream; the same numbers on every device
+    /// up to the last bit of its sine and logarithm.
+    fn normal_projection(&self, p: &mut Self::Buffer, rank: usize, dim: usize, stream: Stream);
+    /// First pass of a step, writes neither state nor W: the scaling s (max(m,n), or 1 for tensor
+    /// scaling) of each tensor from the moments as they would become, and ‖U‖ into slot `NORM_UPDATE` at `at`. If
+    /// anything overflows, a square of the compressed gradient included, that slot is not finite and
+    /// s is unspecified: such a step must not be committed.
+    fn apollo_prepare(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloPrepare<Self>]);
+    /// Slots `NORM_FACTOR` and `NORM_NEXT` from `NORM_PREVIOUS` and `NORM_UPDATE`, for each (at, limiter).
+    fn limit(&self, norms: &mut Self::Buffer, limiters: &[(usize, Limiter)]);
+    /// Second pass: moments and W of each tensor are written, each once; `NORM_PREVIOUS` becomes `NORM_NEXT`.
+    /// Cannot fail. The step is `write.step` times slot `NORM_FACTOR`.
+    fn apollo_commit(&self, norms: &mut Self::Buffer, tensors: &mut [ApolloCommit<Self>]);
+    /// AdamW with the gradient in factors, formed block by block: `exp_avg`, `exp_avg_sq` (m,n).
+    /// `write.step` is lr·sqrt(1-b2^t)/(1-b1^t).
+    fn adamw_factors(
+        &self,
+        w: &Self::Weight,
+        exp_avg: &mut Self::Stored,
+        exp_avg_sq: &mut Self::Stored,
+        f: &Factors<Self::Buffer>,
+        moments: Moments,
+        write: Write,
+    );
+    /// dst row index\[i\] += src row i, rows of n.
+    fn scatter_add_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &Self::Ids, n: usize);
+    /// Rows at.. of y (·,m) become zeros with a 1 in column ids\[i\].
+    fn one_hot(&self, y: &mut Self::Buffer, at: usize, ids: &Self::Ids, m: usize);
+    /// AdamW on rows of some tensors: row i of g belongs to row rows\[i\].row of W, its moments to row rows\[i\].slot.
+    fn adamw_rows(&self, tensors: &mut [AdamwRows<Self>], moments: Moments);
+}
+
+/// Shape of one attention operation, the same for forward and backward.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Attention {
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads; `heads` is a multiple of it (grouped-query attention).
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Sliding window: a query at position p sees keys at positions > p - window. `None`: all.
+    pub window: Option<usize>,
+    /// Factor on q·k, 1/sqrt(head_dim) in every supported family.
+    pub scale: f32,
+}
+
+/// Keys and values of the frozen context: `len` rows of (kv_heads · head_dim), at positions 0..len.
+pub struct Past<'a, D: Device> {
+    /// Keys after rope, at least `len` rows.
+    pub keys: &'a D::Stored,
+    /// Values, at least `len` rows.
+    pub values: &'a D::Stored,
+    /// Number of rows that count: one element.
+    pub len: &'a D::Ids,
+}
+
+impl<D: Device> Clone for Past<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<D: Device> Copy for Past<'_, D> {}
+
+/// Outputs of [`Device::attention_backward`].
+pub struct AttentionGrads<'a, B> {
+    /// (t, heads·head_dim)
+    pub dq: &'a mut B,
+    /// (t, kv_heads·head_dim)
+    pub dk: &'a mut B,
+    /// (t, kv_heads·head_dim)
+    pub dv: &'a mut B,
+}
+
+/// Inputs of [`Device::attention_backward`]: what forward saw and left, and the gradient of out.
+pub struct AttentionSaved<'a, D: Device> {
+    /// Gradient of out, (t, heads·head_dim).
+    pub dout: &'a D::Buffer,
+    /// Forward's output; a backend may compute what it needs of it again.
+    pub out: &'a D::Buffer,
+    /// Forward's log-sum-exp, (heads, t); likewise.
+    pub lse: &'a D::Buffer,
+    /// Queries after rope.
+    pub q: &'a D::Buffer,
+    /// Keys after rope.
+    pub k: &'a D::Buffer,
+    /// Values.
+    pub v: &'a D::Buffer,
+    /// The frozen context.
+    pub past: Past<'a, D>,
+}
+
+/// One product of [`Device::linear_group`].
+pub struct LinearOutput<'a, D: Device> {
+    /// (t,m)
+    pub y: &'a mut D::Buffer,
+    /// (m,n)
+    pub w: &'a D::Weight,
+    /// (m)
+    pub bias: Option<&'a D::Weight>,
+}
+
+/// Target of a row that has none: padding.
+pub const NO_TARGET: u32 = u32::MAX;
