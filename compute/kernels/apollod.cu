@@ -3,6 +3,8 @@
 #include "adamw.cu"
 #include "apollo.cu"
 #include "attention.cu"
+#include "conv.cu"
+#include "delta.cu"
 #include "embed.cu"
 #include "hash.cu"
 #include "linear.cu"

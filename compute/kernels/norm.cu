@@ -1,7 +1,7 @@
 // Root-mean-square norm of rows and its backward. Zhang & Sennrich, "Root Mean Square Layer Normalization".
 //
 // x, y, dx, dy (rows,n) · w, dw (n) · r = 1/sqrt(mean(x²) + eps)
-// y = x·r·w · dx += r·dy·w - x·r³/n·Σ(dy·w·x) · dw = Σ_rows dy·x·r
+// y = x·r·g, g = w + offset · dx += r·dy·g - x·r³/n·Σ(dy·g·x) · dw = Σ_rows dy·x·r
 //
 // A row is a hidden state (thousands of elements, a block takes it) or a head (some hundred, a warp takes it, eight rows
 // a block): the number of threads of a row is a template's argument. dw needs sums down the columns: a second kernel
@@ -30,7 +30,7 @@ struct Row {
 };
 
 template <typename T, int SHARE>
-__device__ void norm(float* y, const float* x, const T* w, float eps, uint32_t n, uint32_t rows) {
+__device__ void norm(float* y, const float* x, const T* w, float eps, float offset, uint32_t n, uint32_t rows) {
     const Row<SHARE> row;
     if (row.index >= rows) return;
     x += (size_t)row.index * n;
@@ -38,12 +38,12 @@ __device__ void norm(float* y, const float* x, const T* w, float eps, uint32_t n
     float squares = 0.f;
     for (uint32_t i = row.thread; i < n; i += SHARE) squares = fmaf(x[i], x[i], squares);
     const float r = 1.f / sqrtf(row.sum(squares) / n + eps);
-    for (uint32_t i = row.thread; i < n; i += SHARE) y[i] = x[i] * r * load(w, i);
+    for (uint32_t i = row.thread; i < n; i += SHARE) y[i] = x[i] * r * (load(w, i) + offset);
 }
 
 template <typename T, int SHARE>
-__device__ void norm_backward(float* dx, float* inverse, const float* dy, const float* x, const T* w, float eps, uint32_t n,
-                              uint32_t rows) {
+__device__ void norm_backward(float* dx, float* inverse, const float* dy, const float* x, const T* w, float eps, float offset,
+                              uint32_t n, uint32_t rows) {
     const Row<SHARE> row;
     if (row.index >= rows) return;
     dx += (size_t)row.index * n;
@@ -52,11 +52,11 @@ __device__ void norm_backward(float* dx, float* inverse, const float* dy, const 
     float squares = 0.f, products = 0.f;
     for (uint32_t i = row.thread; i < n; i += SHARE) {
         squares = fmaf(x[i], x[i], squares);
-        products = fmaf(dy[i] * load(w, i), x[i], products);
+        products = fmaf(dy[i] * (load(w, i) + offset), x[i], products);
     }
     const float r = 1.f / sqrtf(row.sum(squares) / n + eps);
     const float pull = row.sum(products) * r * r * r / n;
-    for (uint32_t i = row.thread; i < n; i += SHARE) dx[i] += dy[i] * load(w, i) * r - x[i] * pull;
+    for (uint32_t i = row.thread; i < n; i += SHARE) dx[i] += dy[i] * (load(w, i) + offset) * r - x[i] * pull;
     if (row.thread == 0) inverse[row.index] = r;
 }
 
@@ -85,14 +85,15 @@ __device__ void column_sums(float* sums, uint32_t rows, uint32_t n, Term term) {
 
 }  // namespace norm_kernels
 
-#define RMS_NORM(NAME, T, SIZE, SHARE)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_##SIZE##_##NAME(float* y, const float* x, const T* w,    \
-                                                                               float eps, uint32_t n, uint32_t rows) {  \
-        norm_kernels::norm<T, SHARE>(y, x, w, eps, n, rows);                                                            \
-    }                                                                                                                   \
-    extern "C" __global__ void __launch_bounds__(256) rms_norm_backward_##SIZE##_##NAME(                                \
-        float* dx, float* inverse, const float* dy, const float* x, const T* w, float eps, uint32_t n, uint32_t rows) { \
-        norm_kernels::norm_backward<T, SHARE>(dx, inverse, dy, x, w, eps, n, rows);                                     \
+#define RMS_NORM(NAME, T, SIZE, SHARE)                                                                                       \
+    extern "C" __global__ void __launch_bounds__(256) rms_norm_##SIZE##_##NAME(                                              \
+        float* y, const float* x, const T* w, float eps, float offset, uint32_t n, uint32_t rows) {                          \
+        norm_kernels::norm<T, SHARE>(y, x, w, eps, offset, n, rows);                                                         \
+    }                                                                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) rms_norm_backward_##SIZE##_##NAME(                                     \
+        float* dx, float* inverse, const float* dy, const float* x, const T* w, float eps, float offset, uint32_t n,         \
+        uint32_t rows) {                                                                                                     \
+        norm_kernels::norm_backward<T, SHARE>(dx, inverse, dy, x, w, eps, offset, n, rows);                                  \
     }
 RMS_NORM(f32, float, head, 32)
 RMS_NORM(f16, f16, head, 32)

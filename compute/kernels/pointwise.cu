@@ -101,6 +101,31 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_backward(float* dgate, 
         });
 }
 
+// h = x·σ(gate)
+extern "C" __global__ void __launch_bounds__(256) sigmoid_gate(float* h, const float* x, const float* gate, uint64_t len) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < len) h[i] = x[i] * pointwise_kernels::sigmoid(gate[i]);
+}
+
+// dx = dh·σ(g) · dgate = dh·x·σ(g)·(1 - σ(g))
+extern "C" __global__ void __launch_bounds__(256) sigmoid_gate_backward(float* dx, float* dgate, const float* dh, const float* x,
+                                                                        const float* gate, uint64_t len) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    const float s = pointwise_kernels::sigmoid(gate[i]);
+    dx[i] = dh[i] * s;
+    dgate[i] = dh[i] * x[i] * s * (1.f - s);
+}
+
+// The first `columns` of each row from `src` to `dst`, whose rows have that many elements.
+extern "C" __global__ void __launch_bounds__(256) copy_columns(float* dst, uint32_t dst_row, const float* src, uint32_t src_row,
+                                                               uint32_t columns, uint64_t len) {
+    const size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= len) return;
+    const size_t row = i / columns, column = i % columns;
+    dst[row * dst_row + column] = src[row * src_row + column];
+}
+
 extern "C" __global__ void __launch_bounds__(256) count_nonfinite_parts(double* parts, const pointwise_kernels::Item* items) {
     // The largest finite magnitude is below infinity; NaN is below nothing.
     pointwise_kernels::sum_parts(parts, items, [](float x) { return fabsf(x) < INFINITY ? 0.0 : 1.0; });

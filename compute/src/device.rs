@@ -1,5 +1,9 @@
 //! [`Device`]: what a machine can do, operation by operation.
 
+use crate::layers::{
+    Attention, AttentionGrads, AttentionSaved, Columns, Convolution, DeltaGrads, DeltaInputs, DeltaRule, Heads,
+    LinearOutput, Norm, Past,
+};
 use crate::optimizer::{AdamwRows, ApolloCommit, ApolloPrepare, Factors, Limiter, Moments, Write};
 use crate::{Dtype, Stream};
 
@@ -114,8 +118,19 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// `x[i] += y[i]` for i < len.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, len: usize);
 
-    /// y = x / rms(x) · w over rows of w's length; rms = sqrt(mean(x²) + eps).
-    fn rms_norm(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, eps: f32, rows: usize);
+    /// The first `columns` of `rows` rows are copied from where `from` says to where `to` says.
+    fn copy_columns(
+        &self,
+        dst: &mut Self::Buffer,
+        to: Columns,
+        src: &Self::Buffer,
+        from: Columns,
+        columns: usize,
+        rows: usize,
+    );
+
+    /// y = x / rms(x) · (w + offset) over rows of w's length; rms = sqrt(mean(x²) + eps).
+    fn rms_norm(&self, y: &mut Self::Buffer, x: &Self::Buffer, w: &Self::Weight, norm: Norm, rows: usize);
     /// dx += gradient of the norm's input; dw (n) = gradient of w summed over the rows.
     #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
@@ -125,21 +140,19 @@ pub trait Device: Sized + Send + Sync + 'static {
         dy: &Self::Buffer,
         x: &Self::Buffer,
         w: &Self::Weight,
-        eps: f32,
+        norm: Norm,
         rows: usize,
     );
-    /// Rotates x (t, heads, head_dim) in place: pairs (i, i + head_dim/2) by the angle of position
-    /// p = `position` (one element) + row. `table` is (positions, head_dim): cos then sin halves, already scaled.
-    /// `inverse` multiplies by the transposed rotation (backward).
-    #[allow(clippy::too_many_arguments)]
+    /// Rotates x (t, heads, dim) in place: pairs (i, i + rotated/2), i < rotated/2, of each head by the angle of position
+    /// p = `position` (one element) + row; what lies beyond `rotated` stays. `table` is (positions, rotated): cos then sin
+    /// halves, already scaled. `inverse` multiplies by the transposed rotation (backward).
     fn rope(
         &self,
         x: &mut Self::Buffer,
         table: &Self::Buffer,
         position: &Self::Ids,
         t: usize,
-        heads: usize,
-        head_dim: usize,
+        heads: Heads,
         inverse: bool,
     );
     /// out (t, heads·head_dim) and lse (heads, t): causal attention of queries at positions
@@ -176,8 +189,63 @@ pub trait Device: Sized + Send + Sync + 'static {
         up: &Self::Buffer,
         len: usize,
     );
+    /// h = x·σ(gate), element by element.
+    fn sigmoid_gate(&self, h: &mut Self::Buffer, x: &Self::Buffer, gate: &Self::Buffer, len: usize);
+    /// Gradients of x and gate from dh; dh may not alias them.
+    fn sigmoid_gate_backward(
+        &self,
+        dx: &mut Self::Buffer,
+        dgate: &mut Self::Buffer,
+        dh: &Self::Buffer,
+        x: &Self::Buffer,
+        gate: &Self::Buffer,
+        len: usize,
+    );
+    /// y (t,C) = silu(p) of p\[i,c\] = Σ_j w\[c,j\]·x\[i-K+1+j,c\], where `before` (K-1,C) are the x of the tokens before the first:
+    /// a causal convolution of each channel by itself. w holds (C,K) elements in any shape.
+    fn causal_conv(
+        &self,
+        y: &mut Self::Buffer,
+        x: &Self::Buffer,
+        before: &Self::Buffer,
+        w: &Self::Weight,
+        t: usize,
+        shape: Convolution,
+    );
+    /// Gradients of x (t,C) and of w (C·K), set; the tokens before get none.
+    #[allow(clippy::too_many_arguments)]
+    fn causal_conv_backward(
+        &self,
+        dx: &mut Self::Buffer,
+        dw: &mut Self::Buffer,
+        dy: &Self::Buffer,
+        x: &Self::Buffer,
+        before: &Self::Buffer,
+        w: &Self::Weight,
+        t: usize,
+        shape: Convolution,
+    );
+    /// out (t, value_heads·value_dim): the gated delta rule over t tokens from `inputs.state` on, and the state after them
+    /// into `next`. A key head serves value_heads/key_heads value heads, one after the other (arXiv:2412.06464).
+    fn delta_rule(
+        &self,
+        out: &mut Self::Buffer,
+        next: Option<&mut Self::Buffer>,
+        inputs: DeltaInputs<Self>,
+        t: usize,
+        shape: &DeltaRule,
+    );
+    /// Gradients of everything but the state before, set.
+    fn delta_rule_backward(
+        &self,
+        grads: DeltaGrads<Self::Buffer>,
+        dout: &Self::Buffer,
+        inputs: DeltaInputs<Self>,
+        t: usize,
+        shape: &DeltaRule,
+    );
     /// losses\[i\] = -log softmax(logits row i)\[targets\[i\]\]; logits (t,v) become scale·(softmax - onehot), with one
-    /// element in `scale`. A row whose target is [`NO_TARGET`] has loss 0 and becomes zeros.
+    /// element in `scale`. A row whose target is [`NO_TARGET`](crate::NO_TARGET) has loss 0 and becomes zeros.
     fn cross_entropy(
         &self,
         losses: &mut Self::Buffer,
@@ -222,76 +290,3 @@ pub trait Device: Sized + Send + Sync + 'static {
     /// AdamW on rows of some tensors: row i of g belongs to row rows\[i\].row of W, its moments to row rows\[i\].slot.
     fn adamw_rows(&self, tensors: &mut [AdamwRows<Self>], moments: Moments);
 }
-
-/// Shape of one attention operation, the same for forward and backward.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Attention {
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads; `heads` is a multiple of it (grouped-query attention).
-    pub kv_heads: usize,
-    /// Elements of one head.
-    pub head_dim: usize,
-    /// Sliding window: a query at position p sees keys at positions > p - window. `None`: all.
-    pub window: Option<usize>,
-    /// Factor on q·k, 1/sqrt(head_dim) in every supported family.
-    pub scale: f32,
-}
-
-/// Keys and values of the frozen context: `len` rows of (kv_heads · head_dim), at positions 0..len.
-pub struct Past<'a, D: Device> {
-    /// Keys after rope, at least `len` rows.
-    pub keys: &'a D::Stored,
-    /// Values, at least `len` rows.
-    pub values: &'a D::Stored,
-    /// Number of rows that count: one element.
-    pub len: &'a D::Ids,
-}
-
-impl<D: Device> Clone for Past<'_, D> {
-    fn clone(&self) -> Self {
-        *self
-    }
-}
-impl<D: Device> Copy for Past<'_, D> {}
-
-/// Outputs of [`Device::attention_backward`].
-pub struct AttentionGrads<'a, B> {
-    /// (t, heads·head_dim)
-    pub dq: &'a mut B,
-    /// (t, kv_heads·head_dim)
-    pub dk: &'a mut B,
-    /// (t, kv_heads·head_dim)
-    pub dv: &'a mut B,
-}
-
-/// Inputs of [`Device::attention_backward`]: what forward saw and left, and the gradient of out.
-pub struct AttentionSaved<'a, D: Device> {
-    /// Gradient of out, (t, heads·head_dim).
-    pub dout: &'a D::Buffer,
-    /// Forward's output; a backend may compute what it needs of it again.
-    pub out: &'a D::Buffer,
-    /// Forward's log-sum-exp, (heads, t); likewise.
-    pub lse: &'a D::Buffer,
-    /// Queries after rope.
-    pub q: &'a D::Buffer,
-    /// Keys after rope.
-    pub k: &'a D::Buffer,
-    /// Values.
-    pub v: &'a D::Buffer,
-    /// The frozen context.
-    pub past: Past<'a, D>,
-}
-
-/// One product of [`Device::linear_group`].
-pub struct LinearOutput<'a, D: Device> {
-    /// (t,m)
-    pub y: &'a mut D::Buffer,
-    /// (m,n)
-    pub w: &'a D::Weight,
-    /// (m)
-    pub bias: Option<&'a D::Weight>,
-}
-
-/// Target of a row that has none: padding.
-pub const NO_TARGET: u32 = u32::MAX;

@@ -20,13 +20,18 @@ pub mod cpu;
 pub mod cuda;
 mod device;
 pub mod hash;
+mod layers;
 mod optimizer;
 mod random;
 mod sink;
 
 pub use cpu::Cpu;
 pub use cuda::Cuda;
-pub use device::{Attention, AttentionGrads, AttentionSaved, Device, LinearOutput, NO_TARGET, Past};
+pub use device::Device;
+pub use layers::{
+    Attention, AttentionGrads, AttentionSaved, Columns, Convolution, DeltaGrads, DeltaInputs, DeltaRule, Heads,
+    LinearOutput, NO_TARGET, Norm, Past,
+};
 pub use optimizer::{
     AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Channels, Compressed, Factors, Limiter, Moments, NORM_FACTOR,
     NORM_NEXT, NORM_PREVIOUS, NORM_SLOTS, NORM_UPDATE, ScaleType, Write,

@@ -1,7 +1,6 @@
 //! The devices that the daemon computes on, and how weights come to lie on them.
 
 use crate::bench::{self, Rates};
-use crate::weights::matrix_shape;
 use anyhow::{Context, Result, bail};
 use compute::cuda::DeviceName;
 use compute::hash::Keys;
@@ -10,6 +9,7 @@ use ipc::{Attachment, LiveTensor, Memory, SharedWeights};
 use std::ops::Range;
 use std::str::FromStr;
 use std::sync::Arc;
+use weight_map::matrix_shape;
 
 /// Copies the next of some ranges of bytes, in their order.
 pub type ReadNext<'a> = Box<dyn FnMut(&mut [u8]) + Send + 'a>;

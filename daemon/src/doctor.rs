@@ -69,7 +69,7 @@ fn one_layer<D: Backend>(device: &Arc<D>, config: &Config, files: &ModelFiles, l
     small.decoder.vocab = config.decoder.vocab.min(VOCABULARY);
     let weight = |t: weight_map::HfTensor| {
         let name = t.name.replace("model.layers.0.", &format!("model.layers.{layer}."));
-        files.weight(device, &name, crate::weights::matrix_shape(&t.shape).0, false)
+        files.weight(device, &name, weight_map::matrix_shape(&t.shape).0, false)
     };
     let weights = small.decoder.tensors().into_iter().map(weight).collect::<Result<Vec<_>>>()?;
     Ok(Model::new(device.clone(), small, weights, 64))

@@ -7,16 +7,7 @@ use ipc::SafetensorsDir;
 use model::Config;
 use std::path::Path;
 use std::sync::Arc;
-use weight_map::{HfTensor, View, WeightMap};
-
-/// (rows, cols) of a tensor; a vector is one row.
-pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
-    match *shape {
-        [n] => (1, n),
-        [m, n] => (m, n),
-        _ => unreachable!("a decoder has vectors and matrices"),
-    }
-}
+use weight_map::{HfTensor, View, WeightMap, matrix_shape};
 
 /// How a server's tensor and the files' go together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,7 +6,7 @@
 use crate::rope::Rope;
 use serde_json::{Map, Value};
 use std::path::Path;
-use weight_map::{Decoder, Family};
+use weight_map::{Decoder, DeltaNet, Family};
 
 /// Everything that decides what the layers compute.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,9 +15,11 @@ pub struct Config {
     pub decoder: Decoder,
     /// Added to the mean square in every norm.
     pub rms_norm_eps: f32,
+    /// Added to the gain of every norm but that of a Gated DeltaNet: 1 in Qwen3.5, whose files hold what is beside it.
+    pub norm_offset: f32,
     /// Rotary embedding.
     pub rope: Rope,
-    /// Sliding window of each layer; `None` sees the whole context.
+    /// Sliding window of each layer; `None` sees the whole context, as a recurrent layer does.
     pub windows: Vec<Option<usize>>,
     /// Longest sequence that the model was made for.
     pub max_position_embeddings: usize,
@@ -62,8 +64,7 @@ pub enum ConfigError {
 }
 
 /// Keys that change what is computed, with the only value that is supported.
-const NEUTRAL: [(&str, f64); 12] = [
-    ("partial_rotary_factor", 1.0),
+const NEUTRAL: [(&str, f64); 11] = [
     ("pretraining_tp", 1.0),
     ("attn_logit_softcapping", 0.0),
     ("final_logit_softcapping", 0.0),
@@ -81,6 +82,9 @@ const NEUTRAL: [(&str, f64); 12] = [
 const LAYERS_MAX: usize = 4096;
 /// The same of the length of a head.
 const HEAD_DIM_MAX: usize = 65_536;
+/// The longest head of a Gated DeltaNet, and its widest convolution: as kernels hold them.
+const DELTA_DIM_MAX: usize = 256;
+const CONV_WIDTH_MAX: usize = 16;
 
 impl Config {
     /// Reads `config.json` of a model directory.
@@ -95,14 +99,22 @@ impl Config {
     pub fn parse(text: &str) -> Result<Config, ConfigError> {
         let json: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
         let Value::Object(map) = json else { return Err(ConfigError::Json("not an object".into())) };
-        let keys = Keys { map: &map, prefix: "" };
-        let family = family(&keys)?;
+        let whole = Keys { map: &map, prefix: "" };
+        let (family, wrapped) = family(&whole)?;
+        refuse_unsupported(&whole)?;
+        let merged = if wrapped { Some(text_config(&whole)?) } else { None };
+        let keys = match &merged {
+            Some(map) => Keys { map, prefix: "text_config." },
+            None => whole,
+        };
         refuse_unsupported(&keys)?;
-        let decoder = decoder(&keys, family)?;
+        let decoder = Decoder { wrapped, ..decoder(&keys, family)? };
         let max_position_embeddings = keys.size_or("max_position_embeddings", positions_default(family))?;
+        let rotated = rotated(&keys, family, decoder.head_dim)?;
         let config = Config {
             rms_norm_eps: keys.not_negative_or("rms_norm_eps", 1e-6)? as f32,
-            rope: Rope::parse(&keys, decoder.head_dim, max_position_embeddings)?,
+            norm_offset: if family == Family::Qwen35 { 1.0 } else { 0.0 },
+            rope: Rope::parse(&keys, rotated, max_position_embeddings)?,
             windows: windows(&keys, family, decoder.layers)?,
             eos_token_ids: eos(&keys)?,
             max_position_embeddings,
@@ -112,15 +124,19 @@ impl Config {
     }
 }
 
-fn family(keys: &Keys) -> Result<Family, ConfigError> {
-    const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM";
+/// The family, and whether the decoder is a part of a multi-modal model.
+fn family(keys: &Keys) -> Result<(Family, bool), ConfigError> {
+    const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3_5ForCausalLM, \
+                             Qwen3_5ForConditionalGeneration";
     let found = keys.get("architectures").cloned().unwrap_or(Value::Null);
     let name = found.as_array().and_then(|a| a.first()).and_then(Value::as_str);
     match name {
-        Some("LlamaForCausalLM") => Ok(Family::Llama),
-        Some("MistralForCausalLM") => Ok(Family::Mistral),
-        Some("Qwen2ForCausalLM") => Ok(Family::Qwen2),
-        Some("Qwen3ForCausalLM") => Ok(Family::Qwen3),
+        Some("LlamaForCausalLM") => Ok((Family::Llama, false)),
+        Some("MistralForCausalLM") => Ok((Family::Mistral, false)),
+        Some("Qwen2ForCausalLM") => Ok((Family::Qwen2, false)),
+        Some("Qwen3ForCausalLM") => Ok((Family::Qwen3, false)),
+        Some("Qwen3_5ForCausalLM") => Ok((Family::Qwen35, false)),
+        Some("Qwen3_5ForConditionalGeneration") => Ok((Family::Qwen35, true)),
         _ => Err(ConfigError::Unsupported {
             key: "architectures".into(),
             found: found.to_string(),
@@ -129,12 +145,54 @@ fn family(keys: &Keys) -> Result<Family, ConfigError> {
     }
 }
 
+/// The decoder's part of a multi-modal model's config. Whether the head is the embedding, and which tokens end an answer, may
+/// stand beside it.
+fn text_config(whole: &Keys) -> Result<Map<String, Value>, ConfigError> {
+    let Some(text) = whole.object("text_config", "text_config.")? else {
+        return whole.wrong("text_config", "an object");
+    };
+    let mut text = text.map.clone();
+    for key in ["tie_word_embeddings", "eos_token_id"] {
+        match (whole.get(key), text.get(key).filter(|value| !value.is_null())) {
+            (Some(beside), None) => {
+                text.insert(key.into(), beside.clone());
+            }
+            // What the whole model ties counts for transformers; the two do not differ where nobody has edited them.
+            (Some(beside), Some(inside)) if key == "tie_word_embeddings" && beside != inside => {
+                return whole.wrong(key, "the same as text_config.tie_word_embeddings");
+            }
+            _ => {}
+        }
+    }
+    Ok(text)
+}
+
+/// Elements of a head that rotate: a quarter of it in Qwen3.5 unless `partial_rotary_factor` says otherwise, in others all.
+fn rotated(keys: &Keys, family: Family, head_dim: usize) -> Result<usize, ConfigError> {
+    const KEY: &str = "partial_rotary_factor";
+    let rope = keys.object("rope_parameters", "rope_parameters.")?;
+    let inside = rope.as_ref().filter(|rope| rope.get(KEY).is_some());
+    let factor = match inside {
+        Some(rope) => rope.float(KEY)?,
+        None => keys.float_or(KEY, if family == Family::Qwen35 { 0.25 } else { 1.0 })?,
+    };
+    let of = inside.unwrap_or(keys);
+    if family != Family::Qwen35 && factor != 1.0 {
+        return of.wrong(KEY, "1 or absent");
+    }
+    let rotated = (head_dim as f64 * factor) as usize;
+    if factor > 1.0 || rotated == 0 || !rotated.is_multiple_of(2) {
+        return of.wrong(KEY, "a share of head_dim, 1 at most, of an even number of elements");
+    }
+    Ok(rotated)
+}
+
 /// What transformers assumes where the key is absent.
 fn positions_default(family: Family) -> usize {
     match family {
         Family::Llama => 2048,
         Family::Mistral => 131_072,
-        Family::Qwen2 | Family::Qwen3 => 32_768,
+        Family::Qwen2 | Family::Qwen3 | Family::Qwen35 => 32_768,
     }
 }
 
@@ -164,27 +222,32 @@ fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
     let attention_bias = match family {
         Family::Qwen2 => true,
         Family::Mistral => false,
-        Family::Llama | Family::Qwen3 => keys.flag("attention_bias")?,
+        Family::Llama | Family::Qwen3 | Family::Qwen35 => keys.flag("attention_bias")?,
     };
+    let layers = keys.size("num_hidden_layers")?;
+    // A length of lists that are made before any weight is looked at.
+    if layers > LAYERS_MAX {
+        return keys.wrong("num_hidden_layers", "at most 4096");
+    }
+    let head_dim = if family == Family::Qwen35 { 256 } else { hidden / heads };
     let decoder = Decoder {
         family,
-        layers: keys.size("num_hidden_layers")?,
+        layers,
         hidden,
         intermediate: keys.size("intermediate_size")?,
         heads,
         kv_heads: keys.size_or("num_key_value_heads", heads)?,
-        head_dim: keys.size_or("head_dim", hidden / heads)?,
+        head_dim: keys.size_or("head_dim", head_dim)?,
         vocab: keys.size("vocab_size")?,
         attention_bias,
         output_bias: attention_bias && family != Family::Qwen2,
         mlp_bias: family == Family::Llama && keys.flag("mlp_bias")?,
-        qk_norm: family == Family::Qwen3,
+        qk_norm: matches!(family, Family::Qwen3 | Family::Qwen35),
+        output_gate: family == Family::Qwen35,
+        delta_net: if family == Family::Qwen35 { delta_net(keys, layers)? } else { None },
+        wrapped: false,
         tied: keys.flag("tie_word_embeddings")?,
     };
-    // Both are lengths of lists that are made before any weight is looked at.
-    if decoder.layers > LAYERS_MAX {
-        return keys.wrong("num_hidden_layers", "at most 4096");
-    }
     if decoder.head_dim > HEAD_DIM_MAX {
         return keys.wrong("head_dim", "at most 65536");
     }
@@ -197,11 +260,54 @@ fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
     Ok(decoder)
 }
 
+/// The Gated DeltaNet layers of Qwen3.5: those that `layer_types` says, or all but every `full_attention_interval`-th.
+fn delta_net(keys: &Keys, layers: usize) -> Result<Option<DeltaNet>, ConfigError> {
+    if keys.get("attn_output_gate").is_some_and(|gate| *gate != Value::Bool(true)) {
+        return keys.wrong("attn_output_gate", "true or absent");
+    }
+    let interval = keys.size_or("full_attention_interval", 4)?;
+    let linear = |i: usize| (i + 1) % interval != 0;
+    let which: Vec<bool> = match layer_types(keys, layers)? {
+        Some(types) => types.iter().map(|kind| *kind == "linear_attention").collect(),
+        None => (0..layers).map(linear).collect(),
+    };
+    let delta = DeltaNet {
+        key_heads: keys.size_or("linear_num_key_heads", 16)?,
+        value_heads: keys.size_or("linear_num_value_heads", 32)?,
+        key_dim: keys.size_or("linear_key_head_dim", 128)?,
+        value_dim: keys.size_or("linear_value_head_dim", 128)?,
+        conv_width: keys.size_or("linear_conv_kernel_dim", 4)?,
+        layers: which,
+    };
+    if !delta.value_heads.is_multiple_of(delta.key_heads) {
+        return keys.wrong("linear_num_value_heads", "a multiple of linear_num_key_heads");
+    }
+    for (key, value) in [("linear_key_head_dim", delta.key_dim), ("linear_value_head_dim", delta.value_dim)] {
+        if value > DELTA_DIM_MAX {
+            return keys.wrong(key, "at most 256");
+        }
+    }
+    if delta.conv_width > CONV_WIDTH_MAX {
+        return keys.wrong("linear_conv_kernel_dim", "at most 16");
+    }
+    Ok(delta.layers.contains(&true).then_some(delta))
+}
+
+/// The words of `layer_types`, one for each layer, if it is there.
+fn layer_types<'a>(keys: &Keys<'a>, layers: usize) -> Result<Option<Vec<&'a str>>, ConfigError> {
+    let Some(types) = keys.get("layer_types") else { return Ok(None) };
+    let names = types.as_array().filter(|a| a.len() == layers);
+    match names.and_then(|names| names.iter().map(Value::as_str).collect::<Option<Vec<_>>>()) {
+        Some(names) => Ok(Some(names)),
+        None => keys.wrong("layer_types", "a list with one word per layer"),
+    }
+}
+
 /// Mistral slides everywhere; the others where `layer_types` says so, or from `max_window_layers` on.
 fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
     let slides = match family {
         Family::Mistral => true,
-        Family::Llama => false,
+        Family::Llama | Family::Qwen35 => false,
         Family::Qwen2 | Family::Qwen3 => keys.flag("use_sliding_window")?,
     };
     // Absent means transformers' default, null means none.
@@ -211,19 +317,21 @@ fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usiz
         Some(Value::Null) => None,
         Some(_) => Some(keys.size("sliding_window")?),
     };
-    let Some(types) = keys.get("layer_types") else {
+    let Some(names) = layer_types(keys, layers)? else {
         let first = if family == Family::Mistral { 0 } else { keys.count_or("max_window_layers", 28)? };
         return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
     };
-    let names = types.as_array().filter(|a| a.len() == layers);
-    let Some(names) = names else { return keys.wrong("layer_types", "a list with one entry per layer") };
-    let kind = |name: &Value| match name.as_str() {
-        Some("full_attention") => Ok(None),
-        Some("sliding_attention") => Ok(window),
-        _ => Err(ConfigError::Unsupported {
+    let kind = |name: &&str| match (*name, family) {
+        ("full_attention", _) | ("linear_attention", Family::Qwen35) => Ok(None),
+        ("sliding_attention", Family::Mistral | Family::Qwen2 | Family::Qwen3 | Family::Llama) => Ok(window),
+        (_, family) => Err(ConfigError::Unsupported {
             key: "layer_types".into(),
             found: name.to_string(),
-            supported: "full_attention, sliding_attention",
+            supported: if family == Family::Qwen35 {
+                "full_attention, linear_attention"
+            } else {
+                "full_attention, sliding_attention"
+            },
         }),
     };
     names.iter().map(kind).collect()

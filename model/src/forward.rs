@@ -9,7 +9,7 @@ use crate::recorded::Recorded;
 use compute::{Attention, Device, Dtype, LinearOutput, Past, TensorId};
 use std::collections::HashMap;
 use std::sync::Arc;
-use weight_map::HfTensor;
+use weight_map::{HfTensor, matrix_shape};
 
 /// Tokens that prefill runs at a time, so that its memory does not grow with the context.
 const PREFILL_CHUNK: usize = 512;
@@ -188,7 +188,7 @@ impl<D: Device> Model<D> {
         let tensors = config.decoder.tensors();
         assert_eq!(tensors.len(), weights.len(), "number of weights");
         for (tensor, weight) in tensors.iter().zip(&weights) {
-            assert_eq!(matrix_shape(tensor), device.shape(weight), "{}", tensor.name);
+            assert_eq!(matrix_shape(&tensor.shape), device.shape(weight), "{}", tensor.name);
         }
         let ids: HashMap<&str, TensorId> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
         let layers = (0..config.decoder.layers).map(|i| Layer::new(&config, &ids, i)).collect();
@@ -225,7 +225,7 @@ impl<D: Device> Model<D> {
     }
     /// (rows, cols) of every tensor, a vector being (1,n).
     pub fn shapes(&self) -> Vec<(usize, usize)> {
-        self.tensors.iter().map(matrix_shape).collect()
+        self.tensors.iter().map(|tensor| matrix_shape(&tensor.shape)).collect()
     }
     /// Longest sequence that can be run.
     pub fn positions(&self) -> usize {
@@ -469,14 +469,5 @@ impl Layer {
             down: linear("mlp.down_proj"),
             attention,
         }
-    }
-}
-
-/// (rows, cols); a vector is one row.
-fn matrix_shape(tensor: &HfTensor) -> (usize, usize) {
-    match tensor.shape[..] {
-        [n] => (1, n),
-        [m, n] => (m, n),
-        _ => unreachable!("a decoder has vectors and matrices"),
     }
 }

@@ -1,6 +1,6 @@
 //! Rotary position embedding and its scalings, as transformers computes them.
 //!
-//! d head_dim · f_i = theta^(-2i/d), i < d/2, inverse frequencies · angle of position p: p·f_i.
+//! d elements of a head that rotate · f_i = theta^(-2i/d), i < d/2, inverse frequencies · angle of position p: p·f_i.
 //! default: f · linear: f/factor · llama3: low frequencies divided, a smooth band between ·
 //! yarn (arXiv:2309.00071): blend of f and f/factor over a band, and a factor on cos and sin.
 
@@ -38,7 +38,7 @@ pub struct Rope {
     pub theta: f64,
     /// How they were scaled.
     pub scaling: Scaling,
-    /// Inverse frequencies, head_dim/2.
+    /// Inverse frequencies, d/2.
     pub frequencies: Vec<f32>,
     /// Factor on cos and sin, 1 except for yarn.
     pub attention_factor: f32,
@@ -48,7 +48,8 @@ impl Rope {
     /// From `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4). Where both stand,
     /// `rope_scaling` counts, and `original_max_position_embeddings` beside them counts before one
     /// inside: as transformers 5.23 reads them.
-    pub(crate) fn parse(keys: &Keys, head_dim: usize, max_positions: usize) -> Result<Rope, ConfigError> {
+    /// `rotated` elements of a head are paired.
+    pub(crate) fn parse(keys: &Keys, rotated: usize, max_positions: usize) -> Result<Rope, ConfigError> {
         let scaling = keys.object("rope_scaling", "rope_scaling.")?.filter(|p| !p.map.is_empty());
         let parameters = match scaling {
             Some(scaling) => Some(scaling),
@@ -62,11 +63,8 @@ impl Rope {
             Some(p) if p.get("rope_theta").is_some() => p.float("rope_theta")?,
             _ => keys.float_or("rope_theta", 10000.0)?,
         };
-        let base: Vec<f64> = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect();
+        let base: Vec<f64> = (0..rotated / 2).map(|i| theta.powf(-2.0 * i as f64 / rotated as f64)).collect();
         let Some(p) = parameters else { return Ok(Rope::new(theta, Scaling::Default, base, 1.0)) };
-        if p.get("partial_rotary_factor").is_some_and(|v| v.as_f64() != Some(1.0)) {
-            return p.wrong("partial_rotary_factor", "1 or absent");
-        }
         let kind = p.get("rope_type").or(p.get("type")).cloned().unwrap_or(Value::from("default"));
         match kind.as_str() {
             Some("default") => Ok(Rope::new(theta, Scaling::Default, base, 1.0)),
@@ -90,7 +88,7 @@ impl Rope {
         Rope { theta, scaling, frequencies, attention_factor: attention_factor as f32 }
     }
 
-    /// Rows first..first + n of the table (position, head_dim): cos of each frequency, then sin, both
+    /// Rows first..first + n of the table (position, d): cos of each frequency, then sin, both
     /// times the attention factor. The angle is an f32 product as in the reference.
     pub fn table(&self, first: usize, n: usize) -> Vec<f32> {
         let mut table = Vec::with_capacity(n * 2 * self.frequencies.len());

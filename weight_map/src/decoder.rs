@@ -1,8 +1,11 @@
 //! The tensors of a dense decoder as Hugging Face names them.
 //!
 //! Symbols: L layers, H hidden, I intermediate, V vocab, h heads, k kv_heads, d head_dim.
-//! Shapes: embed (V,H) · q (h·d,H) · k, v (k·d,H) · o (H,h·d) · gate, up (I,H) · down (H,I) ·
+//! Shapes: embed (V,H) · q (h·d,H), with an output gate (2·h·d,H) · k, v (k·d,H) · o (H,h·d) · gate, up (I,H) · down (H,I) ·
 //! layer norms (H,) · q_norm, k_norm (d,) · biases as long as their matrix has rows.
+//!
+//! Gated DeltaNet layers: K = key_heads·key_dim, V = value_heads·value_dim, vh value_heads, vd value_dim, w conv_width · in_proj_qkv (2K+V,H) ·
+//! in_proj_z (V,H) · in_proj_b, in_proj_a (vh,H) · conv1d (2K+V,1,w) · A_log, dt_bias (vh,) · norm (vd,) · out_proj (H,V).
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +21,37 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`.
     Qwen3,
+    /// `Qwen3_5ForCausalLM`, and the text part of `Qwen3_5ForConditionalGeneration`.
+    Qwen35,
+}
+
+/// Gated DeltaNet layers (Yang et al., arXiv:2412.06464): a recurrent state for each value head instead of keys and values.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeltaNet {
+    /// Heads of queries and keys, `linear_num_key_heads`.
+    pub key_heads: usize,
+    /// Heads of values, a multiple of it, `linear_num_value_heads`.
+    pub value_heads: usize,
+    /// Elements of a query or key head, `linear_key_head_dim`.
+    pub key_dim: usize,
+    /// Elements of a value head, `linear_value_head_dim`.
+    pub value_dim: usize,
+    /// Tokens that the causal convolution sees, `linear_conv_kernel_dim`.
+    pub conv_width: usize,
+    /// Which layers they are; the others have attention.
+    pub layers: Vec<bool>,
+}
+
+impl DeltaNet {
+    /// Queries, keys and values of one token: what the convolution mixes.
+    pub fn channels(&self) -> usize {
+        2 * self.key_heads * self.key_dim + self.values()
+    }
+
+    /// Values of one token.
+    pub fn values(&self) -> usize {
+        self.value_heads * self.value_dim
+    }
 }
 
 /// Everything that decides the names and shapes of a dense decoder's tensors.
@@ -47,6 +81,12 @@ pub struct Decoder {
     pub mlp_bias: bool,
     /// Whether queries and keys are normalised per head (Qwen3).
     pub qk_norm: bool,
+    /// Whether q_proj makes a gate for each element of attention's output besides (Qwen3.5).
+    pub output_gate: bool,
+    /// Gated DeltaNet layers, if there are any (Qwen3.5).
+    pub delta_net: Option<DeltaNet>,
+    /// Whether the files name the decoder `model.language_model`, as those of a multi-modal model do.
+    pub wrapped: bool,
     /// Whether the head is the embedding (`tie_word_embeddings`).
     pub tied: bool,
 }
@@ -64,6 +104,10 @@ pub enum Role {
     Norm,
     /// A linear layer's bias.
     Bias,
+    /// The weights of a causal convolution, (channels, 1, width).
+    Convolution,
+    /// The logarithm of a recurrent state's decay.
+    Decay,
 }
 
 /// One tensor of the model, as the files name it.
@@ -77,18 +121,42 @@ pub struct HfTensor {
     pub role: Role,
 }
 
+/// (rows, cols) of a tensor for who computes with it: a matrix as it is; anything else, a convolution too, is one row.
+pub fn matrix_shape(shape: &[usize]) -> (usize, usize) {
+    match *shape {
+        [m, n] => (m, n),
+        _ => (1, shape.iter().product()),
+    }
+}
+
 impl Decoder {
+    /// The decoder's module in the files.
+    pub fn module(&self) -> &'static str {
+        if self.wrapped { "model.language_model" } else { "model" }
+    }
+
+    /// Whether a layer is a Gated DeltaNet.
+    pub fn is_delta_net(&self, layer: usize) -> bool {
+        self.delta_net.as_ref().is_some_and(|delta| delta.layers[layer])
+    }
+
     /// The model's tensors in the order of its modules. A tied model has no `lm_head.weight`.
     pub fn tensors(&self) -> Vec<HfTensor> {
+        let module = self.module();
         let mut list = vec![HfTensor {
-            name: "model.embed_tokens.weight".into(),
+            name: format!("{module}.embed_tokens.weight"),
             shape: vec![self.vocab, self.hidden],
             role: Role::Embedding,
         }];
         for layer in 0..self.layers {
-            self.push_layer(&format!("model.layers.{layer}"), &mut list);
+            let name = format!("{module}.layers.{layer}");
+            match &self.delta_net {
+                Some(delta) if delta.layers[layer] => push_delta_net(&name, self.hidden, delta, &mut list),
+                _ => self.push_attention(&name, &mut list),
+            }
+            self.push_mlp(&name, &mut list);
         }
-        push_norm(&mut list, "model.norm".into(), self.hidden);
+        push_norm(&mut list, format!("{module}.norm"), self.hidden);
         if !self.tied {
             list.push(HfTensor {
                 name: "lm_head.weight".into(),
@@ -99,10 +167,11 @@ impl Decoder {
         list
     }
 
-    fn push_layer(&self, layer: &str, list: &mut Vec<HfTensor>) {
+    fn push_attention(&self, layer: &str, list: &mut Vec<HfTensor>) {
         let (queries, keys) = (self.heads * self.head_dim, self.kv_heads * self.head_dim);
+        let gated = if self.output_gate { 2 * queries } else { queries };
         for (name, rows, cols, bias) in [
-            ("self_attn.q_proj", queries, self.hidden, self.attention_bias),
+            ("self_attn.q_proj", gated, self.hidden, self.attention_bias),
             ("self_attn.k_proj", keys, self.hidden, self.attention_bias),
             ("self_attn.v_proj", keys, self.hidden, self.attention_bias),
             ("self_attn.o_proj", self.hidden, queries, self.output_bias),
@@ -113,6 +182,9 @@ impl Decoder {
             push_norm(list, format!("{layer}.self_attn.q_norm"), self.head_dim);
             push_norm(list, format!("{layer}.self_attn.k_norm"), self.head_dim);
         }
+    }
+
+    fn push_mlp(&self, layer: &str, list: &mut Vec<HfTensor>) {
         for (name, rows, cols) in [
             ("mlp.gate_proj", self.intermediate, self.hidden),
             ("mlp.up_proj", self.intermediate, self.hidden),
@@ -122,6 +194,26 @@ impl Decoder {
         }
         push_norm(list, format!("{layer}.input_layernorm"), self.hidden);
         push_norm(list, format!("{layer}.post_attention_layernorm"), self.hidden);
+    }
+}
+
+fn push_delta_net(layer: &str, hidden: usize, delta: &DeltaNet, list: &mut Vec<HfTensor>) {
+    let (channels, values, heads) = (delta.channels(), delta.values(), delta.value_heads);
+    let module = format!("{layer}.linear_attn");
+    let other =
+        |name: &str, shape: &[usize], role| HfTensor { name: format!("{module}.{name}"), shape: shape.to_vec(), role };
+    list.push(other("dt_bias", &[heads], Role::Bias));
+    list.push(other("A_log", &[heads], Role::Decay));
+    list.push(other("conv1d.weight", &[channels, 1, delta.conv_width], Role::Convolution));
+    push_norm(list, format!("{module}.norm"), delta.value_dim);
+    for (name, shape) in [
+        ("out_proj", [hidden, values]),
+        ("in_proj_qkv", [channels, hidden]),
+        ("in_proj_z", [values, hidden]),
+        ("in_proj_b", [heads, hidden]),
+        ("in_proj_a", [heads, hidden]),
+    ] {
+        push_linear(list, format!("{module}.{name}"), shape, false);
     }
 }
 

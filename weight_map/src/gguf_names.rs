@@ -67,6 +67,9 @@ mod tests {
             output_bias: true,
             mlp_bias: true,
             qk_norm: true,
+            output_gate: false,
+            delta_net: None,
+            wrapped: false,
             tied: false,
         };
         for tensor in decoder.tensors() {

@@ -23,10 +23,10 @@ mod map;
 mod names;
 mod row_order;
 
-pub use decoder::{Decoder, Family, HfTensor, Role};
+pub use decoder::{Decoder, DeltaNet, Family, HfTensor, Role, matrix_shape};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::Error;
 pub use gguf_names::{gguf_name, hf_name};
 pub use map::{Packing, ServerTensor, View, WeightMap, map};
-pub use names::{canonical_name, is_known_buffer};
+pub use names::{canonical_name, is_known_buffer, is_other_part};
 pub use row_order::RowOrder;

@@ -5,8 +5,8 @@
 //! then what is missing, then overlaps. Spans of whole server tensors are compared, not only those of
 //! views, so that the padding of a vocabulary cannot hide a neighbour.
 
-use crate::names::{canonical_name, default_parts, is_known_buffer};
-use crate::{Dtype, Error, HfTensor, Role, RowOrder};
+use crate::names::{canonical_name, default_parts, is_known_buffer, is_other_part};
+use crate::{Dtype, Error, HfTensor, Role, RowOrder, matrix_shape};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 
@@ -66,14 +66,14 @@ pub struct View {
 }
 
 impl View {
-    /// Rows of a matrix; 1 for a vector.
+    /// Rows of a matrix; 1 for anything else.
     pub fn rows(&self) -> usize {
-        if self.shape.len() < 2 { 1 } else { self.shape[0] }
+        matrix_shape(&self.shape).0
     }
 
-    /// Columns of a matrix; the length of a vector.
+    /// Columns of a matrix; the number of elements of anything else.
     pub fn cols(&self) -> usize {
-        self.shape.last().copied().unwrap_or(1)
+        matrix_shape(&self.shape).1
     }
 
     /// Number of elements.
@@ -131,7 +131,7 @@ impl WeightMap {
 /// `packing` says what merged tensors hold; for a merged tensor that it does not mention, the default
 /// order of vLLM and SGLang is assumed (q, k, v and gate, up). An embedding or head with more rows than
 /// the vocabulary, rounded up to a multiple of 64, is a padded one: its view covers the first rows. The
-/// head of a tied model may appear as an alias of the embedding.
+/// head of a tied model may appear as an alias of the embedding. Parts beside the decoder ([`is_other_part`]) get no view.
 ///
 /// # Errors
 /// Anything that does not fit exactly; see [`Error`].
@@ -152,7 +152,7 @@ pub fn map(expected: &[HfTensor], server: &[ServerTensor], packing: &[Packing]) 
             if let Some(first) = tied_head.replace(index) {
                 return Err(twice(HEAD, &server[first], tensor));
             }
-        } else if is_known_buffer(&name) {
+        } else if is_known_buffer(&name) || is_other_part(&name) {
             ignored[index] = true;
         } else {
             return Err(Error::Unmapped { name: tensor.name.clone(), shape: tensor.shape.clone() });
@@ -190,7 +190,8 @@ fn packing_by_name<'a>(packing: &'a [Packing], server: &[ServerTensor]) -> Resul
 struct Claims<'a> {
     expected: &'a [HfTensor],
     server: &'a [ServerTensor],
-    by_name: HashMap<&'a str, usize>,
+    /// By canonical name.
+    by_name: HashMap<String, usize>,
     views: Vec<Option<View>>,
 }
 
@@ -198,7 +199,7 @@ impl<'a> Claims<'a> {
     fn new(expected: &'a [HfTensor], server: &'a [ServerTensor]) -> Result<Self, Error> {
         let mut by_name = HashMap::with_capacity(expected.len());
         for (index, tensor) in expected.iter().enumerate() {
-            if by_name.insert(tensor.name.as_str(), index).is_some() {
+            if by_name.insert(canonical_name(&tensor.name), index).is_some() {
                 return Err(Error::ExpectedTwice { name: tensor.name.clone() });
             }
         }
@@ -206,7 +207,7 @@ impl<'a> Claims<'a> {
     }
 
     fn know_all(&self, parts: &[String]) -> bool {
-        parts.iter().all(|part| self.by_name.contains_key(part.as_str()))
+        parts.iter().all(|part| self.by_name.contains_key(part))
     }
 
     /// Claims a server tensor that is one tensor of the model, perhaps with padded rows.

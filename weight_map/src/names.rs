@@ -27,6 +27,12 @@ pub fn canonical_name(name: &str) -> String {
     }
 }
 
+/// Whether `name` belongs to a part of the model beside the decoder, which is left alone on purpose: a vision tower, or layers
+/// that predict several tokens ahead.
+pub fn is_other_part(name: &str) -> bool {
+    name.split('.').find(|module| !WRAPPERS.contains(module)).is_some_and(|module| ["visual", "mtp"].contains(&module))
+}
+
 /// Whether `name` is a tensor that servers hold and nobody trains: rotary tables (llama.cpp's
 /// `rope_freqs.weight` is one) and the scale buffers of an unquantized key-value cache.
 pub fn is_known_buffer(name: &str) -> bool {
@@ -45,8 +51,12 @@ pub fn is_known_buffer(name: &str) -> bool {
 
 /// The parts, in row order, of a merged tensor that vLLM or SGLang makes by default.
 pub(crate) fn default_parts(name: &str) -> Option<Vec<String>> {
-    const MERGED: [(&str, &[&str]); 2] =
-        [("qkv_proj", &["q_proj", "k_proj", "v_proj"]), ("gate_up_proj", &["gate_proj", "up_proj"])];
+    const MERGED: [(&str, &[&str]); 4] = [
+        ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
+        ("gate_up_proj", &["gate_proj", "up_proj"]),
+        ("in_proj_qkvz", &["in_proj_qkv", "in_proj_z"]),
+        ("in_proj_ba", &["in_proj_b", "in_proj_a"]),
+    ];
     let (module, kind) = name.rsplit_once('.')?;
     if kind != "weight" && kind != "bias" {
         return None;
@@ -81,6 +91,22 @@ mod tests {
     fn the_name_of_another_part_of_the_model_is_left_alone() {
         for name in ["visual.blocks.0.norm1.weight", "vision_tower.layers.0.mlp.up_proj.weight", "model", ""] {
             assert_eq!(canonical_name(name), name);
+        }
+    }
+
+    #[test]
+    fn parts_beside_the_decoder_are_told_by_their_module() {
+        for name in ["visual.blocks.0.norm1.weight", "model.visual.patch_embed.proj.weight", "mtp.fc.weight"] {
+            assert!(is_other_part(name), "{name}");
+        }
+        for name in [
+            "model.layers.0.visual.weight",
+            "visuals.x.weight",
+            "model",
+            "",
+            "vision_tower.layers.0.mlp.up_proj.weight",
+        ] {
+            assert!(!is_other_part(name), "{name}");
         }
     }
 

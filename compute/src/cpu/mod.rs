@@ -6,6 +6,8 @@
 
 mod attention;
 mod buffer;
+mod conv;
+mod delta;
 mod foreign;
 mod gemm;
 mod kernel;
@@ -20,8 +22,9 @@ pub use foreign::Weight;
 pub use stored::Stored;
 
 use crate::{
-    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
-    LinearOutput, Moments, NORM_FACTOR, NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, Past, Stream, Write,
+    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Columns, Convolution,
+    DeltaGrads, DeltaInputs, DeltaRule, Device, Dtype, Factors, Heads, Limiter, LinearOutput, Moments, NORM_FACTOR,
+    NORM_NEXT, NORM_PREVIOUS, NORM_UPDATE, Norm, Past, Stream, Write,
 };
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -198,8 +201,14 @@ impl Device for Cpu {
         x[..len].iter_mut().zip(&y[..len]).for_each(|(x, y)| *x += y);
     }
 
-    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, w: &Weight, eps: f32, rows: usize) {
-        pointwise::rms_norm(y, x, w, eps, rows);
+    fn copy_columns(&self, dst: &mut Buffer, to: Columns, src: &Buffer, from: Columns, columns: usize, rows: usize) {
+        for row in 0..rows {
+            let (to, from) = (row * to.of + to.first, row * from.of + from.first);
+            dst[to..to + columns].copy_from_slice(&src[from..from + columns]);
+        }
+    }
+    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, w: &Weight, norm: Norm, rows: usize) {
+        pointwise::rms_norm(y, x, w, norm, rows);
     }
     fn rms_norm_backward(
         &self,
@@ -208,22 +217,13 @@ impl Device for Cpu {
         dy: &Buffer,
         x: &Buffer,
         w: &Weight,
-        eps: f32,
+        norm: Norm,
         rows: usize,
     ) {
-        pointwise::rms_norm_backward(dx, dw, dy, x, w, eps, rows);
+        pointwise::rms_norm_backward(dx, dw, dy, x, w, norm, rows);
     }
-    fn rope(
-        &self,
-        x: &mut Buffer,
-        table: &Buffer,
-        position: &Vec<u32>,
-        t: usize,
-        heads: usize,
-        head_dim: usize,
-        inverse: bool,
-    ) {
-        pointwise::rope(x, table, position[0] as usize, t, heads, head_dim, inverse);
+    fn rope(&self, x: &mut Buffer, table: &Buffer, position: &Vec<u32>, t: usize, heads: Heads, inverse: bool) {
+        pointwise::rope(x, table, position[0] as usize, t, heads, inverse);
     }
     fn attention(
         &self,
@@ -260,6 +260,56 @@ impl Device for Cpu {
         len: usize,
     ) {
         pointwise::swiglu_backward(&mut dgate[..len], &mut dup[..len], &dh[..len], &gate[..len], &up[..len]);
+    }
+    fn sigmoid_gate(&self, h: &mut Buffer, x: &Buffer, gate: &Buffer, len: usize) {
+        pointwise::sigmoid_gate(&mut h[..len], &x[..len], &gate[..len]);
+    }
+    fn sigmoid_gate_backward(
+        &self,
+        dx: &mut Buffer,
+        dgate: &mut Buffer,
+        dh: &Buffer,
+        x: &Buffer,
+        gate: &Buffer,
+        len: usize,
+    ) {
+        pointwise::sigmoid_gate_backward(&mut dx[..len], &mut dgate[..len], &dh[..len], &x[..len], &gate[..len]);
+    }
+    fn causal_conv(&self, y: &mut Buffer, x: &Buffer, before: &Buffer, w: &Weight, t: usize, shape: Convolution) {
+        conv::causal_conv(y, x, before, w, t, shape);
+    }
+    fn causal_conv_backward(
+        &self,
+        dx: &mut Buffer,
+        dw: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        before: &Buffer,
+        w: &Weight,
+        t: usize,
+        shape: Convolution,
+    ) {
+        conv::causal_conv_backward(dx, dw, dy, x, before, w, t, shape);
+    }
+    fn delta_rule(
+        &self,
+        out: &mut Buffer,
+        next: Option<&mut Buffer>,
+        inputs: DeltaInputs<Cpu>,
+        t: usize,
+        shape: &DeltaRule,
+    ) {
+        delta::delta_rule(out, next.map(|next| &mut next[..]), &inputs, t, shape);
+    }
+    fn delta_rule_backward(
+        &self,
+        grads: DeltaGrads<Buffer>,
+        dout: &Buffer,
+        inputs: DeltaInputs<Cpu>,
+        t: usize,
+        shape: &DeltaRule,
+    ) {
+        delta::delta_rule_backward(grads, dout, &inputs, t, shape);
     }
     fn cross_entropy(&self, losses: &mut Buffer, logits: &mut Buffer, targets: &Vec<u32>, v: usize, scale: &Buffer) {
         pointwise::cross_entropy(losses, logits, targets, v, scale[0]);

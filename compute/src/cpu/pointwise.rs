@@ -5,7 +5,7 @@
 use super::Weight;
 use super::gemm::Shared;
 use super::simd::{self, multiversion};
-use crate::NO_TARGET;
+use crate::{Heads, NO_TARGET, Norm};
 use rayon::prelude::*;
 
 /// Rows or elements handled by one task where a single one is too little work.
@@ -18,14 +18,21 @@ fn vector(w: &Weight) -> Vec<f32> {
     values
 }
 
-/// y = x / rms(x) · w over `rows` rows; Zhang & Sennrich, "Root mean square layer normalization".
-pub fn rms_norm(y: &mut [f32], x: &[f32], w: &Weight, eps: f32, rows: usize) {
+/// The gain of a norm.
+fn gain(w: &Weight, norm: Norm) -> Vec<f32> {
+    let mut values = vector(w);
+    values.iter_mut().for_each(|w| *w += norm.offset);
+    values
+}
+
+/// y = x / rms(x) · (w + offset) over `rows` rows; Zhang & Sennrich, "Root mean square layer normalization".
+pub fn rms_norm(y: &mut [f32], x: &[f32], w: &Weight, norm: Norm, rows: usize) {
     let n = w.cols();
-    let w = vector(w);
+    let w = gain(w, norm);
     y[..rows * n].par_chunks_mut(n * ROWS_PER_TASK).zip(x[..rows * n].par_chunks(n * ROWS_PER_TASK)).for_each(
         |(y, x)| {
             for (y, x) in y.chunks_exact_mut(n).zip(x.chunks_exact(n)) {
-                norm_row(y, x, &w, eps);
+                norm_row(y, x, &w, norm.eps);
             }
         },
     );
@@ -40,14 +47,14 @@ multiversion! {
     }
 }
 
-/// With r = 1/rms: dx += r·(dy·w) - x·r³/n·Σ(dy·w·x); dw = Σ_rows dy·x·r.
-pub fn rms_norm_backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &Weight, eps: f32, rows: usize) {
+/// With r = 1/rms and w with its offset: dx += r·(dy·w) - x·r³/n·Σ(dy·w·x); dw = Σ_rows dy·x·r.
+pub fn rms_norm_backward(dx: &mut [f32], dw: &mut [f32], dy: &[f32], x: &[f32], w: &Weight, norm: Norm, rows: usize) {
     let n = w.cols();
-    let w = vector(w);
+    let w = gain(w, norm);
     let dw = &mut dw[..n];
     dw.fill(0.0);
     for ((dx, dy), x) in dx[..rows * n].chunks_exact_mut(n).zip(dy.chunks_exact(n)).zip(x.chunks_exact(n)) {
-        norm_row_backward(dx, dw, dy, x, &w, eps);
+        norm_row_backward(dx, dw, dy, x, &w, norm.eps);
     }
 }
 
@@ -64,13 +71,14 @@ multiversion! {
 }
 
 /// Rotary embedding in the rotate-half layout (Su et al., RoFormer, as Hugging Face stores it).
-pub fn rope(x: &mut [f32], table: &[f32], position: usize, t: usize, heads: usize, head_dim: usize, inverse: bool) {
-    let half = head_dim / 2;
-    x[..t * heads * head_dim].par_chunks_mut(heads * head_dim).enumerate().for_each(|(i, row)| {
-        let angles = &table[(position + i) * head_dim..][..head_dim];
+pub fn rope(x: &mut [f32], table: &[f32], position: usize, t: usize, heads: Heads, inverse: bool) {
+    let Heads { count, dim, rotated } = heads;
+    let half = rotated / 2;
+    x[..t * count * dim].par_chunks_mut(count * dim).enumerate().for_each(|(i, row)| {
+        let angles = &table[(position + i) * rotated..][..rotated];
         let (cos, sin) = angles.split_at(half);
-        for head in row.chunks_exact_mut(head_dim) {
-            let (a, b) = head.split_at_mut(half);
+        for head in row.chunks_exact_mut(dim) {
+            let (a, b) = head[..rotated].split_at_mut(half);
             for j in 0..half {
                 let s = if inverse { -sin[j] } else { sin[j] };
                 (a[j], b[j]) = (a[j] * cos[j] - b[j] * s, b[j] * cos[j] + a[j] * s);
@@ -88,7 +96,7 @@ pub fn swiglu(h: &mut [f32], gate: &[f32], up: &[f32]) {
 }
 
 multiversion! {
-    fn swiglu_piece(h: &mut [f32], gate: &[f32], up: &[f32]) {
+    pub(super) fn swiglu_piece(h: &mut [f32], gate: &[f32], up: &[f32]) {
         for ((h, &gate), &up) in h.iter_mut().zip(gate).zip(up) {
             *h = gate * sigmoid(gate) * up;
         }
@@ -111,6 +119,36 @@ multiversion! {
             let s = sigmoid(gate);
             *dup = dh * gate * s;
             *dgate = dh * up * s * (1.0 + gate * (1.0 - s));
+        }
+    }
+}
+
+multiversion! {
+    /// Gradients dy of silu(p) become those of p, in its place.
+    pub(super) fn silu_slope(p: &mut [f32], dy: &[f32]) {
+        for (p, &dy) in p.iter_mut().zip(dy) {
+            let s = sigmoid(*p);
+            *p = dy * s * (1.0 + *p * (1.0 - s));
+        }
+    }
+}
+
+multiversion! {
+    /// h = x·σ(gate).
+    pub fn sigmoid_gate(h: &mut [f32], x: &[f32], gate: &[f32]) {
+        for ((h, &x), &gate) in h.iter_mut().zip(x).zip(gate) {
+            *h = x * sigmoid(gate);
+        }
+    }
+}
+
+multiversion! {
+    /// dx = dh·σ(g); dgate = dh·x·σ(g)·(1 - σ(g)).
+    pub fn sigmoid_gate_backward(dx: &mut [f32], dgate: &mut [f32], dh: &[f32], x: &[f32], gate: &[f32]) {
+        for ((((dx, dgate), &dh), &x), &gate) in dx.iter_mut().zip(dgate).zip(dh).zip(x).zip(gate) {
+            let s = sigmoid(gate);
+            *dx = dh * s;
+            *dgate = dh * x * s * (1.0 - s);
         }
     }
 }

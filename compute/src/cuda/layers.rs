@@ -2,7 +2,7 @@
 
 use super::launch::Launch;
 use super::{Buffer, Cuda, Ids, Weight};
-use crate::{Device, Dtype, Factors};
+use crate::{Columns, Device, Dtype, Factors, Heads, Norm};
 
 /// Threads of a block, in every kernel here that does not say otherwise.
 const THREADS: usize = 256;
@@ -125,7 +125,7 @@ fn norm_launch(kernel: &str, w: &Weight, rows: usize) -> (String, usize) {
 }
 
 /// See [`crate::Device::rms_norm`].
-pub(super) fn rms_norm(cuda: &Cuda, y: &mut Buffer, x: &Buffer, w: &Weight, eps: f32, rows: usize) {
+pub(super) fn rms_norm(cuda: &Cuda, y: &mut Buffer, x: &Buffer, w: &Weight, norm: Norm, rows: usize) {
     assert_room(&[(y, rows * w.cols()), (x, rows * w.cols())]);
     let (kernel, blocks) = norm_launch("rms_norm", w, rows);
     Launch::new(&kernel)
@@ -134,7 +134,8 @@ pub(super) fn rms_norm(cuda: &Cuda, y: &mut Buffer, x: &Buffer, w: &Weight, eps:
         .arg(y.ptr())
         .arg(x.ptr())
         .arg(w.ptr())
-        .arg(eps)
+        .arg(norm.eps)
+        .arg(norm.offset)
         .arg(w.cols() as u32)
         .arg(rows as u32)
         .run(cuda);
@@ -149,7 +150,7 @@ pub(super) fn rms_norm_backward(
     dy: &Buffer,
     x: &Buffer,
     w: &Weight,
-    eps: f32,
+    norm: Norm,
     rows: usize,
 ) {
     let n = w.cols();
@@ -164,7 +165,8 @@ pub(super) fn rms_norm_backward(
         .arg(dy.ptr())
         .arg(x.ptr())
         .arg(w.ptr())
-        .arg(eps)
+        .arg(norm.eps)
+        .arg(norm.offset)
         .arg(n as u32)
         .arg(rows as u32)
         .run(cuda);
@@ -181,30 +183,81 @@ pub(super) fn rms_norm_backward(
 }
 
 /// See [`crate::Device::rope`].
-#[allow(clippy::too_many_arguments)]
-pub(super) fn rope(
-    cuda: &Cuda,
-    x: &mut Buffer,
-    table: &Buffer,
-    position: &Ids,
-    t: usize,
-    heads: usize,
-    head_dim: usize,
-    inverse: bool,
-) {
-    assert_room(&[(x, t * heads * head_dim), (table, head_dim)]);
+pub(super) fn rope(cuda: &Cuda, x: &mut Buffer, table: &Buffer, position: &Ids, t: usize, heads: Heads, inverse: bool) {
+    let Heads { count, dim, rotated } = heads;
+    assert_room(&[(x, t * count * dim), (table, rotated)]);
     assert!(position.len() > 0, "the first position is one element");
     Launch::new("rope")
-        .grid((t * heads * (head_dim / 2)).div_ceil(THREADS), 1, 1)
+        .grid((t * count * (rotated / 2)).div_ceil(THREADS), 1, 1)
         .block(THREADS)
         .arg(x.ptr())
         .arg(table.ptr())
         .arg(position.ptr())
         .arg(t as u32)
-        .arg(heads as u32)
-        .arg(head_dim as u32)
-        .arg((table.len() / head_dim) as u32)
+        .arg(count as u32)
+        .arg(dim as u32)
+        .arg(rotated as u32)
+        .arg((table.len() / rotated) as u32)
         .arg(if inverse { -1f32 } else { 1f32 })
+        .run(cuda);
+}
+
+/// See [`crate::Device::copy_columns`].
+pub(super) fn copy_columns(
+    cuda: &Cuda,
+    dst: &mut Buffer,
+    to: Columns,
+    src: &Buffer,
+    from: Columns,
+    columns: usize,
+    rows: usize,
+) {
+    let Some(before) = rows.checked_sub(1).filter(|_| columns > 0) else { return };
+    Launch::new("copy_columns")
+        .grid((rows * columns).div_ceil(THREADS), 1, 1)
+        .block(THREADS)
+        .arg(dst.range(to.first, before * to.of + columns))
+        .arg(to.of as u32)
+        .arg(src.range(from.first, before * from.of + columns))
+        .arg(from.of as u32)
+        .arg(columns as u32)
+        .arg((rows * columns) as u64)
+        .run(cuda);
+}
+
+/// See [`crate::Device::sigmoid_gate`].
+pub(super) fn sigmoid_gate(cuda: &Cuda, h: &mut Buffer, x: &Buffer, gate: &Buffer, len: usize) {
+    assert_room(&[(h, len), (x, len), (gate, len)]);
+    Launch::new("sigmoid_gate")
+        .grid(len.div_ceil(THREADS), 1, 1)
+        .block(THREADS)
+        .arg(h.ptr())
+        .arg(x.ptr())
+        .arg(gate.ptr())
+        .arg(len as u64)
+        .run(cuda);
+}
+
+/// See [`crate::Device::sigmoid_gate_backward`].
+pub(super) fn sigmoid_gate_backward(
+    cuda: &Cuda,
+    dx: &mut Buffer,
+    dgate: &mut Buffer,
+    dh: &Buffer,
+    x: &Buffer,
+    gate: &Buffer,
+    len: usize,
+) {
+    assert_room(&[(dx, len), (dgate, len), (dh, len), (x, len), (gate, len)]);
+    Launch::new("sigmoid_gate_backward")
+        .grid(len.div_ceil(THREADS), 1, 1)
+        .block(THREADS)
+        .arg(dx.ptr())
+        .arg(dgate.ptr())
+        .arg(dh.ptr())
+        .arg(x.ptr())
+        .arg(gate.ptr())
+        .arg(len as u64)
         .run(cuda);
 }
 

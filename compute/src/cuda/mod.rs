@@ -9,6 +9,8 @@
 
 mod attention;
 mod blas;
+mod conv;
+mod delta;
 mod driver;
 mod graph;
 mod hash;
@@ -26,8 +28,9 @@ pub use hash::ReadAhead;
 pub use weight::Weight;
 
 use crate::{
-    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Device, Dtype, Factors, Limiter,
-    LinearOutput, Moments, Past, Stream as RandomStream, Write,
+    AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Columns, Convolution,
+    DeltaGrads, DeltaInputs, DeltaRule, Device, Dtype, Factors, Heads, Limiter, LinearOutput, Moments, Norm, Past,
+    Stream as RandomStream, Write,
 };
 use cudarc::driver::{result, sys};
 use driver::{Context, Module, check};
@@ -389,8 +392,11 @@ impl Device for Cuda {
         layers::add(self, x, y, len);
     }
 
-    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, w: &Weight, eps: f32, rows: usize) {
-        layers::rms_norm(self, y, x, w, eps, rows);
+    fn copy_columns(&self, dst: &mut Buffer, to: Columns, src: &Buffer, from: Columns, columns: usize, rows: usize) {
+        layers::copy_columns(self, dst, to, src, from, columns, rows);
+    }
+    fn rms_norm(&self, y: &mut Buffer, x: &Buffer, w: &Weight, norm: Norm, rows: usize) {
+        layers::rms_norm(self, y, x, w, norm, rows);
     }
     fn rms_norm_backward(
         &self,
@@ -399,22 +405,13 @@ impl Device for Cuda {
         dy: &Buffer,
         x: &Buffer,
         w: &Weight,
-        eps: f32,
+        norm: Norm,
         rows: usize,
     ) {
-        layers::rms_norm_backward(self, dx, dw, dy, x, w, eps, rows);
+        layers::rms_norm_backward(self, dx, dw, dy, x, w, norm, rows);
     }
-    fn rope(
-        &self,
-        x: &mut Buffer,
-        table: &Buffer,
-        position: &Ids,
-        t: usize,
-        heads: usize,
-        head_dim: usize,
-        inverse: bool,
-    ) {
-        layers::rope(self, x, table, position, t, heads, head_dim, inverse);
+    fn rope(&self, x: &mut Buffer, table: &Buffer, position: &Ids, t: usize, heads: Heads, inverse: bool) {
+        layers::rope(self, x, table, position, t, heads, inverse);
     }
     fn attention(
         &self,
@@ -451,6 +448,56 @@ impl Device for Cuda {
         len: usize,
     ) {
         layers::swiglu_backward(self, dgate, dup, dh, gate, up, len);
+    }
+    fn sigmoid_gate(&self, h: &mut Buffer, x: &Buffer, gate: &Buffer, len: usize) {
+        layers::sigmoid_gate(self, h, x, gate, len);
+    }
+    fn sigmoid_gate_backward(
+        &self,
+        dx: &mut Buffer,
+        dgate: &mut Buffer,
+        dh: &Buffer,
+        x: &Buffer,
+        gate: &Buffer,
+        len: usize,
+    ) {
+        layers::sigmoid_gate_backward(self, dx, dgate, dh, x, gate, len);
+    }
+    fn causal_conv(&self, y: &mut Buffer, x: &Buffer, before: &Buffer, w: &Weight, t: usize, shape: Convolution) {
+        conv::causal_conv(self, y, x, before, w, t, shape);
+    }
+    fn causal_conv_backward(
+        &self,
+        dx: &mut Buffer,
+        dw: &mut Buffer,
+        dy: &Buffer,
+        x: &Buffer,
+        before: &Buffer,
+        w: &Weight,
+        t: usize,
+        shape: Convolution,
+    ) {
+        conv::causal_conv_backward(self, dx, dw, dy, x, before, w, t, shape);
+    }
+    fn delta_rule(
+        &self,
+        out: &mut Buffer,
+        next: Option<&mut Buffer>,
+        inputs: DeltaInputs<Cuda>,
+        t: usize,
+        shape: &DeltaRule,
+    ) {
+        delta::delta_rule(self, out, next, &inputs, t, shape);
+    }
+    fn delta_rule_backward(
+        &self,
+        grads: DeltaGrads<Buffer>,
+        dout: &Buffer,
+        inputs: DeltaInputs<Cuda>,
+        t: usize,
+        shape: &DeltaRule,
+    ) {
+        delta::delta_rule_backward(self, grads, dout, &inputs, t, shape);
     }
     fn cross_entropy(&self, losses: &mut Buffer, logits: &mut Buffer, targets: &Ids, v: usize, scale: &Buffer) {
         layers::cross_entropy(self, losses, logits, targets, v, scale);

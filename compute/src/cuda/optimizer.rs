@@ -88,7 +88,7 @@ struct AdamRow {
 }
 
 /// As tasks.cuh numbers them.
-fn dtype_number(dtype: Dtype) -> u32 {
+pub(super) fn dtype_number(dtype: Dtype) -> u32 {
     match dtype {
         Dtype::F32 => 0,
         Dtype::F16 => 1,

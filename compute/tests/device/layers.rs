@@ -3,7 +3,7 @@
 use crate::machine::{Machine, on_every_device};
 use crate::random::{DTYPES, F32, Random, assert_close, wide};
 use crate::reference;
-use compute::Dtype;
+use compute::{Columns, Dtype, Heads, Norm};
 use std::sync::Arc;
 
 on_every_device! {
@@ -14,6 +14,8 @@ on_every_device! {
     rope_of_padding_beyond_the_table_leaves_the_other_rows_alone,
     swiglu_and_its_backward_agree_with_the_definition,
     swiglu_stays_finite_where_the_exponential_does_not,
+    sigmoid_gate_and_its_backward_agree_with_the_definition,
+    copy_columns_touches_the_elements_it_names,
     embed_copies_the_rows_of_the_tokens,
     one_hot_rows_have_a_one_at_their_token,
     scatter_add_rows_adds_every_occurrence,
@@ -34,7 +36,9 @@ fn rms_norm_divides_rows_by_their_root_mean_square<D: Machine>(device: &Arc<D>) 
             // Rows of very different sizes; in the smallest, eps is most of the sum.
             let x: Vec<f32> = (0..rows * n).map(|i| r.normal() * 10f32.powi((i / n) as i32 % 7 - 4)).collect();
             let mut y = device.poisoned(rows * n + 1);
-            device.rms_norm(&mut y, &device.upload(&x), &w, 1e-6, rows);
+            let norm = Norm { eps: 1e-6, offset: [0.0, 1.0][rows % 2] };
+            let w64: Vec<f64> = w64.iter().map(|w| w + norm.offset as f64).collect();
+            device.rms_norm(&mut y, &device.upload(&x), &w, norm, rows);
             let y = device.download(&y);
             // Row by row, so that no row hides behind the size of another.
             for (row, want) in reference::rms_norm(&wide(&x), &w64, 1e-6f32 as f64).chunks(n).enumerate() {
@@ -54,8 +58,10 @@ fn rms_norm_backward_agrees_with_finite_differences<D: Machine>(device: &Arc<D>)
             let (x, dy, before) = (r.normals(rows * n), r.normals(rows * n), r.normals(rows * n));
             // A large eps, so that a formula that forgets it is seen.
             let eps = 0.25f32;
+            let norm = Norm { eps, offset: [0.0, 1.0][n % 2] };
+            let w64: Vec<f64> = w64.iter().map(|w| w + norm.offset as f64).collect();
             let (mut dx, mut dw) = (device.upload(&before), device.poisoned(n));
-            device.rms_norm_backward(&mut dx, &mut dw, &device.upload(&dy), &device.upload(&x), &w, eps, rows);
+            device.rms_norm_backward(&mut dx, &mut dw, &device.upload(&dy), &device.upload(&x), &w, norm, rows);
             let (x64, dy64) = (wide(&x), wide(&dy));
             let loss = |x: &[f64], w: &[f64]| reference::dot(&reference::rms_norm(x, w, eps as f64), &dy64);
             let all: Vec<usize> = (0..rows * n).collect();
@@ -77,7 +83,9 @@ fn rms_norm_backward_of_many_rows_agrees_with_the_formula<D: Machine>(device: &A
             let (w, w64) = r.weight(device, dtype, 1, n, 1.0);
             let (x, dy, before) = (r.normals(rows * n), r.normals(rows * n), r.normals(rows * n));
             let (mut dx, mut dw) = (device.upload(&before), device.poisoned(n));
-            device.rms_norm_backward(&mut dx, &mut dw, &device.upload(&dy), &device.upload(&x), &w, 1e-5, rows);
+            let norm = Norm { eps: 1e-5, offset: [0.0, 1.0][rows % 2] };
+            let w64: Vec<f64> = w64.iter().map(|w| w + norm.offset as f64).collect();
+            device.rms_norm_backward(&mut dx, &mut dw, &device.upload(&dy), &device.upload(&x), &w, norm, rows);
             let (x, dy, mut want_dx, mut want_dw) = (wide(&x), wide(&dy), wide(&before), vec![0.0; n]);
             for row in 0..rows {
                 let (x, dy) = (&x[row * n..][..n], &dy[row * n..][..n]);
@@ -96,20 +104,29 @@ fn rms_norm_backward_of_many_rows_agrees_with_the_formula<D: Machine>(device: &A
 
 fn rope_rotates_pairs_by_their_position_and_the_inverse_undoes_it<D: Machine>(device: &Arc<D>) {
     let mut r = Random::new("rope");
-    for (t, heads, d, position) in [(1, 1, 2, 0), (5, 3, 6, 0), (7, 2, 10, 11), (40, 4, 16, 25), (3, 5, 128, 9)] {
-        let table = device.upload(&reference::rope_table(position + t, d, 10_000.0));
+    for (t, count, dim, rotated, position) in [
+        (1, 1, 2, 2, 0),
+        (5, 3, 6, 6, 0),
+        (7, 2, 10, 10, 11),
+        (7, 2, 11, 4, 3),
+        (40, 4, 16, 16, 25),
+        (3, 5, 128, 128, 9),
+        (3, 5, 128, 32, 9),
+    ] {
+        let heads = Heads { count, dim, rotated };
+        let table = device.upload(&reference::rope_table(position + t, rotated, 10_000.0));
         let at = device.ids(&[position as u32]);
-        let x = r.normals(t * heads * d);
+        let x = r.normals(t * count * dim);
         let mut y = device.upload(&x);
-        device.rope(&mut y, &table, &at, t, heads, d, false);
-        let want = reference::rope(&wide(&x), position, heads, d, 10_000.0, false);
-        assert_close(&device.download(&y), &want, F32, &format!("({t},{heads},{d}) at {position}"));
-        device.rope(&mut y, &table, &at, t, heads, d, true);
-        assert_close(&device.download(&y), &wide(&x), F32, &format!("inverse ({t},{heads},{d}) at {position}"));
+        device.rope(&mut y, &table, &at, t, heads, false);
+        let want = reference::rope(&wide(&x), position, heads, 10_000.0, false);
+        assert_close(&device.download(&y), &want, F32, &format!("({t}) {heads:?} at {position}"));
+        device.rope(&mut y, &table, &at, t, heads, true);
+        assert_close(&device.download(&y), &wide(&x), F32, &format!("inverse ({t}) {heads:?} at {position}"));
         let mut back = device.upload(&x);
-        device.rope(&mut back, &table, &at, t, heads, d, true);
-        let want = reference::rope(&wide(&x), position, heads, d, 10_000.0, true);
-        assert_close(&device.download(&back), &want, F32, &format!("backward ({t},{heads},{d}) at {position}"));
+        device.rope(&mut back, &table, &at, t, heads, true);
+        let want = reference::rope(&wide(&x), position, heads, 10_000.0, true);
+        assert_close(&device.download(&back), &want, F32, &format!("backward ({t}) {heads:?} at {position}"));
     }
 }
 
@@ -119,14 +136,15 @@ fn rope_of_padding_beyond_the_table_leaves_the_other_rows_alone<D: Machine>(devi
         return;
     }
     let mut r = Random::new("rope padding");
-    let (t, rows, heads, d, position) = (5, 8, 2, 6, 7);
+    let (t, rows, d, position) = (5, 8, 6, 7);
+    let heads = Heads { count: 2, dim: d, rotated: d };
     // The table ends where the rows that count do.
     let table = device.upload(&reference::rope_table(position + t, d, 10_000.0));
-    let x = r.normals(rows * heads * d);
+    let x = r.normals(rows * heads.count * d);
     let mut y = device.upload(&x);
-    device.rope(&mut y, &table, &device.ids(&[position as u32]), rows, heads, d, false);
-    let (y, want) = (device.download(&y), reference::rope(&wide(&x), position, heads, d, 10_000.0, false));
-    let count = t * heads * d;
+    device.rope(&mut y, &table, &device.ids(&[position as u32]), rows, heads, false);
+    let (y, want) = (device.download(&y), reference::rope(&wide(&x), position, heads, 10_000.0, false));
+    let count = t * heads.count * d;
     assert_close(&y[..count], &want[..count], F32, "rows in the table");
     assert!(y.iter().all(|v| v.is_finite()), "padding is not finite: {y:?}");
 }
@@ -162,6 +180,48 @@ fn swiglu_stays_finite_where_the_exponential_does_not<D: Machine>(device: &Arc<D
     for (i, want) in [0.0, 0.0, 0.0, 90.0, 1e4].into_iter().enumerate() {
         assert!((h[i] - want).abs() < 1e-30 && (dup[i] - want).abs() < 1e-30, "{h:?} {dup:?}");
         assert_eq!(dgate[i].round(), if values[i] > 0.0 { 1.0 } else { 0.0 }, "{dgate:?}");
+    }
+}
+
+fn sigmoid_gate_and_its_backward_agree_with_the_definition<D: Machine>(device: &Arc<D>) {
+    let mut r = Random::new("sigmoid_gate");
+    for len in [1, 15, 3001] {
+        let gate: Vec<f32> = (0..len).map(|_| 4.0 * r.normal()).collect();
+        let (x, dh) = (r.normals(len), r.normals(len));
+        let (on_gate, on_x, on_dh) = (device.upload(&gate), device.upload(&x), device.upload(&dh));
+        let [mut h, mut dx, mut dgate] = [(); 3].map(|()| device.poisoned(len + 1));
+        device.sigmoid_gate(&mut h, &on_x, &on_gate, len);
+        device.sigmoid_gate_backward(&mut dx, &mut dgate, &on_dh, &on_x, &on_gate, len);
+        let [h, dx, dgate] = [h, dx, dgate].map(|x| device.download(&x));
+        assert!(h[len].is_nan() && dx[len].is_nan() && dgate[len].is_nan(), "wrote beyond {len}");
+        let (gate, x, dh) = (wide(&gate), wide(&x), wide(&dh));
+        let sigmoid = |g: f64| 1.0 / (1.0 + (-g).exp());
+        let each = |f: &dyn Fn(usize) -> f64| (0..len).map(f).collect::<Vec<_>>();
+        assert_close(&h[..len], &each(&|i| x[i] * sigmoid(gate[i])), F32, "h");
+        assert_close(&dx[..len], &each(&|i| dh[i] * sigmoid(gate[i])), F32, "dx");
+        let step = 1e-5;
+        let slope = |g: f64| (sigmoid(g + step) - sigmoid(g - step)) / (2.0 * step);
+        assert_close(&dgate[..len], &each(&|i| dh[i] * x[i] * slope(gate[i])), F32, "dgate");
+    }
+}
+
+fn copy_columns_touches_the_elements_it_names<D: Machine>(device: &Arc<D>) {
+    let mut r = Random::new("copy_columns");
+    for (rows, columns, to, from) in [
+        (1, 1, Columns { first: 0, of: 1 }, Columns { first: 0, of: 1 }),
+        (5, 3, Columns { first: 2, of: 7 }, Columns { first: 1, of: 4 }),
+        (300, 24, Columns { first: 24, of: 48 }, Columns { first: 0, of: 24 }),
+        (0, 3, Columns { first: 2, of: 7 }, Columns { first: 1, of: 4 }),
+    ] {
+        let (before, src) = (r.normals((rows + 1) * to.of), r.normals((rows + 1) * from.of));
+        let mut dst = device.upload(&before);
+        device.copy_columns(&mut dst, to, &device.upload(&src), from, columns, rows);
+        let mut want = before.to_vec();
+        for row in 0..rows {
+            let src = &src[row * from.of + from.first..][..columns];
+            want[row * to.of + to.first..][..columns].copy_from_slice(src);
+        }
+        assert!(device.download(&dst) == want, "{rows} rows, {columns} columns from {from:?} to {to:?}");
     }
 }
 

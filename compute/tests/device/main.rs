@@ -4,6 +4,7 @@
 //! Inputs are random; a failing test prints its seed, and `TEST_SEED=n cargo test` repeats it.
 
 mod attention;
+mod delta;
 mod foreign;
 mod layers;
 mod linear;

@@ -3,7 +3,7 @@
 //! Shapes as in `compute::Device`. Backward formulas are not repeated here where finite differences
 //! of the forward ([`gradient`]) can stand for them.
 
-use compute::Attention;
+use compute::{Attention, Convolution, DeltaRule, Heads};
 
 /// y (t,m) = x (t,n) Wᵀ + b.
 pub fn linear(x: &[f64], w: &[f64], b: Option<&[f64]>, t: usize, m: usize, n: usize) -> Vec<f64> {
@@ -53,11 +53,11 @@ pub fn rms_norm(x: &[f64], w: &[f64], eps: f64) -> Vec<f64> {
         .collect()
 }
 
-/// Rotation of the pair (i, i + d/2) of a head by position · base^(-2i/d), as a complex product.
-pub fn rope(x: &[f64], position: usize, heads: usize, d: usize, base: f64, inverse: bool) -> Vec<f64> {
-    let mut y = x.to_vec();
-    for (row, y) in y.chunks_mut(heads * d).enumerate() {
-        for head in y.chunks_mut(d) {
+/// Rotation of the pair (i, i + d/2) of a head, d what rotates of it, by position · base^(-2i/d), as a complex product.
+pub fn rope(x: &[f64], position: usize, heads: Heads, base: f64, inverse: bool) -> Vec<f64> {
+    let (mut y, d) = (x.to_vec(), heads.rotated);
+    for (row, y) in y.chunks_mut(heads.count * heads.dim).enumerate() {
+        for head in y.chunks_mut(heads.dim) {
             for i in 0..d / 2 {
                 let angle = (position + row) as f64 * base.powf(-2.0 * i as f64 / d as f64);
                 let (sin, cos) = (if inverse { -angle } else { angle }).sin_cos();
@@ -133,6 +133,58 @@ pub fn attention(
 
 pub fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
+}
+
+/// y (t,C) = silu of the causal convolution of x with w (C,K), with `before` (K-1,C) before it.
+pub fn causal_conv(x: &[f64], before: &[f64], w: &[f64], shape: Convolution) -> Vec<f64> {
+    let Convolution { channels, width } = shape;
+    let all = [before, x].concat();
+    let t = x.len() / channels;
+    let sum = |i: usize, c: usize| -> f64 { (0..width).map(|j| w[c * width + j] * all[(i + j) * channels + c]).sum() };
+    (0..t).flat_map(|i| (0..channels).map(move |c| (i, c))).map(|(i, c)| silu(sum(i, c))).collect()
+}
+
+/// What the gated delta rule is given, as in `compute::DeltaInputs`.
+#[derive(Clone)]
+pub struct Delta {
+    pub mixed: Vec<f64>,
+    pub a: Vec<f64>,
+    pub b: Vec<f64>,
+    pub a_log: Vec<f64>,
+    pub dt_bias: Vec<f64>,
+    pub state: Vec<f64>,
+}
+
+/// (out, state after): S = S·(I - β k kᵀ)·α + β v kᵀ, token by token (arXiv:2412.06464, equation 10), S stored transposed.
+pub fn delta_rule(inputs: &Delta, shape: &DeltaRule) -> (Vec<f64>, Vec<f64>) {
+    let DeltaRule { key_heads, value_heads, key_dim, value_dim } = *shape;
+    let t = inputs.a.len() / value_heads;
+    let unit = |x: &[f64]| {
+        let length = (x.iter().map(|v| v * v).sum::<f64>() + 1e-6f32 as f64).sqrt();
+        x.iter().map(|v| v / length).collect::<Vec<f64>>()
+    };
+    let (mut out, mut state) = (vec![0.0; t * value_heads * value_dim], inputs.state.clone());
+    for i in 0..t {
+        let mixed = &inputs.mixed[i * shape.channels()..][..shape.channels()];
+        for h in 0..value_heads {
+            let of = h / (value_heads / key_heads) * key_dim;
+            let (q, k) = (unit(&mixed[of..][..key_dim]), unit(&mixed[key_heads * key_dim + of..][..key_dim]));
+            let v = &mixed[2 * key_heads * key_dim + h * value_dim..][..value_dim];
+            let x = inputs.a[i * value_heads + h] + inputs.dt_bias[h];
+            let alpha = (-inputs.a_log[h].exp() * (1.0 + x.exp()).ln()).exp();
+            let beta = 1.0 / (1.0 + (-inputs.b[i * value_heads + h]).exp());
+            let s = &mut state[h * key_dim * value_dim..][..key_dim * value_dim];
+            for j in 0..value_dim {
+                let read: f64 = (0..key_dim).map(|r| alpha * s[r * value_dim + j] * k[r]).sum();
+                for r in 0..key_dim {
+                    s[r * value_dim + j] = alpha * s[r * value_dim + j] + beta * k[r] * (v[j] - read);
+                }
+                let sum: f64 = (0..key_dim).map(|r| s[r * value_dim + j] * q[r]).sum();
+                out[(i * value_heads + h) * value_dim + j] = sum / (key_dim as f64).sqrt();
+            }
+        }
+    }
+    (out, state)
 }
 
 /// -log softmax(row)[target] and softmax(row).

@@ -2,8 +2,9 @@
 
 use crate::random::{DTYPES, Random};
 use compute::{
-    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed, Cpu,
-    Device, Dtype, Factors, LinearOutput, Moments, NORM_FACTOR, NORM_SLOTS, Past, ScaleType, Stream, Write,
+    AdamRow, AdamwRows, ApolloCommit, ApolloPrepare, Attention, AttentionGrads, AttentionSaved, Compressed,
+    Convolution, Cpu, DeltaGrads, DeltaInputs, DeltaRule, Device, Dtype, Factors, Heads, LinearOutput, Moments,
+    NORM_FACTOR, NORM_SLOTS, Norm, Past, ScaleType, Stream, Write,
     cpu::{Buffer, Stored, Weight},
 };
 use std::sync::Arc;
@@ -27,6 +28,7 @@ fn results_are_the_same_with_one_thread_and_with_three() {
             let mut results = Results::default();
             layers(&device, &mut results);
             attention(&device, &mut results);
+            delta_net(&device, &mut results);
             optimizer(&device, &mut results);
             results
         })
@@ -51,9 +53,9 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
         out.keep(&format!("linear {dtype}"), &y);
         d.linear_dx(&mut dx, &dy, &w, t, false);
         out.keep(&format!("linear_dx {dtype}"), &dx);
-        d.rms_norm(&mut dx, &x, &norm, 1e-6, t);
+        d.rms_norm(&mut dx, &x, &norm, Norm { eps: 1e-6, offset: 0.0 }, t);
         out.keep("rms_norm", &dx);
-        d.rms_norm_backward(&mut dx, &mut dw, &g, &x, &norm, 1e-6, t);
+        d.rms_norm_backward(&mut dx, &mut dw, &g, &x, &norm, Norm { eps: 1e-6, offset: 0.0 }, t);
         out.keep("rms_norm_backward dx", &dx);
         out.keep("rms_norm_backward dw", &dw);
         d.embed(&mut dx, &w, &r.ids(t, m));
@@ -78,7 +80,7 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
     out.keep("swiglu_backward dgate", &h);
     out.keep("swiglu_backward dup", &dup);
     let mut rotated = Buffer::from(x[..t * 1024].to_vec());
-    d.rope(&mut rotated, &r.normals(t * 64), &vec![0], t, 16, 64, false);
+    d.rope(&mut rotated, &r.normals(t * 64), &vec![0], t, Heads { count: 16, dim: 64, rotated: 64 }, false);
     out.keep("rope", &rotated);
     let (mut losses, mut logits) = (d.zeros(t), x.clone());
     d.cross_entropy(&mut losses, &mut logits, &r.ids(t, n), n, &vec![0.5].into());
@@ -93,6 +95,36 @@ fn layers(d: &Arc<Cpu>, out: &mut Results) {
     out.keep("scatter_add_rows", &product);
     d.count_nonfinite(&mut counter, 0, &[(&x, len)]);
     out.keep("count_nonfinite", &counter);
+}
+
+fn delta_net(d: &Arc<Cpu>, out: &mut Results) {
+    let mut r = Random::new("threads delta_net");
+    let (t, shape) = (80, DeltaRule { key_heads: 3, value_heads: 6, key_dim: 20, value_dim: 40 });
+    let (channels, heads) = (shape.channels(), shape.value_heads);
+    let conv = Convolution { channels, width: 4 };
+    let w = r.weight(d, Dtype::BF16, 1, 4 * channels, 1.0).0;
+    let (x, before, dy) = (r.normals(t * channels), r.normals(3 * channels), r.normals(t * channels));
+    let (mut y, mut dx, mut dw) = (d.zeros(t * channels), d.zeros(t * channels), d.zeros(4 * channels));
+    d.causal_conv(&mut y, &x, &before, &w, t, conv);
+    out.keep("causal_conv", &y);
+    d.causal_conv_backward(&mut dx, &mut dw, &dy, &x, &before, &w, t, conv);
+    out.keep("causal_conv_backward dx", &dx);
+    out.keep("causal_conv_backward dw", &dw);
+    let [a_log, dt_bias] = [(); 2].map(|()| r.weight(d, Dtype::F32, 1, heads, 1.0).0);
+    let (a, b, state) = (r.normals(t * heads), r.normals(t * heads), r.normals(shape.state()));
+    let inputs = DeltaInputs { mixed: &x, a: &a, b: &b, a_log: &a_log, dt_bias: &dt_bias, state: &state };
+    let (mut values, mut next) = (d.zeros(t * heads * shape.value_dim), d.zeros(shape.state()));
+    d.delta_rule(&mut values, Some(&mut next), inputs, t, &shape);
+    out.keep("delta_rule out", &values);
+    out.keep("delta_rule next", &next);
+    let dout = r.normals(t * heads * shape.value_dim);
+    let [mut da, mut db] = [(); 2].map(|()| d.zeros(t * heads));
+    let [mut da_log, mut ddt] = [(); 2].map(|()| d.zeros(heads));
+    let grads = DeltaGrads { mixed: &mut dx, a: &mut da, b: &mut db, a_log: &mut da_log, dt_bias: &mut ddt };
+    d.delta_rule_backward(grads, &dout, inputs, t, &shape);
+    for (name, values) in [("mixed", &dx), ("a", &da), ("b", &db), ("A_log", &da_log), ("dt_bias", &ddt)] {
+        out.keep(&format!("delta_rule_backward {name}"), values);
+    }
 }
 
 fn attention(d: &Arc<Cpu>, out: &mut Results) {

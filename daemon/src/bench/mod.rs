@@ -148,7 +148,7 @@ fn one_step<D: Backend>(
 /// Weights N(0, 0.02²), norms 1.
 fn random_model<D: Backend>(device: &Arc<D>, config: &Config, dtype: Dtype, positions: usize) -> Model<D> {
     let weight = |(number, tensor): (usize, weight_map::HfTensor)| {
-        let (rows, cols) = crate::weights::matrix_shape(&tensor.shape);
+        let (rows, cols) = weight_map::matrix_shape(&tensor.shape);
         let weight = D::weight(device, dtype, rows, cols);
         fill(&**device, &weight, number as u64, tensor.shape.len() == 1);
         weight

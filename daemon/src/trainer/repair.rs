@@ -4,7 +4,7 @@ use super::start::{StartError, attach};
 use crate::backend::Backend;
 use crate::config::Config;
 use crate::protocol::Repaired;
-use crate::weights::{self, matrix_shape};
+use crate::weights;
 use anyhow::{Context, Result};
 use checkpoint::{LiveTensor, LiveWeights, RepairReport, Sources};
 use compute::cuda::DeviceName;
@@ -12,6 +12,7 @@ use compute::{Cpu, Cuda, Dtype};
 use ipc::SafetensorsDir;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use weight_map::matrix_shape;
 
 /// All weights that a server holds with the files' element types, trained or frozen.
 pub struct Held<'a, D: Backend> {

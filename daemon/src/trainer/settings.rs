@@ -113,9 +113,9 @@ pub fn unmatched_rules<'a>(model: &ModelConfig, train: &'a TrainConfig) -> Vec<&
 pub fn tensors(model: &ModelConfig, train: &TrainConfig) -> Vec<Tensor> {
     let tied = model.decoder.tied;
     let tensor = |t: weight_map::HfTensor| {
-        let (rows, cols) = crate::weights::matrix_shape(&t.shape);
+        let (rows, cols) = weight_map::matrix_shape(&t.shape);
         let kind = match t.role {
-            Role::Norm | Role::Bias => TensorKind::Vector,
+            Role::Norm | Role::Bias | Role::Convolution | Role::Decay => TensorKind::Vector,
             Role::Embedding if !tied => TensorKind::Lookup,
             Role::Embedding | Role::Head | Role::Matrix => TensorKind::Matrix,
         };

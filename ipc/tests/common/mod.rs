@@ -23,6 +23,9 @@ pub fn decoder(tied: bool) -> Decoder {
         output_bias: false,
         mlp_bias: false,
         qk_norm: true,
+        output_gate: false,
+        delta_net: None,
+        wrapped: false,
         tied,
     }
 }

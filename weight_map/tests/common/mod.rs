@@ -1,7 +1,7 @@
 //! Decoders, and the lists that servers would give for them.
 
 use proptest::prelude::*;
-use weight_map::{Decoder, Dtype, Family, ServerTensor};
+use weight_map::{Decoder, DeltaNet, Dtype, Family, ServerTensor};
 
 /// How a server holds the weights.
 #[derive(Clone, Debug)]
@@ -18,7 +18,8 @@ pub struct Layout {
 
 pub fn decoder() -> impl Strategy<Value = Decoder> {
     let sizes = (1usize..4, 1usize..6, 1usize..6, 1usize..4, 1usize..3, 1usize..5, 2usize..40);
-    (sizes, any::<[bool; 5]>()).prop_map(|((layers, hidden, intermediate, heads, kv_heads, head_dim, vocab), flags)| {
+    (sizes, any::<[bool; 7]>(), delta_net()).prop_map(|(sizes, flags, delta_net)| {
+        let (layers, hidden, intermediate, heads, kv_heads, head_dim, vocab) = sizes;
         Decoder {
             family: Family::Qwen3,
             layers,
@@ -32,8 +33,26 @@ pub fn decoder() -> impl Strategy<Value = Decoder> {
             output_bias: flags[1],
             mlp_bias: flags[2],
             qk_norm: flags[3],
+            output_gate: flags[5],
+            delta_net,
+            wrapped: flags[6],
             tied: flags[4],
         }
+    })
+}
+
+/// Of as many layers as any decoder here has.
+fn delta_net() -> impl Strategy<Value = Option<DeltaNet>> {
+    let sizes = (1usize..3, 1usize..4, 1usize..5, 1usize..5, 1usize..5);
+    proptest::option::of((sizes, any::<[bool; 3]>())).prop_map(|drawn| {
+        drawn.map(|((key_heads, group, key_dim, value_dim, conv_width), layers)| DeltaNet {
+            key_heads,
+            value_heads: key_heads * group,
+            key_dim,
+            value_dim,
+            conv_width,
+            layers: layers.to_vec(),
+        })
     })
 }
 
@@ -64,13 +83,15 @@ fn named(decoder: &Decoder, layout: &Layout) -> Vec<(String, Vec<usize>)> {
         if is_vocab && layout.pad_vocab {
             shape[0] = shape[0].next_multiple_of(64);
         }
-        let name = match tensor.name.strip_prefix("model.") {
+        let name = match tensor.name.strip_prefix(decoder.module()).and_then(|rest| rest.strip_prefix('.')) {
             Some(rest) => format!("{}{rest}", layout.prefix),
             None => tensor.name.clone(),
         };
         let merged = [("q_proj", "qkv_proj"), ("k_proj", "qkv_proj"), ("v_proj", "qkv_proj")]
             .into_iter()
             .chain([("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")])
+            .chain([("in_proj_qkv", "in_proj_qkvz"), ("in_proj_z", "in_proj_qkvz")])
+            .chain([("in_proj_b", "in_proj_ba"), ("in_proj_a", "in_proj_ba")])
             .find(|(part, _)| layout.merge && name.contains(&format!(".{part}.")))
             .map(|(part, merged)| name.replace(&format!(".{part}."), &format!(".{merged}.")));
         let name = merged.unwrap_or(name);
@@ -101,6 +122,9 @@ pub fn server(decoder: &Decoder, layout: &Layout) -> Vec<ServerTensor> {
         list.push(head);
     }
     if layout.buffer {
+        let mut other = list[0].clone();
+        (other.name, other.allocation) = ("model.visual.patch_embed.proj.weight".into(), 1_000_001);
+        list.push(other);
         list.push(ServerTensor {
             name: "model.layers.0.self_attn.rotary_emb.inv_freq".into(),
             dtype: Dtype::F32,
