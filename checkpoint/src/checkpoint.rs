@@ -241,7 +241,8 @@ impl Checkpoint {
         let layout = self.layout()?;
         self.require_unchanged()?;
         let mut state = match &target.state {
-            Some(_) => Some(open_state(&self.disk, &self.paths, &target)?),
+            Some(_) if to == self.current.generation => Some(open_state(&self.disk, &self.paths, &target)?),
+            Some(_) => Some(open_state(&self.disk, &self.paths, &target).map_err(of_history)?),
             None => None,
         };
         if to == self.current.generation {
@@ -266,7 +267,7 @@ impl Checkpoint {
         self.usable()?;
         let layout = self.layout()?;
         let number = self.current.generation + 1;
-        let adopted = commit::record_files(&self.disk, &self.paths, &layout, number, progress);
+        let adopted = commit::record_files(&self.disk, &self.paths, &layout, Some(&self.current), progress);
         // Whether it has its name is for the next open to see.
         self.current = adopted.map_err(|error| self.interrupted(error))?;
         self.quick = Quick::unknown(&self.current.tensors);
@@ -497,24 +498,34 @@ pub(crate) fn take_lock(disk: &Disk, paths: &Paths) -> Result<DiskFile> {
     Ok(file)
 }
 
+/// The same error of a state that is not the current generation's, for which other things can be done.
+pub(crate) fn of_history(error: Error) -> Error {
+    match error {
+        Error::State { path, reason, .. } => Error::Document { path, reason },
+        error => error,
+    }
+}
+
 /// The optimizer state of a generation, read once to check it and rewound.
 pub(crate) fn open_state(disk: &Disk, paths: &Paths, generation: &Generation) -> Result<BufReader<DiskFile>> {
     let path = paths.state(generation.generation);
     let want = generation.state.as_ref().expect("the caller asked");
+    let damaged = |reason: String| {
+        let (path, model, generation) = (path.clone(), paths.model.clone(), generation.generation);
+        Error::State { path, model, generation, reason }
+    };
+    if !disk.exists(&path)? {
+        return Err(damaged("it is missing".into()));
+    }
     let mut file = disk.open(&path)?;
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(&mut file).map_err(Error::io("read", &path))?;
     let bytes = hasher.count();
     if bytes != want.bytes || hasher.finalize().to_hex().as_str() != want.blake3 {
-        return Err(Error::State {
-            path,
-            model: paths.model.clone(),
-            generation: generation.generation,
-            reason: format!(
-                "its {bytes} bytes do not match the checksum of the {} bytes that were written",
-                want.bytes
-            ),
-        });
+        let written = want.bytes;
+        return Err(damaged(format!(
+            "its {bytes} bytes do not match the checksum of the {written} bytes that were written"
+        )));
     }
     file.rewind();
     Ok(BufReader::with_capacity(64 << 10, file))

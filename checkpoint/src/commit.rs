@@ -203,7 +203,7 @@ fn fill(
     let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
     let created_unix = disk.now_unix();
     let Segments { writer, quick, blocks_total, blocks_changed, bytes_changed, .. } = segments;
-    let generation = Generation {
+    let mut generation = Generation {
         version: VERSION,
         generation: number,
         previous: Some(current.generation),
@@ -223,10 +223,12 @@ fn fill(
         sums_blake3,
         shards: draft.layout.shards.iter().map(shard_sum).collect(),
         tensors,
+        lineage: String::new(),
         seal: String::new(),
         restorable: true,
         damage: None,
     };
+    generation.lineage = generation.lineage_after(&current.lineage);
     writer.finish(&generation)?;
     Ok((generation, quick))
 }
@@ -267,14 +269,15 @@ pub(crate) fn retire(disk: &Disk, paths: &Paths, generation: u64) -> Result<()> 
     disk.sync_dir(&paths.root)
 }
 
-/// Publishes the files as they are as generation `number`, with nothing before it.
+/// Publishes the files as they are as the generation after `before`, or the base, with nothing that leads back from it.
 pub(crate) fn record_files(
     disk: &Disk,
     paths: &Paths,
     layout: &Layout,
-    number: u64,
+    before: Option<&Generation>,
     progress: Progress,
 ) -> Result<Generation> {
+    let number = before.map_or(0, |before| before.generation + 1);
     let mut tensors = Vec::new();
     let mut block_sums = Vec::new();
     for tensor in &layout.tensors {
@@ -287,7 +290,7 @@ pub(crate) fn record_files(
     disk.sync_dir(&paths.root.join("state"))?;
     let sums_blake3 = write_sums(disk, paths, number, &block_sums)?;
     let created_unix = disk.now_unix();
-    let generation = Generation {
+    let mut generation = Generation {
         created_unix,
         created: rfc3339(created_unix),
         progress,
@@ -297,6 +300,7 @@ pub(crate) fn record_files(
         restorable: true,
         ..Generation::empty(number)
     };
+    generation.lineage = generation.lineage_after(before.map_or("", |before| &before.lineage));
     publish(disk, paths, &generation)?;
     Ok(generation)
 }

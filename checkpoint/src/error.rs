@@ -146,7 +146,7 @@ pub enum Error {
         damage: String,
     },
     /// A generation's document cannot be read.
-    #[error("{}: {reason}; `apollod checkpoint repair {}` brings it back from the history or, with --from, from a copy that has .apollod; if it never belonged here, remove it", path.display(), model.display())]
+    #[error("{}: {reason}; `apollod checkpoint repair {}` brings it back from the history or, with --from, from a copy that has .apollod; without either, removing {}/.apollod begins anew with the files as they are", path.display(), model.display(), model.display())]
     Generation {
         /// The document.
         path: PathBuf,
@@ -220,6 +220,12 @@ pub enum Error {
     /// A journal waits, so the files may lie between two generations.
     #[error("{} holds the journal of a sync that is under way or waits for recovery: try again, or undo or finish it with `apollod checkpoint recover {}`", dir.display(), dir.display())]
     Busy {
+        /// The model directory.
+        dir: PathBuf,
+    },
+    /// Syncs followed each other while the files were checked.
+    #[error("{} was written by one sync after another while it was checked, so that nothing can be said of what looked damaged: check again while none is under way", dir.display())]
+    Unsteady {
         /// The model directory.
         dir: PathBuf,
     },

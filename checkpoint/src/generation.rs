@@ -3,6 +3,9 @@
 //! `seal`, the last field, is BLAKE3 of the document's bytes without the seal's own 64 digits, so that a
 //! flipped bit in it is found too.
 //! Documents of generations that can no longer be restored are kept without their tensors.
+//!
+//! `lineage` chains the documents of a history: two directories with the same one have had the same history up to there, so that
+//! a document or a delta of another one is never taken for ours, however much it looks alike.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -14,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::journal::Reader;
 
 /// The version of the document that this crate writes and reads.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 
 /// Hexadecimal digits of a seal, and what follows them in a document.
 const SEAL_LEN: usize = 64;
@@ -106,7 +109,7 @@ pub struct StateSum {
 /// A published generation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Generation {
-    /// Version of this document, 2.
+    /// Version of this document, 3.
     pub version: u32,
     /// Its number; 0 is the base.
     pub generation: u64,
@@ -139,6 +142,8 @@ pub struct Generation {
     pub shards: Vec<ShardSum>,
     /// All tensors of the files, by shard and offset; empty once it cannot be restored any more.
     pub tensors: Vec<TensorSum>,
+    /// BLAKE3 of the lineage of the generation before it and of what this document says of itself, hexadecimal.
+    pub lineage: String,
     /// BLAKE3 of this document's bytes without these 64 hexadecimal digits.
     pub seal: String,
     /// True if the files are these or a rollback to it is possible now. Not part of the document.
@@ -169,6 +174,7 @@ impl Generation {
             sums_blake3: String::new(),
             shards: Vec::new(),
             tensors: Vec::new(),
+            lineage: String::new(),
             seal: String::new(),
             restorable: false,
             damage: None,
@@ -178,6 +184,18 @@ impl Generation {
     /// One whose document cannot be read.
     fn damaged(number: u64, error: &Error) -> Generation {
         Generation { damage: Some(error.to_string()), ..Generation::empty(number) }
+    }
+
+    /// Its lineage after one with `before`; the base comes after none, "".
+    pub(crate) fn lineage_after(&self, before: &str) -> String {
+        let Generation { generation, previous, rollback_of, created_unix, progress, state, sums_blake3, .. } = self;
+        let said = (before, generation, previous, rollback_of, created_unix, progress, state, sums_blake3);
+        blake3::hash(&serde_json::to_vec(&said).expect("plain values")).to_hex().to_string()
+    }
+
+    /// Whether it came after exactly this one.
+    pub(crate) fn is_after(&self, before: &Generation) -> bool {
+        self.generation == before.generation + 1 && self.lineage == self.lineage_after(&before.lineage)
     }
 
     /// The document's bytes, sealed anew.
@@ -320,7 +338,7 @@ impl Paths {
         let path = self.generation(generation);
         let read = match disk.exists(&path)? {
             true => Ok(disk.read(&path)?),
-            false => Err(Unreadable::Damaged("it is missing".into())),
+            false => Err(Unreadable::Damaged(self.missed(disk, generation)?)),
         };
         let parsed = read.and_then(|bytes| Generation::from_json(&bytes)).and_then(|parsed| {
             if parsed.generation == generation {
@@ -332,6 +350,21 @@ impl Paths {
             Unreadable::Version(_) => Error::Document { path, reason: unreadable.to_string() },
             Unreadable::Damaged(reason) => Error::Generation { path, model: self.model.clone(), reason },
         })
+    }
+
+    /// What is wrong where a document is not there, and why there should be one.
+    fn missed(&self, disk: &Disk, generation: u64) -> Result<String> {
+        let delta = |number| self.delta(number);
+        let traces = [delta(generation), delta(generation + 1), self.sums(generation), self.state(generation)];
+        for trace in traces {
+            if disk.exists(&trace)? {
+                let trace = trace.display();
+                return Ok(format!(
+                    "it is missing, and {trace} says that there was one (remove that if it never belonged here)"
+                ));
+            }
+        }
+        Ok("it is missing, and there was one: that before it is of a generation that was let go of".into())
     }
 
     /// The numbers of all generations, ascending: those that have a document, and those that must have one, because there is
@@ -363,15 +396,15 @@ impl Paths {
         let newest = self.numbers(disk)?.last().copied();
         let thin = newest.filter(|newest| self.load(disk, *newest).is_ok_and(|newest| newest.tensors.is_empty()));
         let after_thin = thin.map(|thin| thin + 1);
-        if self.is_torn(disk)? {
-            // What cannot be read is for recovery to say.
-            let Ok(journal) = Reader::open(disk, &self.journal()) else { return Ok(after_thin) };
+        let torn = self.is_torn(disk)?;
+        if torn && let Ok(journal) = Reader::open(disk, &self.journal()) {
             let before = journal.head.previous;
             return Ok(Some(before).filter(|before| newest.is_none_or(|newest| *before > newest)).or(after_thin));
         }
         let sums = disk.numbers(&self.root.join("sums"), "")?;
         let states = disk.numbers(&self.root.join("state"), "")?;
-        let held = sums.last().max(states.last()).copied();
+        // A sync that was cut short before its journal had a head leaves a state that belongs to nothing.
+        let held = sums.last().or(states.last().filter(|_| !torn)).copied();
         Ok(match newest {
             // A first use that was cut short leaves the sums of generation 0.
             None => held.filter(|held| *held > 0),

@@ -64,7 +64,7 @@ pub(crate) fn recover(disk: &Disk, paths: &Paths, layout: &Layout) -> Result<(Ge
                     .into(),
             });
         }
-        let base = commit::record_files(disk, paths, layout, 0, Progress::default())?;
+        let base = commit::record_files(disk, paths, layout, None, Progress::default())?;
         return Ok((base, Recovery::Created));
     };
     same_files(paths, layout, &current)?;
@@ -171,6 +171,12 @@ fn discard(disk: &Disk, paths: &Paths, current: &Generation, reason: String) -> 
     let report = verify::verify_files(disk, paths, &paths.model, current, false)?;
     if let Some(damage) = report.damage.first() {
         return Err(Error::Stranded { reason, generation, damage: damage.to_string() });
+    }
+    // Before the journal: without it they would look like what is left of a generation whose document was lost.
+    for left in [paths.state(generation + 1), paths.sums(generation + 1)] {
+        if disk.remove(&left)? {
+            disk.sync_dir(left.parent().expect("it lies in a folder"))?;
+        }
     }
     disk.remove(&paths.journal())?;
     disk.sync_dir(&paths.root)?;

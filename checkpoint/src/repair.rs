@@ -2,7 +2,8 @@
 //!
 //! A generation records BLAKE3 of every 16 KiB block, of every header, of its optimizer state and of its own document. So
 //! content is known to be right whoever has it ([`Sources`]), and nothing else is ever written. A delta has sums of its own,
-//! and ends with the document of its generation: one from a copy is right if it is whole and that document is ours.
+//! and ends with the document of its generation: one from a copy is right if it is whole and that document has our lineage.
+//! A document from a copy is ours if what is here came after it, or if it has the sums of what is here of its generation.
 //!
 //! # Why it needs no journal
 //!
@@ -19,7 +20,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{Checkpoint, Options, open_state, take_lock};
 use crate::disk::{Disk, DiskFile};
@@ -167,12 +168,19 @@ impl<'a> Repair<'a> {
         let (disk, paths) = (self.disk, self.paths);
         let mut numbers = paths.numbers(disk)?;
         numbers.extend(paths.missing(disk)?);
+        // What the oldest one came from, if there is no trace of it.
+        let oldest = numbers.first().and_then(|oldest| paths.load(disk, *oldest).ok());
+        numbers.extend(oldest.and_then(|oldest| oldest.previous));
+        numbers.sort_unstable();
         for &number in &numbers {
             let path = paths.generation(number);
-            if self.mend_document(number)? {
-                continue;
-            }
-            if numbers.last() != Some(&number) && disk.exists(&path)? && !disk.exists(&paths.delta(number + 1))? {
+            let wanted = numbers.last() == Some(&number)
+                || disk.exists(&paths.delta(number + 1))?
+                || disk.exists(&paths.state(number))?
+                || self.delta_of(number + 1).is_some();
+            if wanted {
+                self.mend_document(number)?;
+            } else if disk.exists(&path)? && paths.load(disk, number).is_err() {
                 disk.remove(&path)?;
                 disk.sync_dir(path.parent().expect("it lies in a folder"))?;
                 self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
@@ -199,11 +207,12 @@ impl<'a> Repair<'a> {
                 return Some((document, path.display().to_string()));
             }
         }
-        for copy in self.copies().iter().filter(|copy| self.is_same_history(copy)) {
+        for copy in self.copies() {
             for path in [copy.generation(number), copy.model.join(DOCUMENT)] {
                 let read = self.disk.read(&path).ok().and_then(|bytes| Generation::from_json(&bytes).ok());
-                let ours = |document: &Generation| document.generation == number && self.is_ours(document);
-                if let Some(document) = read.filter(ours) {
+                // One without tensors is of a copy that has let go of it, and no help to who wants it.
+                let whole = read.filter(|document| document.generation == number && !document.tensors.is_empty());
+                if let Some(document) = whole.filter(|document| self.is_ours(document, &copy)) {
                     return Some((document, path.display().to_string()));
                 }
             }
@@ -211,27 +220,59 @@ impl<'a> Repair<'a> {
         None
     }
 
-    /// Whether what is here of a document's generation, its block sums or its optimizer state, is what it says. Where there is
-    /// nothing, undoing to it checks every tensor, so a wrong one is refused then, with nothing written.
-    fn is_ours(&self, document: &Generation) -> bool {
-        let number = document.generation;
-        let sums = self.disk.read(&self.paths.sums(number)).ok().map(|sums| blake3::hash(&sums).to_hex().to_string());
-        let state = self.disk.exists(&self.paths.state(number)).unwrap_or(false);
-        sums.is_none_or(|sums| sums == document.sums_blake3)
-            && (!state || document.state.is_some() && open_state(self.disk, self.paths, document).is_ok())
+    /// What is known here of a generation.
+    fn here(&self, number: u64) -> Option<Generation> {
+        let of_delta = || Reader::open(self.disk, &self.paths.delta(number)).and_then(Reader::last).ok();
+        self.paths.load(self.disk, number).ok().or_else(of_delta).filter(|document| document.generation == number)
     }
 
-    /// False if a generation that is whole here and in the copy is another one there.
-    fn is_same_history(&self, copy: &Paths) -> bool {
-        let mark = |document: Generation| (document.created_unix, document.progress, document.sums_blake3);
-        self.paths.numbers(self.disk).unwrap_or_default().into_iter().all(|number| {
-            let [here, there] = [self.paths, copy].map(|paths| paths.load(self.disk, number).ok().map(mark));
-            here.is_none() || there.is_none() || here == there
-        })
+    /// Whether a copy's document is that of our generation of its number. What is damaged here says nothing against it.
+    fn is_ours(&self, document: &Generation, copy: &Paths) -> bool {
+        let number = document.generation;
+        if number > 0 && self.here(number - 1).is_some_and(|before| !document.is_after(&before)) {
+            return false;
+        }
+        // By the first later one that is known here; the copy knows those between.
+        let mut before = document.clone();
+        loop {
+            if let Some(after) = self.here(before.generation + 1) {
+                return after.is_after(&before);
+            }
+            match copy.load(self.disk, before.generation + 1) {
+                Ok(after) if after.is_after(&before) => before = after,
+                _ => break,
+            }
+        }
+        let sums = self.disk.read(&self.paths.sums(number)).ok();
+        if sums.is_some_and(|sums| blake3::hash(&sums).to_hex().as_str() == document.sums_blake3) {
+            return true;
+        }
+        let state = document.state.is_some() && open_state(self.disk, self.paths, document).is_ok();
+        if !self.is_newest(number) {
+            return state;
+        }
+        // The files are to be its own: all of them, or most with the state as well.
+        let (here, all) =
+            (document.tensors.iter().filter(|tensor| self.is_here(document, tensor)).count(), document.tensors.len());
+        here == all || state && 2 * here >= all
+    }
+
+    fn is_newest(&self, number: u64) -> bool {
+        let last = self.paths.numbers(self.disk).ok().and_then(|numbers| numbers.last().copied());
+        last.max(self.paths.missing(self.disk).ok().flatten()).is_none_or(|last| last <= number)
+    }
+
+    /// Whether the files hold a tensor as a document has it.
+    fn is_here(&self, of: &Generation, tensor: &TensorSum) -> bool {
+        let shard = of.shards.get(tensor.shard).map(|shard| self.paths.model.join(&shard.file));
+        let file = shard.and_then(|path| self.disk.open(&path).ok());
+        let sums = file.and_then(|file| sums::of_file(&file, tensor.range()).ok());
+        sums.is_some_and(|sums| sums::root(&sums) == tensor.blake3)
     }
 
     /// Everything of the current generation; then what is damaged still, here and in the history.
     fn generation(&mut self, current: &Generation) -> Result<RepairReport> {
+        self.refuse_other_files(current)?;
         let sums = self.sums(current);
         for shard in 0..current.shards.len() {
             self.shard(current, shard, &sums)?;
@@ -242,6 +283,27 @@ impl<'a> Repair<'a> {
         let mut damage = verify_files(self.disk, self.paths, &self.paths.model, current, true)?.damage;
         damage.extend(verify_history(self.disk, self.paths, current)?.0);
         Ok(RepairReport { generation: current.generation, repaired: std::mem::take(&mut self.repaired), damage })
+    }
+
+    /// Refuses files of which most is another content than that of a generation whose block sums are not there, as only those of
+    /// the current one are: they are more likely those of a later one that was lost than damaged.
+    fn refuse_other_files(&self, current: &Generation) -> Result<()> {
+        let number = current.generation;
+        if self.disk.exists(&self.paths.sums(number))? {
+            return Ok(());
+        }
+        let others = current.tensors.iter().filter(|tensor| !self.is_here(current, tensor)).count();
+        if 2 * others <= current.tensors.len() {
+            return Ok(());
+        }
+        let (of, path) = (current.tensors.len(), self.paths.generation(number));
+        let reason = format!(
+            "the block sums of generation {number} are missing, and {others} of {of} tensors in the files are not its own: \
+             probably a later one was current and is lost; put .apollod back from a copy that has it, or take the files as they \
+             are with `apollod checkpoint adopt {}`; nothing was written",
+            self.paths.model.display()
+        );
+        Err(Error::Document { path, reason })
     }
 
     /// Documents, deltas and states of earlier generations, each of which may lead to one that was out of reach.
@@ -326,7 +388,7 @@ impl<'a> Repair<'a> {
         let Some(all) = sums.iter().cloned().collect::<Option<Vec<_>>>() else { return Ok(()) };
         let (path, bytes) = (self.paths.sums(current.generation), sums::to_bytes(&all));
         if blake3::hash(&bytes).to_hex().as_str() == current.sums_blake3 {
-            self.put(&path, &mut &bytes[..], "the weights".into())?;
+            self.put(&path, &mut &bytes[..], Path::new("the weights"))?;
         }
         Ok(())
     }
@@ -342,25 +404,30 @@ impl<'a> Repair<'a> {
             Some((open_state(self.disk, copy, of).ok().filter(|_| !same_file(&from, &path))?, from))
         };
         match self.copies().iter().find_map(whole) {
-            Some((mut state, from)) => self.put(&path, &mut state, from.display().to_string()),
+            Some((mut state, from)) => self.put(&path, &mut state, &from),
             None => Ok(()),
         }
     }
 
-    /// The delta of a generation, from a copy with `.apollod` in which it ends with the same document.
+    /// The delta of a generation, from a copy with `.apollod`.
     fn delta(&mut self, number: u64) -> Result<()> {
         if whole_delta(self.disk, self.paths, number).is_ok() {
             return Ok(());
         }
-        let Ok(document) = self.paths.load(self.disk, number) else { return Ok(()) };
-        let same = |copy: &Paths| {
+        let Some(from) = self.delta_of(number) else { return Ok(()) };
+        self.put(&self.paths.delta(number), &mut self.disk.open(&from)?, &from)
+    }
+
+    /// A whole delta in a copy that ends with our generation of its number: with the same lineage, it begins with ours too.
+    fn delta_of(&self, number: u64) -> Option<PathBuf> {
+        let document = self.here(number)?;
+        let ours = |copy: &Paths| {
+            let path = copy.delta(number);
             whole_delta(self.disk, copy, number).ok()?;
-            let last = Reader::open(self.disk, &copy.delta(number)).and_then(Reader::last).ok()?;
-            let same = last.progress == document.progress && last.sums_blake3 == document.sums_blake3;
-            (same && !same_file(&copy.delta(number), &self.paths.delta(number))).then(|| copy.delta(number))
+            let last = Reader::open(self.disk, &path).and_then(Reader::last).ok()?;
+            (last.lineage == document.lineage && !same_file(&path, &self.paths.delta(number))).then_some(path)
         };
-        let Some(from) = self.copies().iter().find_map(same) else { return Ok(()) };
-        self.put(&self.paths.delta(number), &mut self.disk.open(&from)?, from.display().to_string())
+        self.copies().iter().find_map(ours)
     }
 
     /// `.apollod` of the copies.
@@ -368,13 +435,21 @@ impl<'a> Repair<'a> {
         self.donors.copies.iter().map(|copy| Paths::new(&copy.dir)).collect()
     }
 
-    /// Writes a whole file in the place of a damaged or missing one: a crash leaves it as damaged as it was.
-    fn put(&mut self, path: &Path, whole: &mut dyn io::Read, from: String) -> Result<()> {
+    /// Writes a whole file in the place of a damaged or missing one, which goes first: a name of ours may be a link to what is
+    /// not. A crash leaves it missing or as damaged as it was.
+    fn put(&mut self, path: &Path, whole: &mut dyn io::Read, from: &Path) -> Result<()> {
+        self.disk.remove(path)?;
         let mut file = self.disk.create(path)?;
-        io::copy(whole, &mut file).map_err(Error::io("write", path))?;
+        let mut buffer = vec![0; 1 << 20];
+        loop {
+            match whole.read(&mut buffer).map_err(Error::io("read", from))? {
+                0 => break,
+                n => io::Write::write_all(&mut file, &buffer[..n]).map_err(Error::io("write", path))?,
+            }
+        }
         file.sync()?;
         self.disk.sync_dir(path.parent().expect("it lies in a folder"))?;
-        self.note(path.display().to_string(), 0, from);
+        self.note(path.display().to_string(), 0, from.display().to_string());
         Ok(())
     }
 }

@@ -75,7 +75,7 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> (Ve
     let thinned = tried(thin(disk, paths, oldest));
     for (path, leads_to) in old {
         // A delta ends with the document of its generation, and may be the last to have it.
-        let kept = leads_to.map_or(Ok(()), |before| keep_document(disk, paths, before + 1));
+        let kept = leads_to.map_or(Ok(()), |before| keep_document(disk, paths, before + 1, oldest));
         if tried(kept) && tried(disk.remove(&path).map(drop)) {
             lost.extend(leads_to);
         }
@@ -86,13 +86,20 @@ pub(crate) fn prune(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> (Ve
     (lost, failed)
 }
 
-/// Writes the document of a generation from its delta, where it is missing or damaged and the delta is whole.
-fn keep_document(disk: &Disk, paths: &Paths, number: u64) -> Result<()> {
+/// Writes the document of a generation from its delta, where it is missing or damaged and the delta is whole; without its
+/// tensors if it is let go of.
+fn keep_document(disk: &Disk, paths: &Paths, number: u64, oldest: u64) -> Result<()> {
     let Err(Error::Generation { .. }) = paths.load(disk, number) else { return Ok(()) };
-    match Reader::open(disk, &paths.delta(number)).and_then(Reader::last) {
-        Ok(document) if document.generation == number => disk.replace(&paths.generation(number), &document.to_json()),
-        _ => Ok(()),
+    let mut document = match Reader::open(disk, &paths.delta(number)).and_then(Reader::last) {
+        Ok(document) if document.generation == number => document,
+        Ok(_) | Err(Error::Torn { .. }) => return Ok(()),
+        // It may well be whole.
+        Err(error) => return Err(error),
+    };
+    if number < oldest {
+        document.tensors.clear();
     }
+    disk.replace(&paths.generation(number), &document.to_json())
 }
 
 /// The files of what is older than `oldest`, each delta with the generation that it leads back to.
@@ -130,7 +137,8 @@ fn oldest(disk: &Disk, paths: &Paths, current: u64, keep: Keep) -> Result<u64> {
                 Ok(of) => !of.tensors.is_empty(),
                 Err(_) => before || states.binary_search(&number).is_ok(),
             };
-            kept && paths.load(disk, number + 1).is_ok_and(|after| after.previous == Some(number))
+            // A document after it that is damaged or missing too says nothing against it.
+            kept && paths.load(disk, number + 1).map_or(true, |after| after.previous == Some(number))
         };
         let there = history.binary_search(&(number + 1)).is_ok() || lacks();
         there.then(|| bytes(paths.delta(number + 1)) + bytes(paths.state(number)))

@@ -132,7 +132,7 @@ impl fmt::Display for VerifyReport {
 /// Compares a model directory with its current generation, and what is kept of earlier ones with its checksums, without
 /// the lock and without writing.
 ///
-/// Errors: no generation, a damaged document, or a journal that stays ([`Error::Busy`]) so that the files
+/// Errors: no generation, syncs that overtake every look ([`Error::Unsteady`]), a damaged document, or a journal that stays ([`Error::Busy`]) so that the files
 /// may lie between two generations. Damage is not an error: it is in the report.
 pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
     let (disk, paths) = (Disk::real(), Paths::new(model_dir));
@@ -151,7 +151,10 @@ pub fn verify(model_dir: &Path) -> Result<VerifyReport> {
             || paths.newest(&disk)?.is_none_or(|newest| newest.generation != generation.generation);
         Ok((report, moved))
     })?;
-    let mut report = agreed.ok_or_else(|| Error::Busy { dir: model_dir.to_path_buf() })?;
+    let Some(mut report) = agreed else {
+        let (dir, waits) = (model_dir.to_path_buf(), disk.exists(&paths.journal())?);
+        return Err(if waits { Error::Busy { dir } } else { Error::Unsteady { dir } });
+    };
     report.seconds = began.elapsed().as_secs_f64();
     Ok(report)
 }

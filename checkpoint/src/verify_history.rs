@@ -1,6 +1,6 @@
 //! What a rollback will need beside the files: the deltas, optimizer states and documents of earlier generations.
 
-use crate::checkpoint::open_state;
+use crate::checkpoint::{of_history, open_state};
 use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::generation::{Generation, Paths};
@@ -79,16 +79,8 @@ pub(crate) fn whole_delta(disk: &Disk, paths: &Paths, number: u64) -> Result<()>
 
 /// Reads the optimizer state of an earlier generation, where it has one, and checks it.
 fn whole_state(disk: &Disk, paths: &Paths, of: &Generation) -> Result<()> {
-    let path = paths.state(of.generation);
-    if of.state.is_none() {
-        return Ok(());
-    }
-    if !disk.exists(&path)? {
-        return Err(Error::Document { path, reason: "it is missing".into() });
-    }
-    match open_state(disk, paths, of) {
-        // What can be done about that of the current generation is no help here.
-        Err(Error::State { path, reason, .. }) => Err(Error::Document { path, reason }),
-        opened => opened.map(drop),
+    match of.state {
+        Some(_) => open_state(disk, paths, of).map(drop).map_err(of_history),
+        None => Ok(()),
     }
 }
