@@ -41,7 +41,12 @@ fn check<D: Backend>(device: Arc<D>, model_dir: &Path) -> Result<()> {
     println!("device   {}", device.describe());
     let (mut failed, mut seen) = (0, Vec::new());
     for (layer, window) in config.windows.iter().enumerate() {
-        if seen.contains(window) {
+        let kind = match window {
+            _ if decoder.is_delta_net(layer) => "Gated DeltaNet".into(),
+            None => "full attention".into(),
+            Some(window) => format!("sliding window {window}"),
+        };
+        if seen.contains(&kind) {
             continue;
         }
         let model = one_layer(&device, &config, &files, layer)?;
@@ -50,10 +55,9 @@ fn check<D: Backend>(device: Arc<D>, model_dir: &Path) -> Result<()> {
         if seen.is_empty() {
             failed += report(tolerance, "norm and head", &device.run(|| compare_head(&model, probe))?);
         }
-        let kind = window.map_or("full attention".into(), |w| format!("sliding window {w}"));
         failed +=
             report(tolerance, &format!("layer {layer} ({kind})"), &device.run(|| compare_layer(&model, 0, probe))?);
-        seen.push(*window);
+        seen.push(kind);
     }
     if failed > 0 {
         bail!("{failed} results differ from the reference by more than they may: do not train with this build");
@@ -67,8 +71,11 @@ fn one_layer<D: Backend>(device: &Arc<D>, config: &Config, files: &ModelFiles, l
     let mut small = config.clone();
     (small.decoder.layers, small.windows) = (1, vec![config.windows[layer]]);
     small.decoder.vocab = config.decoder.vocab.min(VOCABULARY);
+    if let Some(delta) = &mut small.decoder.delta_net {
+        delta.layers = vec![config.decoder.is_delta_net(layer)];
+    }
     let weight = |t: weight_map::HfTensor| {
-        let name = t.name.replace("model.layers.0.", &format!("model.layers.{layer}."));
+        let name = t.name.replace(".layers.0.", &format!(".layers.{layer}."));
         files.weight(device, &name, weight_map::matrix_shape(&t.shape).0, false)
     };
     let weights = small.decoder.tensors().into_iter().map(weight).collect::<Result<Vec<_>>>()?;

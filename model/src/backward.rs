@@ -3,8 +3,10 @@
 //! Residual gradients flow from layer to layer as dx (t,H). Nothing of the context gets a gradient,
 //! and the pass ends at the lowest layer in which somebody wants one.
 
-use crate::forward::{Activations, Linear, Model, Saved};
-use compute::{AttentionGrads, AttentionSaved, Device, Past, Sink, TensorId};
+use crate::cache::Context;
+use crate::delta_net::State;
+use crate::forward::{Activations, Linear, Mixed, Mixer, Model, Saved};
+use compute::{Device, Sink, TensorId};
 use std::sync::Arc;
 
 impl<D: Device> Model<D> {
@@ -32,14 +34,7 @@ impl<D: Device> Model<D> {
         if sink.wants(self.embed) {
             return true;
         }
-        let wants = |l: Linear| sink.wants(l.weight) || l.bias.is_some_and(|b| sink.wants(b));
-        self.layers[..layer].iter().any(|l| {
-            [l.q, l.k, l.v, l.o, l.gate, l.up, l.down].into_iter().any(wants)
-                || [Some(l.input_norm), Some(l.post_norm), l.q_norm, l.k_norm]
-                    .into_iter()
-                    .flatten()
-                    .any(|norm| sink.wants(norm))
-        })
+        self.layers[..layer].iter().any(|l| l.tensors().into_iter().any(|tensor| sink.wants(tensor)))
     }
 
     /// One layer: dy (t,H) of its output gives dx of its input.
@@ -48,12 +43,12 @@ impl<D: Device> Model<D> {
         layer: usize,
         saved: &Saved<D>,
         dy: Arc<D::Buffer>,
-        past: Past<D>,
+        context: Context<D>,
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
         let dmid = self.mlp_backward(layer, saved, dy, t, sink);
-        self.attention_backward(layer, saved, dmid, past, t, sink)
+        self.mixer_backward(layer, saved, dmid, context, t, sink)
     }
 
     /// y = mid + down(silu(gate(n)) · up(n)), n = norm(mid): dy gives dmid.
@@ -77,52 +72,33 @@ impl<D: Device> Model<D> {
         Arc::new(dmid)
     }
 
-    /// mid = x + o(attention(rope(q), rope(k), v)) with q, k, v from norm(x): dmid gives dx.
-    fn attention_backward(
+    /// mid = x + mixed(norm(x)): dmid gives dx.
+    fn mixer_backward(
         &self,
         layer: usize,
         saved: &Saved<D>,
         dmid: Arc<D::Buffer>,
-        past: Past<D>,
+        context: Context<D>,
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
         let l = &self.layers[layer];
-        let shape = &l.attention;
-        let dout = self.linear_backward(&saved.out, [(l.o, &dmid)], t, sink);
-        let (queries, keys) = (t * shape.heads * shape.head_dim, t * shape.kv_heads * shape.head_dim);
-        let uninit = |len| self.device.uninit(len);
-        let (mut dq, mut dk, mut dv) = (uninit(queries), uninit(keys), uninit(keys));
-        self.device.attention_backward(
-            AttentionGrads { dq: &mut dq, dk: &mut dk, dv: &mut dv },
-            AttentionSaved {
-                dout: &dout,
-                out: &saved.out,
-                lse: &saved.lse,
-                q: &saved.q,
-                k: &saved.k,
-                v: &saved.v,
-                past,
-            },
-            t,
-            shape,
-        );
-        let position = past.len;
-        self.device.rope(&mut dq, &self.rope, position, t, shape.heads, shape.head_dim, true);
-        self.device.rope(&mut dk, &self.rope, position, t, shape.kv_heads, shape.head_dim, true);
-        if let Some((raw_q, raw_k)) = &saved.raw {
-            dq = self.head_norm_backward(dq, raw_q, l.q_norm, t * shape.heads, sink);
-            dk = self.head_norm_backward(dk, raw_k, l.k_norm, t * shape.kv_heads, sink);
-        }
-        let (dq, dk, dv) = (Arc::new(dq), Arc::new(dk), Arc::new(dv));
-        let dnormed = self.linear_backward(&saved.normed, [(l.q, &dq), (l.k, &dk), (l.v, &dv)], t, sink);
+        let dnormed = match (&l.mixer, &saved.mixed, context) {
+            (Mixer::Attention(l), Mixed::Attention(mixed), Context::Keys(past)) => {
+                self.attend_backward(l, mixed, &saved.normed, &dmid, past, t, sink)
+            }
+            (Mixer::DeltaNet(l), Mixed::DeltaNet(mixed, _), Context::State { before, state }) => {
+                self.recur_backward(l, mixed, &saved.normed, &dmid, State { before, state }, t, sink)
+            }
+            _ => unreachable!("a layer sees what it has left"),
+        };
         let mut dx = self.copy_of(&dmid);
         self.norm_backward(&mut dx, &dnormed, &saved.x, l.input_norm, t, sink);
         Arc::new(dx)
     }
 
     /// Events of layers that share their input x, each with the gradient of its outputs, and dx (t,n).
-    fn linear_backward<const N: usize>(
+    pub(crate) fn linear_backward<const N: usize>(
         &self,
         x: &Arc<D::Buffer>,
         layers: [(Linear, &Arc<D::Buffer>); N],
@@ -155,7 +131,7 @@ impl<D: Device> Model<D> {
     }
 
     /// dx += gradient of a norm's input, and the event of its gain.
-    fn norm_backward(
+    pub(crate) fn norm_backward(
         &self,
         dx: &mut D::Buffer,
         dy: &D::Buffer,
@@ -166,25 +142,10 @@ impl<D: Device> Model<D> {
     ) {
         let w = &self.weights()[norm];
         let mut dw = self.device.uninit(self.device.shape(w).1);
-        self.device.rms_norm_backward(dx, &mut dw, dy, x, w, self.config().rms_norm_eps, rows);
+        self.device.rms_norm_backward(dx, &mut dw, dy, x, w, self.norms(), rows);
         if sink.wants(norm) {
             sink.dense(norm, &Arc::new(dw));
         }
-    }
-
-    /// Through the norm of each head of queries or keys, if the model has one.
-    fn head_norm_backward(
-        &self,
-        dy: D::Buffer,
-        raw: &D::Buffer,
-        norm: Option<TensorId>,
-        rows: usize,
-        sink: &mut impl Sink<D>,
-    ) -> D::Buffer {
-        let Some(norm) = norm else { return dy };
-        let mut dx = self.device.zeros(self.device.len(&dy));
-        self.norm_backward(&mut dx, &dy, raw, norm, rows, sink);
-        dx
     }
 
     fn copy_of(&self, buffer: &D::Buffer) -> D::Buffer {

@@ -1,12 +1,14 @@
-//! Layers and their forward pass, the cache of the frozen context, and next-token logits.
+//! Layers, their forward pass, and next-token logits.
 //!
-//! t rows of tokens · H hidden · I intermediate · h heads, g kv_heads, d head_dim · V vocab
-//! x (t,H) residual stream · q (t,h·d) · k, v (t,g·d) · attention out (t,h·d) · gate, up, act (t,I)
+//! t rows of tokens · H hidden · I intermediate · V vocab
+//! x (t,H) residual stream · mid (t,H), with what the layer's attention or recurrence adds · gate, up, act (t,I)
 
+use crate::attention::{Attended, AttentionLayer};
+use crate::cache::{Cache, Context, Left};
 use crate::config::Config;
-use crate::prefixes::{BLOCK, PrefixLimits, Prefixes, Shape};
-use crate::recorded::Recorded;
-use compute::{Attention, Device, Dtype, LinearOutput, Past, TensorId};
+use crate::delta_net::{DeltaLayer, Recurred, State};
+use crate::prefixes::Shape;
+use compute::{Device, Dtype, LinearOutput, Norm, TensorId};
 use std::collections::HashMap;
 use std::sync::Arc;
 use weight_map::{HfTensor, matrix_shape};
@@ -34,17 +36,17 @@ pub(crate) enum Activations {
 /// Tensors of one layer.
 pub(crate) struct Layer {
     pub input_norm: TensorId,
-    pub q: Linear,
-    pub k: Linear,
-    pub v: Linear,
-    pub o: Linear,
-    pub q_norm: Option<TensorId>,
-    pub k_norm: Option<TensorId>,
+    pub mixer: Mixer,
     pub post_norm: TensorId,
     pub gate: Linear,
     pub up: Linear,
     pub down: Linear,
-    pub attention: Attention,
+}
+
+/// What brings the tokens together.
+pub(crate) enum Mixer {
+    Attention(AttentionLayer),
+    DeltaNet(DeltaLayer),
 }
 
 /// A model whose weights lie in foreign memory.
@@ -57,44 +59,18 @@ pub struct Model<D: Device> {
     pub(crate) embed: TensorId,
     pub(crate) norm: TensorId,
     pub(crate) head: TensorId,
-    /// (positions, head_dim)
+    /// (positions, elements of a head that rotate)
     pub(crate) rope: D::Buffer,
     positions: usize,
     /// How windows take them.
     pub(crate) windows: Activations,
 }
 
-/// Keys and values of a context, per layer, for up to `capacity` tokens.
-///
-/// It knows which tokens it holds, so that a context which begins like the last one is not run again; beside it are
-/// those of earlier contexts, as far as [`Cache::keep_prefixes`] allows. Both are right only as long as the weights are
-/// the same: [`Cache::weights_moved`] says that they are not.
-pub struct Cache<D: Device> {
-    device: Arc<D>,
-    layers: Vec<(D::Stored, D::Stored)>,
-    ids: Vec<u32>,
-    /// Number of tokens, where the device reads it: one element.
-    pub(crate) len: D::Ids,
-    capacity: usize,
-    prefixes: Prefixes<D>,
-    /// The oldest weights that any of the tokens rests on, as `prefixes` counts them.
-    version: u64,
-    tokens_run: u64,
-    /// Windows over these keys and values that were recorded.
-    pub(crate) recorded: Vec<Recorded<D>>,
-}
-
 /// What backward needs of one layer's forward pass.
 pub(crate) struct Saved<D: Device> {
     pub x: Arc<D::Buffer>,
     pub normed: Arc<D::Buffer>,
-    /// Queries and keys before their norm; absent without one.
-    pub raw: Option<(D::Buffer, D::Buffer)>,
-    pub q: D::Buffer,
-    pub k: D::Buffer,
-    pub v: D::Buffer,
-    pub out: Arc<D::Buffer>,
-    pub lse: D::Buffer,
+    pub mixed: Mixed<D>,
     pub mid: D::Buffer,
     pub normed_mid: Arc<D::Buffer>,
     pub gate: D::Buffer,
@@ -102,80 +78,10 @@ pub(crate) struct Saved<D: Device> {
     pub act: Arc<D::Buffer>,
 }
 
-impl<D: Device> Cache<D> {
-    /// Number of tokens in the cache.
-    pub fn len(&self) -> usize {
-        self.ids.len()
-    }
-    /// Whether nothing is cached.
-    pub fn is_empty(&self) -> bool {
-        self.ids.is_empty()
-    }
-    /// Tokens that fit.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-    /// Tokens that were run to fill it, ever.
-    pub fn tokens_run(&self) -> u64 {
-        self.tokens_run
-    }
-    /// Tokens of earlier contexts that are kept beside it.
-    pub fn tokens_kept(&self) -> usize {
-        self.prefixes.tokens()
-    }
-    /// From now on keeps what contexts begin with, within these limits.
-    pub fn keep_prefixes(&mut self, limits: PrefixLimits) {
-        self.prefixes.limit(limits);
-    }
-    /// Forgets the context, and of the earlier ones what rests on weights that are too old now.
-    pub fn weights_moved(&mut self) {
-        self.truncate(0);
-        self.prefixes.weights_moved();
-    }
-    /// Forgets everything.
-    pub fn forget(&mut self) {
-        self.truncate(0);
-        self.prefixes.forget();
-    }
-    /// Forgets all but the first `len` tokens.
-    pub fn truncate(&mut self, len: usize) {
-        self.ids.truncate(len);
-        self.tell_len();
-    }
-    fn extend(&mut self, ids: &[u32]) {
-        if self.ids.is_empty() {
-            self.version = self.prefixes.updates();
-        }
-        self.ids.extend_from_slice(ids);
-        self.tell_len();
-    }
-    fn tell_len(&mut self) {
-        self.device.write_ids(&mut self.len, &[self.ids.len() as u32]);
-    }
-    /// Forgets what does not begin `context`, and takes over what earlier contexts have of the rest.
-    pub(crate) fn recall(&mut self, context: &[u32]) {
-        let common = self.ids.iter().zip(context).take_while(|(a, b)| a == b).count();
-        self.truncate(common);
-        let blocks = self.prefixes.find(context);
-        let end = blocks.len() * BLOCK;
-        let Some(version) = self.prefixes.version(&blocks).filter(|_| end > common) else { return };
-        for (i, &block) in blocks.iter().enumerate().skip(common / BLOCK) {
-            let first = common.saturating_sub(i * BLOCK);
-            for (layer, cached) in self.layers.iter_mut().enumerate() {
-                self.prefixes.copy_out(block, first, layer, cached, i * BLOCK + first);
-            }
-        }
-        self.extend(&context[common..end]);
-        self.version = self.version.min(version);
-    }
-    /// Keeps what the context begins with for later ones.
-    pub(crate) fn keep(&mut self) {
-        self.prefixes.keep(&self.ids, &self.layers, self.version);
-    }
-    pub(crate) fn past(&self, layer: usize) -> Past<'_, D> {
-        let (keys, values) = &self.layers[layer];
-        Past { keys, values, len: &self.len }
-    }
+/// What it needs of what brought the tokens together.
+pub(crate) enum Mixed<D: Device> {
+    Attention(Attended<D>),
+    DeltaNet(Recurred<D>, Option<D::Buffer>),
 }
 
 impl<D: Device> Model<D> {
@@ -192,8 +98,10 @@ impl<D: Device> Model<D> {
         }
         let ids: HashMap<&str, TensorId> = tensors.iter().enumerate().map(|(i, t)| (t.name.as_str(), i)).collect();
         let layers = (0..config.decoder.layers).map(|i| Layer::new(&config, &ids, i)).collect();
-        let embed = ids["model.embed_tokens.weight"];
-        let (norm, head) = (ids["model.norm.weight"], ids.get("lm_head.weight").copied().unwrap_or(embed));
+        let module = config.decoder.module();
+        let id = |name: &str| ids[format!("{module}.{name}").as_str()];
+        let (embed, norm) = (id("embed_tokens.weight"), id("norm.weight"));
+        let head = ids.get("lm_head.weight").copied().unwrap_or(embed);
         let table = config.rope.table(0, positions);
         let mut rope = device.uninit(table.len());
         device.write(&mut rope, 0, &table);
@@ -234,25 +142,21 @@ impl<D: Device> Model<D> {
 
     /// An empty cache for `capacity` tokens: in bf16 where the weights have 16 bits and the device can, else in f32.
     pub fn cache(&self, capacity: usize) -> Cache<D> {
-        let weights = self.device.dtype(&self.weights[self.layers[0].k.weight]);
+        let weights = self.device.dtype(&self.weights[self.layers[0].down.weight]);
         let narrow = weights != Dtype::F32 && self.device.stores(Dtype::BF16);
         self.cache_in(if narrow { Dtype::BF16 } else { Dtype::F32 }, capacity)
     }
 
-    /// An empty cache for `capacity` tokens with keys and values of a type that the device stores. It decides how a context
-    /// is run as well: with f32 as exactly as a window.
+    /// An empty cache for `capacity` tokens with keys and values of a type that the device stores; states are f32. It decides
+    /// how a context is run as well: with f32 as exactly as a window.
     pub fn cache_in(&self, dtype: Dtype, capacity: usize) -> Cache<D> {
-        let device = self.device.clone();
-        let shape = Shape {
-            layers: self.layers.len(),
-            row: self.config.decoder.kv_heads * self.config.decoder.head_dim,
-            dtype,
-        };
-        let stored = || device.stored(dtype, capacity * shape.row);
-        let layers = self.layers.iter().map(|_| (stored(), stored())).collect();
-        let (len, prefixes) = (device.ids(&[0]), Prefixes::new(device.clone(), shape));
-        let (ids, recorded) = (Vec::new(), Vec::new());
-        Cache { device, layers, ids, len, capacity, prefixes, version: 0, tokens_run: 0, recorded }
+        let d = &self.config.decoder;
+        let shape = Shape { layers: self.layers.len(), row: d.kv_heads * d.head_dim, dtype };
+        let recurrent = self.layers.iter().map(|layer| match &layer.mixer {
+            Mixer::Attention(_) => None,
+            Mixer::DeltaNet(l) => Some((l.convolution, l.rule.state())),
+        });
+        Cache::new(self.device.clone(), capacity, shape, &recurrent.collect::<Vec<_>>())
     }
 
     /// Runs tokens after those in the cache without gradients and adds their keys and values.
@@ -274,32 +178,46 @@ impl<D: Device> Model<D> {
         host
     }
 
-    /// One chunk through all layers; the last layer stops at its keys unless the output is wanted.
+    /// One chunk through all layers; the last layer stops at what it leaves unless the output is wanted.
     fn prefill_chunk(&self, cache: &mut Cache<D>, ids: &[u32], want_output: bool) -> Option<Arc<D::Buffer>> {
         let (t, len) = (ids.len(), cache.len());
-        assert!(len + t <= cache.capacity, "{len} + {t} tokens in a cache of {}", cache.capacity);
-        let row = self.config.decoder.kv_heads * self.config.decoder.head_dim;
-        let activations = match self.device.stored_dtype(&cache.layers[0].0) {
+        assert!(len + t <= cache.capacity(), "{len} + {t} tokens in a cache of {}", cache.capacity());
+        let activations = match cache.dtype() {
             Dtype::F32 => Activations::Exact,
             _ => Activations::Rounded,
         };
         let mut x = Arc::new(self.embed(&self.device.ids(ids), t));
         let last = self.layers.len() - 1;
         for layer in 0..self.layers.len() {
-            let (k, v) = if layer == last && !want_output {
-                self.project_keys(layer, &x, &cache.len, t, activations)
+            let left = if layer == last && !want_output {
+                self.leave(layer, &x, cache.context(layer), t, activations)
             } else {
-                let (next, saved) = self.layer(layer, x, cache.past(layer), t, activations);
+                let (next, saved) = self.layer(layer, x, cache.context(layer), t, activations, true);
                 x = next;
-                (saved.k, saved.v)
+                saved.mixed.left()
             };
-            let (keys, values) = &mut cache.layers[layer];
-            self.device.store(keys, len * row, &k, t * row);
-            self.device.store(values, len * row, &v, t * row);
+            cache.take(layer, left, t);
         }
         cache.extend(ids);
-        cache.tokens_run += t as u64;
+        cache.count_run(t);
         want_output.then_some(x)
+    }
+
+    /// What a layer leaves of t tokens, without its output.
+    fn leave(&self, layer: usize, x: &D::Buffer, context: Context<D>, t: usize, activations: Activations) -> Left<D> {
+        let l = &self.layers[layer];
+        let normed = self.norm(x, l.input_norm, t);
+        match (&l.mixer, context) {
+            (Mixer::Attention(l), Context::Keys(past)) => {
+                let (k, v) = self.project_keys(l, &normed, past.len, t, activations);
+                Left::Keys(k, v)
+            }
+            (Mixer::DeltaNet(l), Context::State { before, state }) => {
+                let (inputs, next) = self.advance(l, &normed, State { before, state }, t, activations);
+                Left::State { inputs, next }
+            }
+            _ => unreachable!("a layer sees what it has left"),
+        }
     }
 
     /// Embedding rows of t ids, (t,H).
@@ -316,15 +234,20 @@ impl<D: Device> Model<D> {
         (normed, logits)
     }
 
-    fn norm(&self, x: &D::Buffer, weight: TensorId, rows: usize) -> D::Buffer {
+    /// The norms' constants, but for that inside a Gated DeltaNet.
+    pub(crate) fn norms(&self) -> Norm {
+        Norm { eps: self.config.rms_norm_eps, offset: self.config.norm_offset }
+    }
+
+    pub(crate) fn norm(&self, x: &D::Buffer, weight: TensorId, rows: usize) -> D::Buffer {
         let w = &self.weights[weight];
         let mut y = self.device.uninit(rows * self.device.shape(w).1);
-        self.device.rms_norm(&mut y, x, w, self.config.rms_norm_eps, rows);
+        self.device.rms_norm(&mut y, x, w, self.norms(), rows);
         y
     }
 
     /// The outputs of layers that share their input.
-    fn linears<const N: usize>(
+    pub(crate) fn linears<const N: usize>(
         &self,
         x: &D::Buffer,
         layers: [Linear; N],
@@ -342,82 +265,34 @@ impl<D: Device> Model<D> {
         y
     }
 
-    fn linear(&self, x: &D::Buffer, layer: Linear, t: usize, activations: Activations) -> D::Buffer {
+    pub(crate) fn linear(&self, x: &D::Buffer, layer: Linear, t: usize, activations: Activations) -> D::Buffer {
         let [y] = self.linears(x, [layer], t, activations);
         y
     }
 
-    /// Head norm, if there is one, and rope of queries or keys (t,heads·d) at position..position + t.
-    fn rotated(
-        &self,
-        raw: &D::Buffer,
-        norm: Option<TensorId>,
-        position: &D::Ids,
-        t: usize,
-        heads: usize,
-        head_dim: usize,
-    ) -> D::Buffer {
-        let mut y = match norm {
-            Some(norm) => self.norm(raw, norm, t * heads),
-            None => {
-                let mut y = self.device.uninit(t * heads * head_dim);
-                self.device.copy(&mut y, 0, raw, 0, t * heads * head_dim);
-                y
-            }
-        };
-        self.device.rope(&mut y, &self.rope, position, t, heads, head_dim, false);
-        y
-    }
-
-    /// Norm, projections, head norms and rope of one layer.
-    fn project(
-        &self,
-        layer: usize,
-        x: &D::Buffer,
-        position: &D::Ids,
-        t: usize,
-        activations: Activations,
-    ) -> Projected<D> {
-        let l = &self.layers[layer];
-        let Attention { heads, kv_heads, head_dim, .. } = l.attention;
-        let normed = Arc::new(self.norm(x, l.input_norm, t));
-        let [raw_q, raw_k, v] = self.linears(&normed, [l.q, l.k, l.v], t, activations);
-        let q = self.rotated(&raw_q, l.q_norm, position, t, heads, head_dim);
-        let k = self.rotated(&raw_k, l.k_norm, position, t, kv_heads, head_dim);
-        let raw = l.q_norm.is_some().then_some((raw_q, raw_k));
-        Projected { normed, raw, q, k, v }
-    }
-
-    /// Keys and values alone.
-    fn project_keys(
-        &self,
-        layer: usize,
-        x: &D::Buffer,
-        position: &D::Ids,
-        t: usize,
-        activations: Activations,
-    ) -> (D::Buffer, D::Buffer) {
-        let l = &self.layers[layer];
-        let normed = self.norm(x, l.input_norm, t);
-        let [raw_k, v] = self.linears(&normed, [l.k, l.v], t, activations);
-        (self.rotated(&raw_k, l.k_norm, position, t, l.attention.kv_heads, l.attention.head_dim), v)
-    }
-
-    /// One layer over t tokens that follow `past`.
+    /// One layer over t tokens that follow `context`; a recurrent one makes the state after them if it is wanted.
     pub(crate) fn layer(
         &self,
         layer: usize,
         x: Arc<D::Buffer>,
-        past: Past<D>,
+        context: Context<D>,
         t: usize,
         activations: Activations,
+        want_state: bool,
     ) -> (Arc<D::Buffer>, Saved<D>) {
         let (l, hidden) = (&self.layers[layer], self.config.decoder.hidden);
-        let Projected { normed, raw, q, k, v } = self.project(layer, &x, past.len, t, activations);
-        let mut out = self.device.uninit(t * l.attention.heads * l.attention.head_dim);
-        let mut lse = self.device.uninit(t * l.attention.heads);
-        self.device.attention(&mut out, &mut lse, &q, &k, &v, past, t, &l.attention);
-        let mut mid = self.linear(&out, l.o, t, activations);
+        let normed = Arc::new(self.norm(&x, l.input_norm, t));
+        let (mut mid, mixed) = match (&l.mixer, context) {
+            (Mixer::Attention(l), Context::Keys(past)) => {
+                let (y, saved) = self.attend(l, &normed, past, t, activations);
+                (y, Mixed::Attention(saved))
+            }
+            (Mixer::DeltaNet(l), Context::State { before, state }) => {
+                let (y, saved, next) = self.recur(l, &normed, State { before, state }, t, activations, want_state);
+                (y, Mixed::DeltaNet(saved, next))
+            }
+            _ => unreachable!("a layer sees what it has left"),
+        };
         self.device.add(&mut mid, &x, t * hidden);
         let normed_mid = self.norm(&mid, l.post_norm, t);
         let [gate, up] = self.linears(&normed_mid, [l.gate, l.up], t, activations);
@@ -426,48 +301,63 @@ impl<D: Device> Model<D> {
         self.device.swiglu(&mut act, &gate, &up, intermediate);
         let mut y = self.linear(&act, l.down, t, activations);
         self.device.add(&mut y, &mid, t * hidden);
-        let (out, normed_mid, act) = (Arc::new(out), Arc::new(normed_mid), Arc::new(act));
-        (Arc::new(y), Saved { x, normed, raw, q, k, v, out, lse, mid, normed_mid, gate, up, act })
+        let (normed_mid, act) = (Arc::new(normed_mid), Arc::new(act));
+        (Arc::new(y), Saved { x, normed, mixed, mid, normed_mid, gate, up, act })
     }
 }
 
-struct Projected<D: Device> {
-    normed: Arc<D::Buffer>,
-    raw: Option<(D::Buffer, D::Buffer)>,
-    q: D::Buffer,
-    k: D::Buffer,
-    v: D::Buffer,
+impl<D: Device> Mixed<D> {
+    /// What the cache keeps of it.
+    pub fn left(self) -> Left<D> {
+        match self {
+            Mixed::Attention(Attended { k, v, .. }) => Left::Keys(k, v),
+            Mixed::DeltaNet(Recurred { qkv, .. }, next) => {
+                Left::State { inputs: qkv, next: next.expect("it was asked for") }
+            }
+        }
+    }
 }
 
 impl Layer {
     fn new(config: &Config, ids: &HashMap<&str, TensorId>, i: usize) -> Layer {
-        let d = &config.decoder;
-        let id = |name: &str| ids.get(format!("model.layers.{i}.{name}").as_str()).copied();
+        let module = config.decoder.module();
+        let id = |name: &str| ids.get(format!("{module}.layers.{i}.{name}").as_str()).copied();
         let linear = |name: &str| Linear {
             weight: id(&format!("{name}.weight")).expect("every layer has its matrices"),
             bias: id(&format!("{name}.bias")),
         };
-        let norm = |name: &str| id(&format!("{name}.weight"));
-        let attention = Attention {
-            heads: d.heads,
-            kv_heads: d.kv_heads,
-            head_dim: d.head_dim,
-            window: config.windows[i],
-            scale: 1.0 / (d.head_dim as f32).sqrt(),
+        let norm = |name: &str| id(&format!("{name}.weight")).expect("every layer has its norms");
+        let mixer = match config.decoder.is_delta_net(i) {
+            true => Mixer::DeltaNet(DeltaLayer::new(config, linear, id)),
+            false => Mixer::Attention(AttentionLayer::new(config, i, linear, id)),
         };
         Layer {
-            input_norm: norm("input_layernorm").expect("every layer has its norms"),
-            q: linear("self_attn.q_proj"),
-            k: linear("self_attn.k_proj"),
-            v: linear("self_attn.v_proj"),
-            o: linear("self_attn.o_proj"),
-            q_norm: norm("self_attn.q_norm"),
-            k_norm: norm("self_attn.k_norm"),
-            post_norm: norm("post_attention_layernorm").expect("every layer has its norms"),
+            input_norm: norm("input_layernorm"),
+            mixer,
+            post_norm: norm("post_attention_layernorm"),
             gate: linear("mlp.gate_proj"),
             up: linear("mlp.up_proj"),
             down: linear("mlp.down_proj"),
-            attention,
         }
+    }
+
+    /// Its tensors.
+    pub fn tensors(&self) -> Vec<TensorId> {
+        let of = |linears: &[Linear]| -> Vec<TensorId> {
+            linears.iter().flat_map(|l| [Some(l.weight), l.bias]).flatten().collect()
+        };
+        let mut tensors = of(&[self.gate, self.up, self.down]);
+        tensors.extend([self.input_norm, self.post_norm]);
+        match &self.mixer {
+            Mixer::Attention(l) => {
+                tensors.extend(of(&l.linears()));
+                tensors.extend(l.norms());
+            }
+            Mixer::DeltaNet(l) => {
+                tensors.extend(of(&l.linears()));
+                tensors.extend(l.vectors());
+            }
+        }
+        tensors
     }
 }

@@ -4,12 +4,16 @@
 //! values, the decision tokens run with gradients on top of them (`window.rs`). Gradients leave as
 //! factors through `compute::Sink` and are never formed.
 //!
-//! Families: Llama, Mistral, Qwen2 and Qwen3 (dense), from `config.json` as Hugging Face writes it.
+//! Families: Llama, Mistral, Qwen2, Qwen3 and Qwen3.5 (dense), from `config.json` as Hugging Face writes it. Where layers are
+//! recurrent, the context leaves their state instead of keys and values (`delta_net.rs`).
 
 #![forbid(unsafe_code)]
 
+mod attention;
 mod backward;
+mod cache;
 mod config;
+mod delta_net;
 mod forward;
 #[cfg(feature = "oracle")]
 pub mod oracle;
@@ -18,8 +22,9 @@ mod recorded;
 mod rope;
 mod window;
 
+pub use cache::Cache;
 pub use config::{Config, ConfigError};
-pub use forward::{Cache, Model};
+pub use forward::Model;
 pub use prefixes::PrefixLimits;
 pub use rope::{Rope, Scaling};
 pub use window::{Example, ExampleError, Extent, Report, Timings};

@@ -5,9 +5,12 @@
 //! device and on an operator's own weights. candle's fused `rms_norm`, `softmax_last_dim` and `rope`
 //! have no backward and are not used.
 
-use crate::forward::{Activations, Linear, Model};
+use crate::attention::AttentionLayer;
+use crate::cache::Cache;
+use crate::delta_net::DeltaLayer;
+use crate::forward::{Activations, Linear, Mixer, Model};
 use candle_core::{D as Dim, DType, Device as CandleDevice, Result, Tensor, Var};
-use compute::{Device, Factors, Past, Sink, TensorId};
+use compute::{Device, Dtype, Factors, Sink, TensorId};
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -59,17 +62,17 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
     let dy = noise(probe.seed, 2, t * hidden);
 
     let device = &model.device;
-    let frozen = context_of(model, layer, &context, probe.context);
-    let len = device.ids(&[probe.context as u32]);
-    let past = Past { keys: &frozen.0, values: &frozen.1, len: &len };
-    let (y, saved) = model.layer(layer, Arc::new(upload(&**device, &x)), past, t, Activations::Exact);
+    let cache = context_of(model, layer, &context, probe.context);
+    let frozen = cache.context(layer);
+    let (y, saved) = model.layer(layer, Arc::new(upload(&**device, &x)), frozen, t, Activations::Exact, false);
     let mut sink = LayerSink { device: device.clone(), shapes: model.shapes(), gradients: HashMap::new() };
-    let dx = model.layer_backward(layer, &saved, Arc::new(upload(&**device, &dy)), past, t, &mut sink);
+    let dx = model.layer_backward(layer, &saved, Arc::new(upload(&**device, &dy)), frozen, t, &mut sink);
 
-    let mut reference = Reference::new(model, layer_tensors(model, layer), probe.precision)?;
-    let (keys, values) = reference.keys_and_values(layer, &matrix(&context, probe.context, probe.precision)?, 0)?;
+    let reference = Reference::new(model, model.layers[layer].tensors(), probe.precision)?;
+    let start = reference.start(layer)?;
+    let (_, left) = reference.layer(layer, &matrix(&context, probe.context, probe.precision)?, &start, 0)?;
     let x_var = Var::from_tensor(&matrix(&x, t, probe.precision)?)?;
-    let output = reference.layer(layer, x_var.as_tensor(), &keys.detach(), &values.detach(), probe.context)?;
+    let (output, _) = reference.layer(layer, x_var.as_tensor(), &left.detach(), probe.context)?;
     let gradients = (&output * matrix(&dy, t, probe.precision)?)?.sum_all()?.backward()?;
 
     let mut differences = vec![difference("output", &download(&**device, &y), &host(&output)?)];
@@ -101,7 +104,7 @@ pub fn compare_head<D: Device>(model: &Model<D>, probe: Probe) -> Result<Vec<Dif
 
     let reference = Reference::new(model, vec![model.norm, model.head], probe.precision)?;
     let x_var = Var::from_tensor(&matrix(&x, t, probe.precision)?)?;
-    let normed = rms_norm(x_var.as_tensor(), reference.get(model.norm), reference.eps)?;
+    let normed = reference.norm(x_var.as_tensor(), model.norm)?;
     let logits = normed.matmul(&reference.get(model.head).t()?)?;
     let log_sum = log_sum_exp(&logits)?;
     let chosen = logits.gather(&Tensor::from_vec(targets, (t, 1), &CandleDevice::Cpu)?, 1)?.squeeze(1)?;
@@ -149,25 +152,33 @@ impl<D: Device> Sink<D> for LayerSink<D> {
     }
 }
 
-/// Keys and values of a frozen context by the kernels.
-fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) -> (D::Stored, D::Stored) {
-    let device = &model.device;
-    let none = (device.zeros(0).into(), device.zeros(0).into());
-    if len == 0 {
-        return none;
+/// A cache in which one layer has seen a context with these inputs, by the kernels.
+fn context_of<D: Device>(model: &Model<D>, layer: usize, x: &[f32], len: usize) -> Cache<D> {
+    let mut cache = model.cache_in(Dtype::F32, len.max(1));
+    if len > 0 {
+        let x = Arc::new(upload(&*model.device, x));
+        let (_, saved) = model.layer(layer, x, cache.context(layer), len, Activations::Exact, true);
+        cache.take(layer, saved.mixed.left(), len);
+        cache.extend(&vec![0; len]);
     }
-    let zero = device.ids(&[0]);
-    let past = Past { keys: &none.0, values: &none.1, len: &zero };
-    let (_, saved) = model.layer(layer, Arc::new(upload(&**device, x)), past, len, Activations::Exact);
-    (saved.k.into(), saved.v.into())
+    cache
 }
 
-fn layer_tensors<D: Device>(model: &Model<D>, layer: usize) -> Vec<TensorId> {
-    let l = &model.layers[layer];
-    let linear = [l.q, l.k, l.v, l.o, l.gate, l.up, l.down];
-    let mut ids: Vec<TensorId> = linear.iter().flat_map(|l: &Linear| [Some(l.weight), l.bias]).flatten().collect();
-    ids.extend([Some(l.input_norm), Some(l.post_norm), l.q_norm, l.k_norm].into_iter().flatten());
-    ids
+/// What a layer of the reference leaves of the tokens that it has run.
+enum Left {
+    /// Keys and values (t, kv_heads, d).
+    Keys(Tensor, Tensor),
+    /// Inputs of the convolution (width - 1, channels), and the state (value_heads, key_dim, value_dim).
+    State(Tensor, Tensor),
+}
+
+impl Left {
+    fn detach(&self) -> Left {
+        match self {
+            Left::Keys(a, b) => Left::Keys(a.detach(), b.detach()),
+            Left::State(a, b) => Left::State(a.detach(), b.detach()),
+        }
+    }
 }
 
 /// The tensors in question as candle variables in f64.
@@ -202,64 +213,153 @@ impl<'a, D: Device> Reference<'a, D> {
         }
     }
 
-    /// (t, heads, d) after head norm and rope.
-    fn rotated(&self, x: Tensor, norm: Option<TensorId>, heads: usize, d: usize, position: usize) -> Result<Tensor> {
-        let t = x.dim(0)?;
-        let mut x = x.reshape((t, heads, d))?;
-        if let Some(norm) = norm {
-            x = rms_norm(&x, self.get(norm), self.eps)?;
-        }
-        let table = self.model.config().rope.table(position, t);
-        let table = Tensor::from_vec(table, (t, 1, d), &CandleDevice::Cpu)?.to_dtype(self.dtype)?;
-        let (cos, sin) = (table.narrow(2, 0, d / 2)?, table.narrow(2, d / 2, d / 2)?);
-        let (a, b) = (x.narrow(2, 0, d / 2)?, x.narrow(2, d / 2, d / 2)?);
+    /// A norm whose gain has the model's offset.
+    fn norm(&self, x: &Tensor, norm: TensorId) -> Result<Tensor> {
+        rms_norm(x, &(self.get(norm) + self.model.config().norm_offset as f64)?, self.eps)
+    }
+
+    /// (t, heads, d) after head norm and rope of the first elements.
+    fn rotated(&self, x: Tensor, norm: Option<TensorId>, position: usize) -> Result<Tensor> {
+        let (t, _, d) = x.dims3()?;
+        let x = match norm {
+            Some(norm) => self.norm(&x, norm)?,
+            None => x,
+        };
+        let rope = &self.model.config().rope;
+        let rotated = 2 * rope.frequencies.len();
+        let table = Tensor::from_vec(rope.table(position, t), (t, 1, rotated), &CandleDevice::Cpu)?;
+        let table = table.to_dtype(self.dtype)?;
+        let half = |x: &Tensor, first: usize| x.narrow(2, first, rotated / 2);
+        let (cos, sin, a, b) = (half(&table, 0)?, half(&table, rotated / 2)?, half(&x, 0)?, half(&x, rotated / 2)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[first, second], 2)
-    }
-
-    /// Keys and values (t, kv_heads, d) of tokens at `position`...
-    fn keys_and_values(&mut self, layer: usize, x: &Tensor, position: usize) -> Result<(Tensor, Tensor)> {
-        let l = &self.model.layers[layer];
-        let (g, d) = (l.attention.kv_heads, l.attention.head_dim);
-        if x.dim(0)? == 0 {
-            let none = Tensor::zeros((0, g, d), self.dtype, &CandleDevice::Cpu)?;
-            return Ok((none.clone(), none));
+        match d - rotated {
+            0 => Tensor::cat(&[first, second], 2),
+            rest => Tensor::cat(&[first, second, x.narrow(2, rotated, rest)?], 2),
         }
-        let normed = rms_norm(x, self.get(l.input_norm), self.eps)?;
-        let keys = self.rotated(self.linear(&normed, l.k)?, l.k_norm, g, d, position)?;
-        let values = self.linear(&normed, l.v)?.reshape((x.dim(0)?, g, d))?;
-        Ok((keys, values))
     }
 
-    fn layer(&mut self, layer: usize, x: &Tensor, keys: &Tensor, values: &Tensor, position: usize) -> Result<Tensor> {
-        let (own_keys, own_values) = self.keys_and_values(layer, x, position)?;
+    /// What a layer has left before the first token.
+    fn start(&self, layer: usize) -> Result<Left> {
+        let zeros = |shape: &[usize]| Tensor::zeros(shape, self.dtype, &CandleDevice::Cpu);
+        match &self.model.layers[layer].mixer {
+            Mixer::Attention(l) => {
+                let none = zeros(&[0, l.shape.kv_heads, l.shape.head_dim])?;
+                Ok(Left::Keys(none.clone(), none))
+            }
+            Mixer::DeltaNet(l) => {
+                let state = zeros(&[l.rule.value_heads, l.rule.key_dim, l.rule.value_dim])?;
+                Ok(Left::State(zeros(&[l.convolution.width - 1, l.convolution.channels])?, state))
+            }
+        }
+    }
+
+    /// The output of tokens at `position`.. and what the layer leaves then.
+    fn layer(&self, layer: usize, x: &Tensor, left: &Left, position: usize) -> Result<(Tensor, Left)> {
+        let l = &self.model.layers[layer];
+        if x.dim(0)? == 0 {
+            return Ok((x.clone(), left.detach()));
+        }
+        let normed = self.norm(x, l.input_norm)?;
+        let (mixed, left) = match (&l.mixer, left) {
+            (Mixer::Attention(l), Left::Keys(keys, values)) => self.attend(l, &normed, keys, values, position)?,
+            (Mixer::DeltaNet(l), Left::State(before, state)) => self.recur(l, &normed, before, state)?,
+            _ => unreachable!("a layer sees what it has left"),
+        };
+        let mid = (x + mixed)?;
+        let normed = self.norm(&mid, l.post_norm)?;
+        let (gate, up) = (self.linear(&normed, l.gate)?, self.linear(&normed, l.up)?);
+        Ok(((&mid + self.linear(&(silu(&gate)? * up)?, l.down)?)?, left))
+    }
+
+    fn attend(
+        &self,
+        l: &AttentionLayer,
+        x: &Tensor,
+        keys: &Tensor,
+        values: &Tensor,
+        position: usize,
+    ) -> Result<(Tensor, Left)> {
+        let (t, shape) = (x.dim(0)?, &l.shape);
+        let (h, g, d) = (shape.heads, shape.kv_heads, shape.head_dim);
+        let q = self.linear(x, l.q)?;
+        let (q, gate) = match l.gated {
+            false => (q.reshape((t, h, d))?, None),
+            true => {
+                let both = q.reshape((t, h, 2 * d))?;
+                (both.narrow(2, 0, d)?, Some(both.narrow(2, d, d)?.contiguous()?.reshape((t, h * d))?))
+            }
+        };
+        let q = self.rotated(q, l.q_norm, position)?;
+        let own_keys = self.rotated(self.linear(x, l.k)?.reshape((t, g, d))?, l.k_norm, position)?;
+        let own_values = self.linear(x, l.v)?.reshape((t, g, d))?;
         let (keys, values) = match position {
             0 => (own_keys, own_values),
             _ => (Tensor::cat(&[keys, &own_keys], 0)?, Tensor::cat(&[values, &own_values], 0)?),
         };
-        let l = &self.model.layers[layer];
-        let shape = &l.attention;
-        let (t, total, d) = (x.dim(0)?, keys.dim(0)?, shape.head_dim);
-        let normed = rms_norm(x, self.get(l.input_norm), self.eps)?;
-        let q = self.rotated(self.linear(&normed, l.q)?, l.q_norm, shape.heads, d, position)?;
-        let group = shape.heads / shape.kv_heads;
+        let total = keys.dim(0)?;
         // (heads, total, d): every kv head repeated for its group of query heads.
         let spread = |kv: &Tensor| {
             let kv = kv.transpose(0, 1)?.unsqueeze(1)?;
-            kv.expand((shape.kv_heads, group, total, d))?.contiguous()?.reshape((shape.heads, total, d))
+            kv.expand((g, h / g, total, d))?.contiguous()?.reshape((h, total, d))
         };
         let scores = q.transpose(0, 1)?.contiguous()?.matmul(&spread(&keys)?.transpose(1, 2)?.contiguous()?)?;
         let scores = (scores * shape.scale as f64)?
             .broadcast_add(&mask(t, total, position, shape.window)?.to_dtype(self.dtype)?)?;
         let out = softmax(&scores)?.matmul(&spread(&values)?)?;
-        let out = out.transpose(0, 1)?.contiguous()?.reshape((t, shape.heads * d))?;
-        let mid = (x + self.linear(&out, l.o)?)?;
-        let normed = rms_norm(&mid, self.get(l.post_norm), self.eps)?;
-        let (gate, up) = (self.linear(&normed, l.gate)?, self.linear(&normed, l.up)?);
-        let silu = (&gate / (gate.neg()?.exp()? + 1.0)?)?;
-        mid + self.linear(&(silu * up)?, l.down)?
+        let out = out.transpose(0, 1)?.contiguous()?.reshape((t, h * d))?;
+        let out = match gate {
+            Some(gate) => (out * sigmoid(&gate)?)?,
+            None => out,
+        };
+        Ok((self.linear(&out, l.o)?, Left::Keys(keys, values)))
     }
+
+    /// The gated delta rule as its definition says, token by token (arXiv:2412.06464, equation 10).
+    fn recur(&self, l: &DeltaLayer, x: &Tensor, before: &Tensor, state: &Tensor) -> Result<(Tensor, Left)> {
+        let (t, rule, width) = (x.dim(0)?, &l.rule, l.convolution.width);
+        let (kh, vh, kd, vd) = (rule.key_heads, rule.value_heads, rule.key_dim, rule.value_dim);
+        let all = Tensor::cat(&[before, &self.linear(x, l.qkv)?], 0)?;
+        let weights = self.get(l.conv).reshape((l.convolution.channels, width))?;
+        let mut mixed = Tensor::zeros((t, l.convolution.channels), self.dtype, &CandleDevice::Cpu)?;
+        for j in 0..width {
+            mixed = (mixed + all.narrow(0, j, t)?.broadcast_mul(&weights.narrow(1, j, 1)?.t()?)?)?;
+        }
+        let mixed = silu(&mixed)?;
+        // (t, value_heads, dim), each key head repeated for its value heads.
+        let spread = |first: usize| {
+            let heads = mixed.narrow(1, first, kh * kd)?.reshape((t, kh, 1, kd))?;
+            let length = (heads.sqr()?.sum_keepdim(3)? + 1e-6)?.sqrt()?;
+            heads.broadcast_div(&length)?.expand((t, kh, vh / kh, kd))?.contiguous()?.reshape((t, vh, kd))
+        };
+        let (q, k) = ((spread(0)? / (kd as f64).sqrt())?, spread(kh * kd)?);
+        let v = mixed.narrow(1, 2 * kh * kd, vh * vd)?.reshape((t, vh, vd))?;
+        let rate = self.get(l.a_log).exp()?;
+        let softplus = (self.linear(x, l.a)?.broadcast_add(self.get(l.dt_bias))?.exp()? + 1.0)?.log()?;
+        let decay = softplus.broadcast_mul(&rate)?.neg()?.exp()?;
+        let beta = sigmoid(&self.linear(x, l.b)?)?;
+        let (mut state, mut outs) = (state.clone(), Vec::new());
+        for i in 0..t {
+            let of = |x: &Tensor, dim: usize| x.get(i)?.reshape((vh, 1, dim));
+            let (q, k, v) = (of(&q, kd)?, of(&k, kd)?, of(&v, vd)?);
+            state = state.broadcast_mul(&decay.get(i)?.reshape((vh, 1, 1))?)?;
+            let delta = (v - k.matmul(&state)?)?.broadcast_mul(&beta.get(i)?.reshape((vh, 1, 1))?)?;
+            state = (state + k.transpose(1, 2)?.contiguous()?.matmul(&delta)?)?;
+            outs.push(q.matmul(&state)?.reshape((1, vh, vd))?);
+        }
+        let out = rms_norm(&Tensor::cat(&outs, 0)?, self.get(l.norm), self.eps)?.reshape((t, vh * vd))?;
+        let gated = (out * silu(&self.linear(x, l.z)?)?)?;
+        let kept = all.narrow(0, all.dim(0)? - (width - 1), width - 1)?;
+        Ok((self.linear(&gated, l.out)?, Left::State(kept, state)))
+    }
+}
+
+fn sigmoid(x: &Tensor) -> Result<Tensor> {
+    (x.neg()?.exp()? + 1.0)?.recip()
+}
+
+fn silu(x: &Tensor) -> Result<Tensor> {
+    x * sigmoid(x)?
 }
 
 /// 0 where a query sees a key, a large negative number elsewhere; (t, total).

@@ -9,6 +9,7 @@
 //! serves the examples of one step, with more it is an approximation. Nothing here depends on the time: the same examples
 //! and updates find the same blocks.
 
+use crate::cache::Held;
 use compute::{Device, Dtype};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -115,22 +116,15 @@ impl<D: Device> Prefixes<D> {
     }
 
     /// Copies rows `first..` of a block to rows `to..` of a layer's keys and values.
-    pub fn copy_out(
-        &self,
-        id: u64,
-        first: usize,
-        layer: usize,
-        (keys, values): &mut (D::Stored, D::Stored),
-        to: usize,
-    ) {
-        let Shape { row, .. } = self.shape;
+    pub fn copy_out(&self, id: u64, first: usize, layer: usize, held: &mut Held<D>, to: usize) {
+        let (Shape { row, .. }, (keys, values)) = (self.shape, held.keys_mut());
         let (elements, len) = (&self.blocks[&id].elements, (BLOCK - first) * row);
         self.device.copy_stored(keys, to * row, elements, (2 * layer * BLOCK + first) * row, len);
         self.device.copy_stored(values, to * row, elements, ((2 * layer + 1) * BLOCK + first) * row, len);
     }
 
     /// Keeps the whole blocks of a context that was run with weights no older than `version`, as far as there is room.
-    pub fn keep(&mut self, context: &[u32], layers: &[(D::Stored, D::Stored)], version: u64) {
+    pub fn keep(&mut self, context: &[u32], layers: &[Held<D>], version: u64) {
         if self.limits.tokens < BLOCK {
             return;
         }
@@ -154,11 +148,11 @@ impl<D: Device> Prefixes<D> {
     }
 
     /// A block's elements from rows `first..` of every layer.
-    fn copied(&self, layers: &[(D::Stored, D::Stored)], first: usize) -> D::Stored {
+    fn copied(&self, layers: &[Held<D>], first: usize) -> D::Stored {
         let Shape { layers: count, row, dtype } = self.shape;
         let len = BLOCK * row;
         let mut elements = self.device.stored(dtype, 2 * count * len);
-        for (layer, (keys, values)) in layers.iter().enumerate() {
+        for (layer, (keys, values)) in layers.iter().map(Held::keys).enumerate() {
             self.device.copy_stored(&mut elements, 2 * layer * len, keys, first * row, len);
             self.device.copy_stored(&mut elements, (2 * layer + 1) * len, values, first * row, len);
         }

@@ -5,7 +5,8 @@
 //! tokens is padded at its end: its rows see nothing of the padding, the padding has no target, and so all gradients of
 //! its rows are 0; factors have T rows of which the last T - t add nothing.
 
-use crate::forward::{Cache, Model};
+use crate::cache::Cache;
+use crate::forward::Model;
 use crate::window::Timings;
 use compute::{Device, NO_TARGET, Sink, TensorId};
 use std::sync::Arc;

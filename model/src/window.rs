@@ -8,7 +8,8 @@
 //! With [`Extent::Full`] the window reaches back to the first token and gradients flow through the
 //! context as well; the loss is the same. That is what others do, for comparison.
 
-use crate::forward::{Cache, Model};
+use crate::cache::Cache;
+use crate::forward::Model;
 use crate::recorded::Inputs;
 use compute::{Device, Sink};
 use std::ops::Range;
@@ -191,7 +192,7 @@ impl<D: Device> Model<D> {
     /// Natural log-probabilities of `ids[1..]`, each given all ids before it. The ids are at least two, within the
     /// vocabulary and no more than [`Model::positions`]; the cache is emptied.
     pub fn logprobs(&self, cache: &mut Cache<D>, ids: &[u32]) -> Vec<f32> {
-        cache.truncate(0);
+        cache.clear();
         let window = Window { ids: &ids[..ids.len() - 1], targets: &ids[1..] };
         let losses = self.window::<Nobody>(cache, window, 1.0, None, &mut Timings::default());
         losses.iter().map(|loss| -loss).collect()
@@ -266,7 +267,7 @@ impl<D: Device> Model<D> {
         let mut x = Arc::new(self.embed(&inputs.ids, t));
         let mut saved = Vec::new();
         for layer in 0..self.layers.len() {
-            let (next, activations) = self.layer(layer, x, cache.past(layer), t, self.windows);
+            let (next, activations) = self.layer(layer, x, cache.context(layer), t, self.windows, false);
             x = next;
             if sink.is_some() {
                 saved.push(activations);
@@ -288,7 +289,7 @@ impl<D: Device> Model<D> {
                     complete = false;
                     break;
                 }
-                dx = self.layer_backward(layer, &saved[layer], dx, cache.past(layer), t, sink);
+                dx = self.layer_backward(layer, &saved[layer], dx, cache.context(layer), t, sink);
                 saved.truncate(layer);
             }
             if complete && sink.wants(self.embed) {

@@ -5,12 +5,17 @@ mod common;
 use anyhow::Result;
 use common::{Machine, cases, examples, gradients, gradients_in, load, relative, values};
 use compute::{Cpu, Cuda, Dtype};
-use model::{Config, Example, Extent};
+use model::{Config, Example, Extent, Model};
 use safetensors::SafeTensors;
 use std::sync::Arc;
 
 /// Both sides compute in f32 with other orders of summation: observed differences are below 1e-5.
 const TOLERANCE: f64 = 1e-4;
+
+/// Whether rounding is magnified somewhere: a Gated DeltaNet normalises its output over each head, however small it is.
+fn magnifies<D: Machine>(model: &Model<D>) -> bool {
+    model.config().decoder.delta_net.is_some()
+}
 
 on_every_device!(loss_and_gradients_agree_with_transformers);
 
@@ -61,7 +66,13 @@ fn gradients_of_bf16_weights_agree_between_cpu_and_cuda() -> Result<()> {
             for ((tensor, got), want) in model.tensors().iter().zip(&got).zip(&want) {
                 let error = relative(got, want);
                 println!("{} example {i}, {}: {error:.1e}", dir.display(), tensor.name);
-                assert!(error < TOLERANCE, "{} example {i}, {} is off by {error:.1e}", dir.display(), tensor.name);
+                // Activations have 16 bits there, 256 times coarser than f32: 1.5e-4 was seen.
+                assert!(
+                    error < if magnifies(&model) { 1e-3 } else { TOLERANCE },
+                    "{} example {i}, {} is off by {error:.1e}",
+                    dir.display(),
+                    tensor.name
+                );
             }
         }
     }
@@ -124,7 +135,8 @@ fn windows_in_bf16_cost_a_few_hundredths_of_a_gradient_at_most() -> Result<()> {
                     dir.display()
                 );
                 // As above, and PyTorch's own bf16 is off by up to 0.18 here (research/LOG.md).
-                assert!(of_loss < 1e-2 && of_gradient < 6e-2, "{} {i} {keys}: {of_loss}, {of_gradient}", dir.display());
+                let most = if magnifies(&model) { 0.2 } else { 6e-2 };
+                assert!(of_loss < 1e-2 && of_gradient < most, "{} {i} {keys}: {of_loss}, {of_gradient}", dir.display());
                 *worst = worst.max(of_gradient);
             }
         }

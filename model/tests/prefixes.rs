@@ -108,7 +108,7 @@ fn what_is_kept_has_a_bound_and_the_unused_goes<D: Machine>() -> Result<()> {
     let mut cache = keeping(&model, 64, 0);
     train(&device, &model, &mut cache, &context(1, 110, 0, 0))?;
     assert_eq!(cache.tokens_kept(), 64);
-    cache.truncate(0);
+    cache.clear();
     assert_eq!(train(&device, &model, &mut cache, &context(1, 110, 0, 0))?.1, 104 - 64);
     cache.forget();
     assert_eq!((cache.len(), cache.tokens_kept()), (0, 0));
@@ -148,7 +148,7 @@ fn a_prefix_in_bf16_is_the_one_that_was_run() -> Result<()> {
     let mut cache = keeping(&model, 1024, 0);
     let ids = context(1, 70, 0, 20);
     train(&device, &model, &mut cache, &context(1, 64, 1, 20))?;
-    cache.truncate(0);
+    cache.clear();
     let (got, ran) = train(&device, &model, &mut cache, &ids)?;
     let alone = Example::new(ids.clone(), vec![ids.len() - 5..ids.len()])?;
     let error = relative(&got, &gradients(&device, &model, &alone, Extent::Frozen).1.concat());

@@ -114,7 +114,7 @@ fn windows_one_after_the_other_give_what_each_gives_alone<D: Machine>() -> Resul
         let example = Example::new(ids(seed as u32), spans)?;
         let (alone, want) = gradients(&device, &model, &example, Extent::Frozen);
         let mut held = Held(Vec::new());
-        cache.truncate(0);
+        cache.clear();
         let (scale, timings) = (1.0 / example.tokens() as f32, &mut Timings::default());
         let report = device.run(|| model.train(&mut cache, &example, Extent::Frozen, scale, &mut held, timings));
         let mut collector = Collector::new(device.clone(), &model.shapes());

@@ -130,7 +130,7 @@ fn one_step<D: Backend>(
     let ids: Vec<u32> = (0..options.context + options.decision).map(id).collect();
     let (start, end) = (options.context, ids.len());
     let example = Example::new(ids, vec![start..end])?;
-    cache.truncate(0);
+    cache.clear();
     let (mut gradients, mut timings) = (optimizer.gradients(), Timings::default());
     let clock = Instant::now();
     let scale = 1.0 / options.decision as f32;
@@ -185,13 +185,13 @@ struct Parameters {
     decision: u64,
 }
 
-/// A context needs neither head nor embedding as a matrix, and of the last layer keys and values alone.
+/// A context needs neither head nor embedding as a matrix, and of the last layer what it leaves alone.
 fn context_parameters<D: Device>(model: &Model<D>) -> u64 {
-    let last = format!("model.layers.{}.", model.config().decoder.layers - 1);
-    let multiplied = |name: &str| {
-        name.starts_with("model.layers.")
-            && (!name.starts_with(&last) || name.contains("k_proj") || name.contains("v_proj"))
-    };
+    let (module, layers) = (model.config().decoder.module(), model.config().decoder.layers);
+    let (all, last) = (format!("{module}.layers."), format!("{module}.layers.{}.", layers - 1));
+    let left =
+        |name: &str| ["k_proj", "v_proj", "in_proj_qkv", "in_proj_a", "in_proj_b"].iter().any(|of| name.contains(of));
+    let multiplied = |name: &str| name.starts_with(&all) && (!name.starts_with(&last) || left(name));
     let shapes = model.tensors().iter().zip(model.shapes()).filter(|(tensor, _)| multiplied(&tensor.name));
     shapes.map(|(_, (rows, cols))| (rows * cols) as u64).sum()
 }

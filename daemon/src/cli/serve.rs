@@ -150,6 +150,12 @@ fn check(config: &Config) -> Result<usize> {
     {
         bail!("{} is no live copy: make it with `apollod stage {} {0}`", live.display(), config.model.dir.display());
     }
+    if model.decoder.delta_net.is_some() && config.train.prefix_cache_tokens > 0 {
+        bail!(
+            "train.prefix_cache_tokens: this model has recurrent layers, whose state after a context cannot be cut back to what \
+             another begins with; leave it at 0"
+        );
+    }
     let unmatched = trainer::unmatched_rules(&model, &config.train);
     if !unmatched.is_empty() {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));

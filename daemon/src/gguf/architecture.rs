@@ -11,7 +11,22 @@ fn architecture(config: &Config) -> &'static str {
         Family::Llama | Family::Mistral => "llama",
         Family::Qwen2 => "qwen2",
         Family::Qwen3 => "qwen3",
+        Family::Qwen35 => "qwen35",
     }
+}
+
+/// Refuses models that llama.cpp keeps in another form than the files.
+///
+/// # Errors
+/// For models with recurrent layers.
+pub fn refuse_recurrent(config: &Config) -> Result<()> {
+    if config.decoder.family == Family::Qwen35 {
+        bail!(
+            "a GGUF file of Qwen3.5 is not supported: llama.cpp keeps norms, decay and heads of its recurrent layers in a form of \
+             its own, which cannot be trained in place; serve the safetensors with vLLM or transformers"
+        );
+    }
+    Ok(())
 }
 
 /// `general.*` and the keys of the architecture.
@@ -82,6 +97,7 @@ fn scaling(config: &Config) -> Result<Vec<(&'static str, GgufValue)>> {
 /// # Errors
 /// The first key that says something else.
 pub fn check(file: &GgufFile, config: &Config) -> Result<()> {
+    refuse_recurrent(config)?;
     let place = file.path().display();
     let (found, want) = (file.architecture()?, architecture(config));
     if found != want {

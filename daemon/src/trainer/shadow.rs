@@ -95,7 +95,7 @@ fn prompt(vocab: usize, positions: usize) -> Vec<u32> {
 
 /// The log-probability of the most likely token after each beginning of `ids`, the whole left out.
 fn greedy_logprobs<D: Device>(model: &Model<D>, cache: &mut Cache<D>, ids: &[u32]) -> Vec<f32> {
-    cache.truncate(0);
+    cache.clear();
     let largest = |logits: Vec<f32>| {
         let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         -logits.iter().map(|logit| f64::from(logit - top).exp()).sum::<f64>().ln() as f32

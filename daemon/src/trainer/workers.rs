@@ -212,7 +212,7 @@ impl<D: Backend> Worker<D> {
         let mut gradients = Gradients::new(self.wanted.clone());
         let mut timings = Timings::default();
         // What examples of one step may share is what each of them leaves here, and what is kept.
-        self.cache.truncate(0);
+        self.cache.clear();
         let reports = self.device.run(|| {
             // Loss of the step: Σ_i w_i Σ_tokens / Σ_i w_i·tokens_i. With one example the weight cancels
             // out there and multiplies lr instead, to which APOLLO does listen.

@@ -81,7 +81,7 @@ pub fn load<D: Machine>(device: &Arc<D>, dir: &Path, dtype: Dtype) -> Result<Mod
     let bytes = std::fs::read(dir.join("model.safetensors"))?;
     let file = SafeTensors::deserialize(&bytes)?;
     let weights = config.decoder.tensors().into_iter().map(|t| {
-        let (rows, cols) = if t.shape.len() == 1 { (1, t.shape[0]) } else { (t.shape[0], t.shape[1]) };
+        let (rows, cols) = weight_map::matrix_shape(&t.shape);
         Ok(weight(device, dtype, rows, cols, &values(&file, &t.name)?))
     });
     let weights = weights.collect::<Result<Vec<_>>>()?;
