@@ -144,10 +144,7 @@ pub(crate) fn write(
         if matches!(error, Error::Sync { .. }) {
             return (error, Files::Unknown);
         }
-        let number = current.generation + 1;
-        let undone = recover::undo_here(disk, paths, current, applied)
-            .and_then(|()| disk.remove(&paths.state(number)))
-            .and_then(|_| disk.remove(&paths.sums(number)));
+        let undone = recover::undo_here(disk, paths, current, applied);
         (error, if undone.is_ok() { Files::AsBefore } else { Files::Unknown })
     })
 }

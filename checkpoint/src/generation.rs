@@ -208,11 +208,17 @@ impl Generation {
 
     /// Parses and checks the seal; the error says what is wrong.
     pub(crate) fn from_json(bytes: &[u8]) -> std::result::Result<Generation, Unreadable> {
-        let generation: Generation =
-            serde_json::from_slice(bytes).map_err(|error| Unreadable::Damaged(format!("no generation: {error}")))?;
-        if generation.version != VERSION {
-            return Err(Unreadable::Version(generation.version));
+        /// What every version has.
+        #[derive(Deserialize)]
+        struct Versioned {
+            version: u32,
         }
+        let damaged = |error| Unreadable::Damaged(format!("no generation: {error}"));
+        let Versioned { version } = serde_json::from_slice(bytes).map_err(damaged)?;
+        if version != VERSION {
+            return Err(Unreadable::Version(version));
+        }
+        let generation: Generation = serde_json::from_slice(bytes).map_err(damaged)?;
         if seal_of(bytes).as_ref() != Some(&generation.seal) {
             return Err(Unreadable::Damaged("it does not match its seal: a bit flipped, or someone edited it".into()));
         }

@@ -116,8 +116,7 @@ pub(crate) fn undo_here(disk: &Disk, paths: &Paths, current: &Generation, applie
             return Err(Error::Stranded { reason, generation, damage });
         }
     }
-    disk.remove(&paths.journal())?;
-    disk.sync_dir(&paths.root)
+    forget(disk, paths, current.generation + 1)
 }
 
 /// Gives back to the files what the journal of the next generation says that they were: tells of how many records, and
@@ -172,15 +171,18 @@ fn discard(disk: &Disk, paths: &Paths, current: &Generation, reason: String) -> 
     if let Some(damage) = report.damage.first() {
         return Err(Error::Stranded { reason, generation, damage: damage.to_string() });
     }
-    // Before the journal: without it they would look like what is left of a generation whose document was lost.
-    for left in [paths.state(generation + 1), paths.sums(generation + 1)] {
-        if disk.remove(&left)? {
-            disk.sync_dir(left.parent().expect("it lies in a folder"))?;
-        }
-    }
-    disk.remove(&paths.journal())?;
-    disk.sync_dir(&paths.root)?;
+    forget(disk, paths, generation + 1)?;
     Ok(Recovery::Undone { generation, reason })
+}
+
+/// Removes what a sync has left that is undone. The journal goes last: without it, state and sums would look like what is left of a
+/// generation whose document was lost.
+fn forget(disk: &Disk, paths: &Paths, undone: u64) -> Result<()> {
+    for left in [paths.state(undone), paths.sums(undone), paths.journal()] {
+        disk.remove(&left)?;
+        disk.sync_dir(left.parent().expect("it lies in a folder"))?;
+    }
+    Ok(())
 }
 
 /// Refuses a journal that is not of the sync after the current generation, or not of these files.

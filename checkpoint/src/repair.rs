@@ -16,6 +16,7 @@
 //! [`Error::Stranded`]) blocks are repaired to the current generation, which the journal leads back to: to undo what is
 //! already undone changes nothing. Then it is tried again.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::fs;
 use std::io;
@@ -163,30 +164,41 @@ impl<'a> Repair<'a> {
         }
     }
 
-    /// Documents of generations: they end the deltas, and lie beside copies. One that is of no use any more goes.
+    /// Documents of generations: they end the deltas, and lie beside copies. One that is of no use any more goes. From the newest
+    /// on, so that each has a later one to answer to.
     fn documents(&mut self) -> Result<()> {
         let (disk, paths) = (self.disk, self.paths);
-        let mut numbers = paths.numbers(disk)?;
-        numbers.extend(paths.missing(disk)?);
-        // What the oldest one came from, if there is no trace of it.
-        let oldest = numbers.first().and_then(|oldest| paths.load(disk, *oldest).ok());
-        numbers.extend(oldest.and_then(|oldest| oldest.previous));
-        numbers.sort_unstable();
-        for &number in &numbers {
-            let path = paths.generation(number);
-            let wanted = numbers.last() == Some(&number)
-                || disk.exists(&paths.delta(number + 1))?
-                || disk.exists(&paths.state(number))?
-                || self.delta_of(number + 1).is_some();
-            if wanted {
+        let mut numbers: BTreeSet<u64> = paths.numbers(disk)?.into_iter().chain(paths.missing(disk)?).collect();
+        let newest = numbers.last().copied();
+        while let Some(number) = numbers.pop_last() {
+            if Some(number) == newest || disk.exists(&paths.delta(number + 1))? || disk.exists(&paths.state(number))? {
                 self.mend_document(number)?;
-            } else if disk.exists(&path)? && paths.load(disk, number).is_err() {
-                disk.remove(&path)?;
-                disk.sync_dir(path.parent().expect("it lies in a folder"))?;
-                self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
+            } else if !self.bring_back(number)? && matches!(paths.load(disk, number), Err(Error::Generation { .. })) {
+                let path = paths.generation(number);
+                if disk.remove(&path)? {
+                    disk.sync_dir(path.parent().expect("it lies in a folder"))?;
+                    self.note(path.display().to_string(), 0, "nowhere, and removed: nothing leads back to it".into());
+                }
             }
+            // What it came from, of which there may be no trace.
+            numbers
+                .extend(paths.load(disk, number).ok().filter(|of| !of.tensors.is_empty()).and_then(|of| of.previous));
         }
         Ok(())
+    }
+
+    /// Brings back a generation of which nothing is here, if a copy has all of it: the document last, which says that it is there.
+    fn bring_back(&mut self, number: u64) -> Result<bool> {
+        let Err(Error::Generation { .. }) = self.paths.load(self.disk, number) else { return Ok(true) };
+        let Some((document, _)) = self.document(number).filter(|_| self.delta_of(number + 1).is_some()) else {
+            return Ok(false);
+        };
+        if document.state.is_some() && self.state_of(&document).is_none() {
+            return Ok(false);
+        }
+        self.delta(number + 1)?;
+        self.state(&document)?;
+        self.mend_document(number)
     }
 
     /// Whether a document is whole, or is now.
@@ -243,18 +255,19 @@ impl<'a> Repair<'a> {
                 _ => break,
             }
         }
-        let sums = self.disk.read(&self.paths.sums(number)).ok();
-        if sums.is_some_and(|sums| blake3::hash(&sums).to_hex().as_str() == document.sums_blake3) {
+        // Or by what is here of it; of the current generation where the copy leads up to one of its number.
+        let of = if self.is_newest(before.generation) { &before } else { document };
+        let sums = self.disk.read(&self.paths.sums(of.generation)).ok();
+        if sums.is_some_and(|sums| blake3::hash(&sums).to_hex().as_str() == of.sums_blake3) {
             return true;
         }
-        let state = document.state.is_some() && open_state(self.disk, self.paths, document).is_ok();
-        if !self.is_newest(number) {
+        let state = of.state.is_some() && open_state(self.disk, self.paths, of).is_ok();
+        if !self.is_newest(of.generation) {
             return state;
         }
         // The files are to be its own: all of them, or most with the state as well.
-        let (here, all) =
-            (document.tensors.iter().filter(|tensor| self.is_here(document, tensor)).count(), document.tensors.len());
-        here == all || state && 2 * here >= all
+        let (here, all) = (of.tensors.iter().filter(|tensor| self.is_here(of, tensor)).count(), of.tensors.len());
+        here > 0 && (here == all || state && 2 * here >= all)
     }
 
     fn is_newest(&self, number: u64) -> bool {
@@ -285,22 +298,24 @@ impl<'a> Repair<'a> {
         Ok(RepairReport { generation: current.generation, repaired: std::mem::take(&mut self.repaired), damage })
     }
 
-    /// Refuses files of which most is another content than that of a generation whose block sums are not there, as only those of
+    /// Refuses files of which several tensors are others than those of a generation whose block sums are not there, as only those of
     /// the current one are: they are more likely those of a later one that was lost than damaged.
     fn refuse_other_files(&self, current: &Generation) -> Result<()> {
         let number = current.generation;
-        if self.disk.exists(&self.paths.sums(number))? {
+        // A journal explains it: blocks of a sync that was cut short.
+        if self.disk.exists(&self.paths.sums(number))? || self.paths.is_torn(self.disk)? {
             return Ok(());
         }
         let others = current.tensors.iter().filter(|tensor| !self.is_here(current, tensor)).count();
-        if 2 * others <= current.tensors.len() {
+        if others <= 1 {
             return Ok(());
         }
         let (of, path) = (current.tensors.len(), self.paths.generation(number));
         let reason = format!(
             "the block sums of generation {number} are missing, and {others} of {of} tensors in the files are not its own: \
-             probably a later one was current and is lost; put .apollod back from a copy that has it, or take the files as they \
-             are with `apollod checkpoint adopt {}`; nothing was written",
+             probably a later one was current and is lost; no weights were written. If there was no later one, put sums/{number} \
+             back from a copy and repair again; else put .apollod back from a copy that has it, or take the files as they are \
+             with `apollod checkpoint adopt {}`",
             self.paths.model.display()
         );
         Err(Error::Document { path, reason })
@@ -393,20 +408,25 @@ impl<'a> Repair<'a> {
         Ok(())
     }
 
-    /// The optimizer state of a generation, from a copy with `.apollod`. What is checked is then written over the damaged one.
+    /// The optimizer state of a generation, from a copy with `.apollod`.
     fn state(&mut self, of: &Generation) -> Result<()> {
         if of.state.is_none() || open_state(self.disk, self.paths, of).is_ok() {
             return Ok(());
         }
+        match self.state_of(of) {
+            Some((mut state, from)) => self.put(&self.paths.state(of.generation), &mut state, &from),
+            None => Ok(()),
+        }
+    }
+
+    /// A whole state of a generation in a copy.
+    fn state_of(&self, of: &Generation) -> Option<(impl io::Read + use<>, PathBuf)> {
         let path = self.paths.state(of.generation);
         let whole = |copy: &Paths| {
             let from = copy.state(of.generation);
             Some((open_state(self.disk, copy, of).ok().filter(|_| !same_file(&from, &path))?, from))
         };
-        match self.copies().iter().find_map(whole) {
-            Some((mut state, from)) => self.put(&path, &mut state, &from),
-            None => Ok(()),
-        }
+        self.copies().iter().find_map(whole)
     }
 
     /// The delta of a generation, from a copy with `.apollod`.

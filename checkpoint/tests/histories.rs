@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Checkpoint, Error, Keep, Options, RepairReport, Sources};
@@ -283,6 +284,88 @@ fn the_oldest_generation_comes_back_although_there_is_no_trace_of_it() {
         fs::remove_file(history.path(file)).unwrap();
     }
     history.mends(&[&backup], &backup, "0.json and 1.delta");
+    // Nor of the one after it: each is known by a later one.
+    for file in ["generations/0.json", "generations/1.json", "history/1.delta"] {
+        fs::remove_file(history.path(file)).unwrap();
+    }
+    history.mends(&[&backup], &backup, "0.json, 1.json and 1.delta");
+    // One without a state, before a current one whose document is lost.
+    let mut history = History::new(21, 1, u64::MAX);
+    Checkpoint::open(&history.model()).unwrap().0.rollback(0).unwrap();
+    history.all.push(history.all[0].clone());
+    history.go_on(1, u64::MAX);
+    let backup = history.copy("backup");
+    flip(&history.path("generations/2.json"));
+    for file in ["generations/3.json", "history/3.delta"] {
+        fs::remove_file(history.path(file)).unwrap();
+    }
+    history.mends(&[&backup], &backup, "2.json, 3.json and 3.delta");
+}
+
+#[test]
+fn a_twin_with_the_same_optimizer_state_is_not_taken_for_ours() {
+    let history = History::new(22, 2, 1);
+    let base = history.copy("base");
+    let branch = |seed: u64| {
+        let mut branch = History::new(22, 0, 1);
+        fs::remove_dir_all(branch.model()).unwrap();
+        copy_tree(&base, &branch.model());
+        (branch.seed, branch.all) = (seed, history.all.clone());
+        branch.go_on(2, 1);
+        branch
+    };
+    let (ours, twin) = (branch(100), branch(200));
+    let backup = ours.copy("backup");
+    for file in ["generations/3.json", "generations/4.json", "history/4.delta"] {
+        flip(&ours.path(file));
+    }
+    let without = held(&ours.model());
+    ours.repair(&[&twin.model()]).unwrap_err();
+    assert!(held(&ours.model()) == without, "something was written");
+    ours.mends(&[&twin.model(), &backup], &backup, "both");
+}
+
+#[test]
+fn documents_of_an_earlier_version_are_named_as_such_and_stay() {
+    let history = History::new(23, 2, 0);
+    for number in 0..3 {
+        fs::write(history.path(&format!("generations/{number}.json")), br#"{"version": 2, "generation": 1}"#).unwrap();
+    }
+    let without = held(&history.model());
+    let opened = Checkpoint::open(&history.model()).unwrap_err().to_string();
+    let repaired = history.repair(&[]).unwrap_err().to_string();
+    for said in [opened, repaired] {
+        assert!(said.contains("version 2") && said.contains("removing .apollod"), "{said}");
+    }
+    assert!(held(&history.model()) == without, "something was removed");
+}
+
+#[test]
+fn a_sync_that_is_undone_at_once_leaves_nothing_whenever_it_dies() {
+    let history = History::new(24, 2, u64::MAX);
+    let mut next = history.all[2].clone();
+    next.train(&mut Rng(25), 3);
+    let before = history.copy("before");
+    for changes in 1..400 {
+        let storage = Stopping::after(i64::MAX);
+        let options = Options { threads: 1, ..Options::default() };
+        let (mut open, _) = Checkpoint::open_on(storage.clone(), &history.model(), options).unwrap();
+        storage.stop_after(changes);
+        let mut state =
+            |out: &mut dyn Write| out.write_all(b"begun").and(Err(io::Error::other("the optimizer has failed")));
+        open.sync(&next, &mut state, progress(3), &mut |_, _| {}).unwrap_err();
+        drop(open);
+        if !storage.stopped() {
+            assert!(changes > 5 && !history.path("state/3").exists());
+            return;
+        }
+        fs::remove_file(history.path("sums/2")).unwrap();
+        let report = history.repair(&[]).unwrap();
+        assert!(report.generation == 2 && report.damage.is_empty(), "{changes}: {report}");
+        fs::remove_dir_all(history.model()).unwrap();
+        copy_tree(&before, &history.model());
+    }
+    panic!("it never ran to its end");
 }
 
 #[test]
