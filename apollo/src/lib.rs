@@ -17,6 +17,7 @@ mod state;
 
 pub use compute::ScaleType;
 pub use gradients::Gradients;
+pub use moments::state_bytes;
 pub use optimizer::{Optimizer, Outcome, Prepared, Skip, StepReport, Written};
 pub use settings::{Convention, Gates, Rule, Settings, Tensor, TensorKind};
 pub use state::{Restored, StateError};

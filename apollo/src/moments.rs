@@ -115,6 +115,12 @@ pub(crate) fn moments_len(tensor: &Tensor, settings: &Settings) -> usize {
     }
 }
 
+/// Bytes of the moments of these tensors before any row of a lookup was seen: what [`crate::Optimizer::state_bytes`] says then.
+pub fn state_bytes(tensors: &[Tensor], settings: &Settings) -> u64 {
+    let bytes = |tensor: &Tensor| 2 * moments_len(tensor, settings) * moments_dtype(tensor, settings).size();
+    tensors.iter().map(|tensor| bytes(tensor) as u64).sum()
+}
+
 /// min(rank, m, n).
 pub(crate) fn rank_of(tensor: &Tensor, settings: &Settings) -> usize {
     settings.rank.min(tensor.rows).min(tensor.cols)

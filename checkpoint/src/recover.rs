@@ -176,13 +176,15 @@ fn discard(disk: &Disk, paths: &Paths, current: &Generation, reason: String) -> 
 }
 
 /// Removes what a sync has left that is undone. The journal goes last: without it, state and sums would look like what is left of a
-/// generation whose document was lost.
+/// generation whose document was lost. One of them that cannot be removed keeps nobody from working: pruning says so.
 fn forget(disk: &Disk, paths: &Paths, undone: u64) -> Result<()> {
-    for left in [paths.state(undone), paths.sums(undone), paths.journal()] {
-        disk.remove(&left)?;
-        disk.sync_dir(left.parent().expect("it lies in a folder"))?;
+    for left in [paths.state(undone), paths.sums(undone)] {
+        if disk.remove(&left).is_ok() {
+            disk.sync_dir(left.parent().expect("it lies in a folder"))?;
+        }
     }
-    Ok(())
+    disk.remove(&paths.journal())?;
+    disk.sync_dir(&paths.root)
 }
 
 /// Refuses a journal that is not of the sync after the current generation, or not of these files.

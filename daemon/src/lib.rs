@@ -16,6 +16,7 @@ pub mod examples;
 pub mod gguf;
 mod grads;
 pub mod http;
+mod plan;
 mod protocol;
 mod queue;
 mod reading;

@@ -27,6 +27,6 @@ pub use decoder::{Decoder, DeltaNet, Family, HfTensor, Role, matrix_shape};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::Error;
 pub use gguf_names::{gguf_name, hf_name};
-pub use map::{Packing, ServerTensor, View, WeightMap, map};
+pub use map::{Packing, ServerTensor, View, WeightMap, map, merged_layout};
 pub use names::{canonical_name, is_known_buffer, is_other_part};
 pub use row_order::RowOrder;

@@ -5,7 +5,7 @@
 //! then what is missing, then overlaps. Spans of whole server tensors are compared, not only those of
 //! views, so that the padding of a vocabulary cannot hide a neighbour.
 
-use crate::names::{canonical_name, default_parts, is_known_buffer, is_other_part};
+use crate::names::{canonical_name, default_parts, is_known_buffer, is_other_part, merged_name};
 use crate::{Dtype, Error, HfTensor, Role, RowOrder, matrix_shape};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -124,6 +124,36 @@ impl WeightMap {
     pub fn bytes(&self) -> u64 {
         self.views.iter().map(|view| view.bytes() as u64).sum()
     }
+}
+
+/// The tensors of a model as vLLM holds them in one allocation, merged by default: for who plans without a server.
+pub fn merged_layout(expected: &[HfTensor], dtype: Dtype) -> Vec<ServerTensor> {
+    let (mut list, mut places): (Vec<ServerTensor>, HashMap<String, usize>) = (Vec::new(), HashMap::new());
+    for tensor in expected {
+        let name = canonical_name(&tensor.name);
+        let name = merged_name(&name).unwrap_or(name);
+        match places.get(&name) {
+            Some(&at) => list[at].shape[0] += tensor.shape[0],
+            None => {
+                places.insert(name.clone(), list.len());
+                list.push(ServerTensor {
+                    name,
+                    dtype,
+                    shape: tensor.shape.clone(),
+                    strides: Vec::new(),
+                    allocation: 0,
+                    offset: 0,
+                });
+            }
+        }
+    }
+    let mut offset = 0;
+    for tensor in &mut list {
+        tensor.strides = (0..tensor.shape.len()).map(|axis| tensor.shape[axis + 1..].iter().product()).collect();
+        tensor.offset = offset;
+        offset += (tensor.shape.iter().product::<usize>() * dtype.size()) as u64;
+    }
+    list
 }
 
 /// Finds every expected tensor in the server's memory.

@@ -49,14 +49,24 @@ pub fn is_known_buffer(name: &str) -> bool {
     SUFFIXES.iter().any(|suffix| name.strip_suffix(suffix).is_some_and(|head| head.is_empty() || head.ends_with('.')))
 }
 
+/// What vLLM and SGLang merge by default, with its parts in row order.
+const MERGED: [(&str, &[&str]); 4] = [
+    ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
+    ("gate_up_proj", &["gate_proj", "up_proj"]),
+    ("in_proj_qkvz", &["in_proj_qkv", "in_proj_z"]),
+    ("in_proj_ba", &["in_proj_b", "in_proj_a"]),
+];
+
+/// The merged tensor that holds the one with this file name in vLLM and SGLang, if they merge it.
+pub(crate) fn merged_name(name: &str) -> Option<String> {
+    let (module, kind) = name.rsplit_once('.')?;
+    let (parent, part) = module.rsplit_once('.')?;
+    let (merged, _) = MERGED.iter().find(|(_, parts)| parts.contains(&part))?;
+    Some(format!("{parent}.{merged}.{kind}"))
+}
+
 /// The parts, in row order, of a merged tensor that vLLM or SGLang makes by default.
 pub(crate) fn default_parts(name: &str) -> Option<Vec<String>> {
-    const MERGED: [(&str, &[&str]); 4] = [
-        ("qkv_proj", &["q_proj", "k_proj", "v_proj"]),
-        ("gate_up_proj", &["gate_proj", "up_proj"]),
-        ("in_proj_qkvz", &["in_proj_qkv", "in_proj_z"]),
-        ("in_proj_ba", &["in_proj_b", "in_proj_a"]),
-    ];
     let (module, kind) = name.rsplit_once('.')?;
     if kind != "weight" && kind != "bias" {
         return None;

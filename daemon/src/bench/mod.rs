@@ -8,7 +8,7 @@ mod machine;
 mod scan;
 mod sync;
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use apollo::{Gates, Optimizer, Outcome};
 use compute::{Device, Dtype};
 use model::{Cache, Config, Example, Extent, Model, Timings};
@@ -28,7 +28,7 @@ pub use sync::{Options as SyncOptions, Pattern, sync};
 
 /// What `apollod bench step` is told.
 pub struct Options {
-    /// Name in [`shape`].
+    /// As [`shape`] takes it.
     pub shape: String,
     /// Context tokens.
     pub context: usize,
@@ -46,8 +46,12 @@ pub struct Options {
     pub train: TrainConfig,
 }
 
-/// Shapes by name: (hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied).
+/// A config.json, by its path or by the name of a shape: (hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied).
 fn shape(name: &str) -> Result<Value> {
+    if name.ends_with(".json") {
+        let text = std::fs::read_to_string(name).with_context(|| format!("cannot read {name}"))?;
+        return serde_json::from_str(&text).with_context(|| format!("{name} is no config.json"));
+    }
     let (hidden, layers, intermediate, heads, kv_heads, head_dim, vocab, tied) = match name {
         "tiny" => (256, 4, 768, 4, 2, 64, 8192, true),
         "small" => (512, 8, 1536, 8, 4, 64, 32000, false),
@@ -55,7 +59,9 @@ fn shape(name: &str) -> Result<Value> {
         "qwen3-1.7b" => (2048, 28, 6144, 16, 8, 128, 151936, true),
         "qwen3-4b" => (2560, 36, 9728, 32, 8, 128, 151936, true),
         "qwen3-8b" => (4096, 36, 12288, 32, 8, 128, 151936, false),
-        _ => bail!("unknown shape {name}; known: tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b"),
+        _ => bail!(
+            "unknown shape {name}; known: tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, and any config.json by its path"
+        ),
     };
     Ok(json!({
         "architectures": ["Qwen3ForCausalLM"], "hidden_size": hidden, "num_hidden_layers": layers,

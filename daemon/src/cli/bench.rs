@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use clap::{Args, Subcommand};
 use compute::Dtype;
 
@@ -102,7 +102,7 @@ Examples:
   apollod bench step --shape qwen3-0.6b --context 512 --decision 32 --rank 256 --dtype bf16 --steps 5
   apollod bench step --shape qwen3-8b --device cuda --json")]
 pub struct StepArgs {
-    /// tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b or qwen3-8b; random weights.
+    /// tiny, small, qwen3-0.6b, qwen3-1.7b, qwen3-4b, qwen3-8b, or the path of a config.json; random weights.
     #[arg(long, default_value = "qwen3-0.6b")]
     shape: String,
     /// Tokens of frozen context.
@@ -115,8 +115,8 @@ pub struct StepArgs {
     #[arg(long, default_value_t = 256)]
     rank: usize,
     /// bf16, f16 or f32.
-    #[arg(long, default_value = "bf16")]
-    dtype: String,
+    #[arg(long, default_value = "bf16", value_parser = super::dtype)]
+    dtype: Dtype,
     /// What the moments are stored in; `auto` is bf16 on a CPU, f32 on a GPU.
     #[arg(long, value_enum, default_value_t = TrainConfig::default().moments)]
     moments: Moments,
@@ -164,12 +164,6 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
             return Ok(ExitCode::SUCCESS);
         }
     };
-    let dtype = match args.dtype.to_ascii_lowercase().as_str() {
-        "bf16" => Dtype::BF16,
-        "f16" | "fp16" => Dtype::F16,
-        "f32" | "fp32" => Dtype::F32,
-        other => bail!("--dtype {other}: use bf16, f16 or f32"),
-    };
     let mut train = TrainConfig {
         rank: args.rank,
         threads: args.threads,
@@ -185,7 +179,7 @@ pub fn run(command: &BenchCommand) -> Result<ExitCode> {
         shape: args.shape.clone(),
         context: args.context,
         decision: args.decision,
-        dtype,
+        dtype: args.dtype,
         steps: args.steps,
         json: args.json,
         device: args.device.clone(),

@@ -9,6 +9,7 @@ mod doctor;
 mod engine;
 mod grads;
 mod pause;
+mod plan;
 mod serve;
 mod stage;
 mod status;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use compute::Dtype;
 use tracing::level_filters::LevelFilter;
 
 use crate::config::{self, Config, Sources};
@@ -33,6 +35,7 @@ use crate::config::{self, Config, Sources};
     after_help = "\
 Examples:
   apollod demo                              see it work, here and now
+  apollod plan --model ./model --gpu h100   what training it will take
   apollod stage ./model /dev/shm/live       make the live copy that a server maps
   apollod serve --config apollod.toml       train it while it is served
   apollod train examples.jsonl              post examples and watch them being learned
@@ -79,6 +82,8 @@ pub enum Command {
     Demo(demo::DemoArgs),
     /// Serve a model with the embedded engine, its weights in shared memory.
     Engine(engine::EngineArgs),
+    /// Say what training a model will take, from its config.json alone: state, memory, the least time of a step.
+    Plan(plan::PlanArgs),
     /// Prove the kernels on a model's own weights.
     Doctor(doctor::DoctorArgs),
     /// Loss and full gradients of examples, to compare with another implementation.
@@ -109,6 +114,16 @@ impl ConfigArgs {
         config.validate()?;
         need_tokenizer(&config.model.dir)?;
         Ok(config)
+    }
+}
+
+/// An element type by its short name.
+fn dtype(name: &str) -> Result<Dtype, String> {
+    match name.to_ascii_lowercase().as_str() {
+        "bf16" => Ok(Dtype::BF16),
+        "f16" | "fp16" => Ok(Dtype::F16),
+        "f32" | "fp32" => Ok(Dtype::F32),
+        _ => Err("use bf16, f16 or f32".into()),
     }
 }
 
@@ -159,6 +174,7 @@ impl Cli {
             Command::Checkpoint(args) => checkpoints::run(&args),
             Command::Demo(args) => demo::run(&args),
             Command::Engine(args) => engine::run(args),
+            Command::Plan(args) => plan::run(&args),
             Command::Doctor(args) => doctor::run(&args),
             Command::Grads(args) => grads::run(&args),
             Command::Bench(command) => bench::run(&command),
@@ -221,6 +237,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_values_that_are_taken() {
+        for command in [&["plan", "--model", "m"][..], &["bench", "step"], &["bench", "sync"], &["demo"]] {
+            let parsed = Cli::try_parse_from(["apollod"].iter().chain(command));
+            assert!(parsed.is_ok(), "{command:?}: {}", parsed.err().map(|error| error.to_string()).unwrap_or_default());
+        }
+        let error =
+            Cli::try_parse_from(["apollod", "plan", "--model", "m", "--dtype", "int8"]).unwrap_err().to_string();
+        assert!(error.contains("bf16, f16 or f32"), "{error}");
     }
 
     #[test]

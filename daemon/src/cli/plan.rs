@@ -1,0 +1,71 @@
+//! `apollod plan`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, bail};
+use clap::Args;
+use compute::Dtype;
+
+use crate::plan::{self, Gpu, Plan, Question};
+
+/// `apollod plan`
+#[derive(Debug, Args)]
+#[command(after_help = "\
+From config.json alone; no weights are read. The floor of a step is what its arithmetic or its memory traffic takes at the GPU's
+rates, whichever is longer: weights read twice, read and written once, moments read and written.
+
+Examples:
+  apollod plan --model ./model
+  apollod plan --model config.json --rank 64 --gpu h200 --context 8192")]
+pub struct PlanArgs {
+    /// Model directory, or a config.json.
+    #[arg(long, value_name = "DIR|FILE")]
+    model: PathBuf,
+    /// Rank of the optimizer (train.rank).
+    #[arg(long, default_value_t = 256)]
+    rank: usize,
+    /// GPUs that the server splits the model over (tensor parallel size).
+    #[arg(long, default_value_t = 1)]
+    tp: usize,
+    /// The GPU: a100-40gb, a100-80gb, l40s, rtx4090, rtx5090, h100, h200 or b200.
+    #[arg(long, default_value = "h100", value_parser = plan::named)]
+    gpu: Gpu,
+    /// Tokens of an example's context.
+    #[arg(long, default_value_t = 4096)]
+    context: usize,
+    /// Tokens of its decision.
+    #[arg(long, default_value_t = 32)]
+    decision: usize,
+    /// Element type of the weights: bf16, f16 or f32.
+    #[arg(long, default_value = "bf16", value_parser = super::dtype)]
+    dtype: Dtype,
+    /// One JSON object instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints the plan.
+pub fn run(args: &PlanArgs) -> Result<ExitCode> {
+    let path = if args.model.is_dir() { args.model.join("config.json") } else { args.model.clone() };
+    let text = std::fs::read_to_string(&path)
+        .with_context(|| format!("cannot read {}: --model names a model directory or a config.json", path.display()))?;
+    let config = model::Config::parse(&text).with_context(|| path.display().to_string())?;
+    if args.rank == 0 || args.decision == 0 {
+        bail!("--rank and --decision are at least 1");
+    }
+    let question = Question {
+        rank: args.rank,
+        dtype: args.dtype,
+        context: args.context.min(config.max_position_embeddings.saturating_sub(args.decision)),
+        decision: args.decision,
+        tensor_parallel: args.tp,
+        gpu: args.gpu,
+    };
+    let plan = Plan::of(&config, question)?;
+    match args.json {
+        true => println!("{}", plan.json()),
+        false => println!("{plan}"),
+    }
+    Ok(ExitCode::SUCCESS)
+}
