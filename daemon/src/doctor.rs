@@ -37,7 +37,7 @@ fn check<D: Backend>(device: Arc<D>, model_dir: &Path) -> Result<()> {
     let config = Config::read(model_dir)?;
     let files = ModelFiles::open(model_dir, &config)?;
     let decoder = &config.decoder;
-    println!("model    {:?}, {} layers, hidden {}", decoder.family, decoder.layers, decoder.hidden);
+    println!("model    {}, {} layers, hidden {}", decoder.family, decoder.layers, decoder.hidden);
     println!("device   {}", device.describe());
     let (mut failed, mut seen) = (0, Vec::new());
     for (layer, window) in config.windows.iter().enumerate() {

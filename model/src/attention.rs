@@ -165,6 +165,7 @@ impl<D: Device> Model<D> {
     }
 
     /// dy (t,H) of the output gives that of the normed input.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn attend_backward(
         &self,
         l: &AttentionLayer,

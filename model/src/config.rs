@@ -266,7 +266,7 @@ fn delta_net(keys: &Keys, layers: usize) -> Result<Option<DeltaNet>, ConfigError
         return keys.wrong("attn_output_gate", "true or absent");
     }
     let interval = keys.size_or("full_attention_interval", 4)?;
-    let linear = |i: usize| (i + 1) % interval != 0;
+    let linear = |i: usize| !(i + 1).is_multiple_of(interval);
     let which: Vec<bool> = match layer_types(keys, layers)? {
         Some(types) => types.iter().map(|kind| *kind == "linear_attention").collect(),
         None => (0..layers).map(linear).collect(),

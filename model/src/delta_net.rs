@@ -155,6 +155,7 @@ impl<D: Device> Model<D> {
     }
 
     /// dy (t,H) of the output gives that of the normed input.
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn recur_backward(
         &self,
         l: &DeltaLayer,

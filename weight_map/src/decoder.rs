@@ -8,6 +8,7 @@
 //! in_proj_z (V,H) · in_proj_b, in_proj_a (vh,H) · conv1d (2K+V,1,w) · A_log, dt_bias (vh,) · norm (vd,) · out_proj (H,V).
 
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// A family of dense decoders. The family chooses defaults elsewhere; the tensors follow from the
 /// fields of [`Decoder`] alone.
@@ -23,6 +24,18 @@ pub enum Family {
     Qwen3,
     /// `Qwen3_5ForCausalLM`, and the text part of `Qwen3_5ForConditionalGeneration`.
     Qwen35,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Family::Llama => "Llama",
+            Family::Mistral => "Mistral",
+            Family::Qwen2 => "Qwen2",
+            Family::Qwen3 => "Qwen3",
+            Family::Qwen35 => "Qwen3.5",
+        })
+    }
 }
 
 /// Gated DeltaNet layers (Yang et al., arXiv:2412.06464): a recurrent state for each value head instead of keys and values.

@@ -67,7 +67,9 @@ impl Tokens {
 
     /// Rows `first..first + n` of a head of `from` (t, heads, dim), dense.
     fn of_head(from: &[f32], heads: usize, dim: usize, head: usize, first: usize, n: usize) -> Vec<f32> {
-        (first..first + n).flat_map(|row| &from[(row * heads + head) * dim..][..dim]).copied().collect()
+        let mut rows = Vec::with_capacity(n * dim);
+        (first..first + n).for_each(|row| rows.extend_from_slice(&from[(row * heads + head) * dim..][..dim]));
+        rows
     }
 
     fn chunks(&self) -> impl DoubleEndedIterator<Item = (usize, usize)> + use<> {
@@ -401,9 +403,7 @@ multiversion! {
                     pull[j] += ds[i][j] * decayed[j];
                 }
                 dk[i] -= simd::dot(&decayed, &dv[t]);
-                for j in 0..WIDTH {
-                    ds[i][j] *= decay[t];
-                }
+                ds[i].iter_mut().for_each(|d| *d *= decay[t]);
             }
             dg[t] += pull.iter().sum::<f32>();
         }

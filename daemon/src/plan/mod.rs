@@ -107,7 +107,7 @@ impl Plan {
         let moved = 4.0 * (matrices * dtype.size() as u64) as f64 + 2.0 * state as f64;
         Ok(Plan {
             question,
-            model: format!("{:?}", d.family),
+            model: d.family.to_string(),
             recurrent_layers,
             layers: d.layers,
             tensors: expected.len(),
@@ -155,6 +155,11 @@ impl Plan {
     }
 }
 
+/// A number of parameters for people.
+fn count(n: f64) -> String {
+    if n < 1e9 { format!("{:.1} M", n / 1e6) } else { format!("{:.2} B", n / 1e9) }
+}
+
 /// Bytes for people.
 fn gb(bytes: f64) -> String {
     if bytes.abs() < 1e9 { format!("{:.0} MB", bytes / 1e6) } else { format!("{:.1} GB", bytes / 1e9) }
@@ -173,7 +178,7 @@ impl fmt::Display for Plan {
                 )
             }
         };
-        writeln!(f, "model      {}, {layers}, {:.2} B parameters", self.model, self.parameters as f64 / 1e9)?;
+        writeln!(f, "model      {}, {layers}, {} parameters", self.model, count(self.parameters as f64))?;
         writeln!(
             f,
             "tensors    {} of {} mapped, in {} that vLLM holds; {} train by APOLLO, {} by AdamW",
