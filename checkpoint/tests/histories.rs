@@ -400,6 +400,17 @@ fn whole_files_are_not_repaired_to_an_earlier_generation() {
     let error = history.repair(&[&older]).unwrap_err().to_string();
     assert!(error.contains("a later one") && error.contains("checkpoint adopt"), "{error}");
     assert!(held(&history.model()) == without, "something was written");
+    // Both ways that it names: the files as they are, or those of the generation whose sums are put back.
+    let other = history.copy("other");
+    Checkpoint::open(&history.model()).unwrap().0.adopt(progress(3)).unwrap();
+    assert!(checkpoint::verify(&history.model()).unwrap().is_ok());
+    let (adopted, _) = Checkpoint::open(&history.model()).unwrap();
+    assert_files_are(&adopted, &history.all[2]);
+    fs::create_dir_all(other.join(".apollod/sums")).unwrap();
+    fs::copy(older.join(".apollod/sums/1"), other.join(".apollod/sums/1")).unwrap();
+    let report = checkpoint::repair(&other, &Sources { live: None, copies: &[older] }).unwrap();
+    assert!(report.damage.is_empty(), "{report}");
+    assert_files_are(&Checkpoint::open(&other).unwrap().0, &history.all[1]);
 }
 
 #[test]

@@ -202,7 +202,7 @@ pub trait Device: Sized + Send + Sync + 'static {
         len: usize,
     );
     /// y (t,C) = silu(p) of p\[i,c\] = Σ_j w\[c,j\]·x\[i-K+1+j,c\], where `before` (K-1,C) are the x of the tokens before the first:
-    /// a causal convolution of each channel by itself. w holds (C,K) elements in any shape.
+    /// a causal convolution of each channel by itself. w is one row, the K elements of each channel in turn.
     fn causal_conv(
         &self,
         y: &mut Self::Buffer,

@@ -9,6 +9,7 @@ use model::{Example, Extent, Model, Timings};
 use std::sync::Arc;
 
 on_every_device!(
+    a_context_in_pieces_is_the_context,
     a_full_window_has_the_gradient_of_the_whole_example,
     a_shared_context_gives_what_running_it_again_gives,
     windows_one_after_the_other_give_what_each_gives_alone,
@@ -36,6 +37,30 @@ fn moved_loss<D: Machine>(
 }
 
 /// The slope of the loss along its own full gradient G is ‖G‖²; along a frozen one it is not that gradient's.
+/// In pieces of any length: of less than a convolution sees, too.
+fn a_context_in_pieces_is_the_context<D: Machine>() -> Result<()> {
+    let device = D::open();
+    let ids: Vec<u32> = (0..13).map(|i| (i * 31 + 7) % 90).collect();
+    for dir in cases() {
+        let model = load(&device, &dir, Dtype::F32)?;
+        let logits = |pieces: &[usize]| {
+            let (mut cache, mut rest) = (model.cache(64), &ids[..]);
+            for &piece in pieces {
+                device.run(|| model.prefill(&mut cache, &rest[..piece]));
+                rest = &rest[piece..];
+            }
+            device.run(|| model.next_logits(&mut cache, rest))
+        };
+        let whole = logits(&[]);
+        for pieces in [&[12][..], &[1; 12], &[1, 2, 1, 5], &[6, 1, 1]] {
+            let error = relative(&logits(pieces), &whole);
+            // The last token alone is summed in another order than among others.
+            assert!(error < 1e-4, "{} in {pieces:?}: {error:.1e}", dir.display());
+        }
+    }
+    Ok(())
+}
+
 fn a_full_window_has_the_gradient_of_the_whole_example<D: Machine>() -> Result<()> {
     let device = D::open();
     for dir in cases() {

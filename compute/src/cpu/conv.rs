@@ -3,7 +3,7 @@
 //! x, y (t,C) · before (K-1,C), the inputs of the tokens before · w (C,K) · p = Σ_j w\[c,j\]·x\[i-K+1+j,c\] · y = p·σ(p)
 
 use super::gemm::Shared;
-use super::pointwise::{silu_slope, swiglu_piece};
+use super::pointwise::{silu_slope, swiglu_piece, vector};
 use super::simd::multiversion;
 use super::{Weight, with_scratch};
 use crate::Convolution;
@@ -50,9 +50,8 @@ impl Part<'_> {
 /// Calls `work` for each part of the channels, on all threads.
 fn each_part(x: &[f32], before: &[f32], w: &Weight, shape: Convolution, work: impl Fn(&Part) + Sync) {
     let Convolution { channels, width } = shape;
-    assert_eq!(w.rows() * w.cols(), channels * width, "weights of a convolution");
-    let mut flat = vec![0.0; channels * width];
-    w.read(0, 0, &mut flat);
+    assert_eq!((w.rows(), w.cols()), (1, channels * width), "weights of a convolution");
+    let flat = vector(w);
     let by_place: Vec<f32> = (0..width).flat_map(|j| flat[j..].iter().step_by(width)).copied().collect();
     (0..channels.div_ceil(CHANNELS)).into_par_iter().for_each(|block| {
         let first = block * CHANNELS;

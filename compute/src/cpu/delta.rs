@@ -9,9 +9,10 @@
 //! they stay in the first-level cache. A token costs some 7·kd·vd multiply-adds for each head, a hundredth of what the layer's
 //! projections cost, so that nothing would be gained by the chunks that make matrix products of it.
 
+use super::Buffer;
 use super::gemm::Shared;
+use super::pointwise::{sigmoid, vector};
 use super::simd::{self, multiversion};
-use super::{Buffer, Weight};
 use crate::{Cpu, DeltaGrads, DeltaInputs, DeltaRule};
 use rayon::prelude::*;
 
@@ -52,7 +53,7 @@ impl Tokens {
             normalise(&mut q[place.clone()], &mut q_scale[scales.clone()], &mixed[..keys], key_dim, scale);
             normalise(&mut k[place], &mut k_scale[scales], &mixed[keys..2 * keys], key_dim, 1.0);
         }
-        let (a_log, dt_bias) = (values(inputs.a_log), values(inputs.dt_bias));
+        let (a_log, dt_bias) = (vector(inputs.a_log), vector(inputs.dt_bias));
         let [mut log_decay, mut decay, mut beta] = [(); 3].map(|()| Buffer::uninit(value_heads * t));
         for head in 0..value_heads {
             for row in 0..t {
@@ -104,16 +105,6 @@ fn normalise(out: &mut [f32], factors: &mut [f32], from: &[f32], dim: usize, sca
     }
 }
 
-fn values(w: &Weight) -> Vec<f32> {
-    let mut values = vec![0.0; w.cols()];
-    w.read(0, 0, &mut values);
-    values
-}
-
-fn sigmoid(x: f32) -> f32 {
-    1.0 / (1.0 + (-x).exp())
-}
-
 /// ln(1 + e^x); above 20 that is x, in f32.
 fn softplus(x: f32) -> f32 {
     if x > 20.0 { x } else { x.exp().ln_1p() }
@@ -121,16 +112,16 @@ fn softplus(x: f32) -> f32 {
 
 /// Columns `first..` of a value head, up to [`WIDTH`] of them.
 #[derive(Clone, Copy)]
-struct Columns {
+struct Strip {
     head: usize,
     first: usize,
     n: usize,
 }
 
-impl Columns {
-    fn of(shape: &DeltaRule, head: usize) -> impl Iterator<Item = Columns> + use<> {
+impl Strip {
+    fn of(shape: &DeltaRule, head: usize) -> impl Iterator<Item = Strip> + use<> {
         let dim = shape.value_dim;
-        (0..dim).step_by(WIDTH).map(move |first| Columns { head, first, n: WIDTH.min(dim - first) })
+        (0..dim).step_by(WIDTH).map(move |first| Strip { head, first, n: WIDTH.min(dim - first) })
     }
 
     /// These columns of rows that are `stride` apart, zeros beside them.
@@ -172,7 +163,7 @@ pub fn delta_rule(out: &mut [f32], next: Option<&mut [f32]>, inputs: &DeltaInput
     let tokens = Tokens::new(inputs, t, shape);
     let (values, dim) = (shape.value_heads * shape.value_dim, shape.value_dim);
     let (out, next) = (Shared::new(&mut out[..t * values]), next.map(|next| Shared::new(&mut next[..shape.state()])));
-    let tasks: Vec<Columns> = (0..shape.value_heads).flat_map(|head| Columns::of(shape, head)).collect();
+    let tasks: Vec<Strip> = (0..shape.value_heads).flat_map(|head| Strip::of(shape, head)).collect();
     tasks.into_par_iter().for_each(|columns| {
         let mut state = columns.gather(inputs.state, columns.state(shape), dim, shape.key_dim);
         let mut kept = Kept::default();
@@ -274,7 +265,7 @@ pub fn delta_rule_backward(
     let dmixed = Shared::new(&mut grads.mixed[..t * shape.channels()]);
     let (da, db) = (Shared::new(&mut grads.a[..t * heads]), Shared::new(&mut grads.b[..t * heads]));
     let (da_log, ddt_bias) = (Shared::new(&mut grads.a_log[..heads]), Shared::new(&mut grads.dt_bias[..heads]));
-    let (a_log, dt_bias) = (values(inputs.a_log), values(inputs.dt_bias));
+    let (a_log, dt_bias) = (vector(inputs.a_log), vector(inputs.dt_bias));
     let group = heads / shape.key_heads;
     (0..shape.key_heads).into_par_iter().for_each(|key_head| {
         let zeros = |n: usize| vec![0.0; n];
@@ -282,7 +273,7 @@ pub fn delta_rule_backward(
         for head in key_head * group..(key_head + 1) * group {
             head_grads.dbeta.fill(0.0);
             head_grads.dg.fill(0.0);
-            for columns in Columns::of(shape, head) {
+            for columns in Strip::of(shape, head) {
                 // SAFETY: the values of this head belong to this task.
                 unsafe { columns_backward(&mut head_grads, &dmixed, columns, &tokens, dout, inputs) };
             }
@@ -336,7 +327,7 @@ fn normalise_backward(out: &mut [f32], unit: &[f32], d: &[f32], factor: f32, sca
 unsafe fn columns_backward(
     grads: &mut HeadGrads,
     dmixed: &Shared,
-    columns: Columns,
+    columns: Strip,
     tokens: &Tokens,
     dout: &[f32],
     inputs: &DeltaInputs<Cpu>,

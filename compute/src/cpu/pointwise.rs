@@ -12,7 +12,8 @@ use rayon::prelude::*;
 const ROWS_PER_TASK: usize = 8;
 const ELEMENTS_PER_TASK: usize = 1 << 14;
 
-fn vector(w: &Weight) -> Vec<f32> {
+/// The elements of a weight of one row.
+pub(super) fn vector(w: &Weight) -> Vec<f32> {
     let mut values = vec![0.0; w.cols()];
     w.read(0, 0, &mut values);
     values
@@ -154,7 +155,7 @@ multiversion! {
 }
 
 #[inline(always)]
-fn sigmoid(x: f32) -> f32 {
+pub(super) fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + simd::exp(-x))
 }
 

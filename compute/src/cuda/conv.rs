@@ -22,7 +22,7 @@ struct Inputs {
 impl Inputs {
     fn new(x: &Buffer, before: &Buffer, w: &Weight, t: usize, shape: Convolution) -> Inputs {
         let Convolution { channels, width } = shape;
-        assert_eq!(w.rows() * w.cols(), channels * width, "weights of a convolution");
+        assert_eq!((w.rows(), w.cols()), (1, channels * width), "weights of a convolution");
         Inputs {
             x: x.range(0, t * channels),
             before: before.range(0, (width - 1) * channels),

@@ -31,9 +31,9 @@ pub struct PlanArgs {
     /// The GPU: a100-40gb, a100-80gb, l40s, rtx4090, rtx5090, h100, h200 or b200.
     #[arg(long, default_value = "h100", value_parser = plan::named)]
     gpu: Gpu,
-    /// Tokens of an example's context.
-    #[arg(long, default_value_t = 4096)]
-    context: usize,
+    /// Tokens of an example's context. Default 4096, or what the model has positions for.
+    #[arg(long)]
+    context: Option<usize>,
     /// Tokens of its decision.
     #[arg(long, default_value_t = 32)]
     decision: usize,
@@ -57,7 +57,7 @@ pub fn run(args: &PlanArgs) -> Result<ExitCode> {
     let question = Question {
         rank: args.rank,
         dtype: args.dtype,
-        context: args.context.min(config.max_position_embeddings.saturating_sub(args.decision)),
+        context: args.context.unwrap_or(4096.min(config.max_position_embeddings.saturating_sub(args.decision))),
         decision: args.decision,
         tensor_parallel: args.tp,
         gpu: args.gpu,
