@@ -9,12 +9,12 @@
 use crate::cpu::simd::multiversion;
 use crate::cpu::stored::round_bf16;
 
-const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
-const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
+pub(crate) const MULTIPLIERS: [u32; 2] = [0xD251_1F53, 0xCD9E_8D57];
+pub(crate) const WEYL: [u32; 2] = [0x9E37_79B9, 0xBB67_AE85];
 /// Blocks whose halves are handed out side by side: the order of the 16-bit numbers.
-const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 /// 16-bit numbers in [`LANES`] blocks.
-const GROUP: usize = LANES * 8;
+pub(crate) const GROUP: usize = LANES * 8;
 
 /// The generator itself: four random words from a key and a counter.
 pub struct Philox;
@@ -99,6 +99,11 @@ impl Stream {
         Philox::block(self.key, [index as u32, (index >> 32) as u32, self.step, self.tensor])
     }
 
+    /// Which [`GROUP`] 16-bit numbers those of elements `index * GROUP..` are.
+    pub(crate) fn group(&self, index: u64) -> Group {
+        Group { key: self.key, step: self.step, tensor: self.tensor, index }
+    }
+
     /// Fills `out` with the 16-bit numbers of elements `first..`: element e is half h = (e % 128) / 16
     /// of block 16·(e / 128) + e % 16, half 2w + 1 being the upper half of word w.
     pub fn fill_u16(&self, first: u64, out: &mut [u16]) {
@@ -109,10 +114,10 @@ impl Stream {
             let n = (GROUP - skip).min(rest.len());
             let (now, later) = rest.split_at_mut(n);
             if let Ok(whole) = <&mut [u16; GROUP]>::try_from(&mut *now) {
-                fill_group(self.key, self.step, self.tensor, group, whole);
+                fill_group(self.group(group), whole);
             } else {
                 let mut whole = [0; GROUP];
-                fill_group(self.key, self.step, self.tensor, group, &mut whole);
+                fill_group(self.group(group), &mut whole);
                 now.copy_from_slice(&whole[skip..skip + n]);
             }
             (rest, skip, group) = (later, 0, group + 1);
@@ -121,9 +126,8 @@ impl Stream {
 
     /// Rounds values to bf16 stochastically; the first is element `first`.
     pub fn round_to_bf16(&self, first: u64, values: &mut [f32]) {
-        let (mut random, mut rounded) = (vec![0; values.len()], vec![0; values.len()]);
-        self.fill_u16(first, &mut random);
-        round_bf16(values, &random, &mut rounded);
+        let mut rounded = vec![0; values.len()];
+        round_bf16(values, first, self, &mut rounded);
         values.iter_mut().zip(rounded).for_each(|(v, r)| *v = f32::from_bits((r as u32) << 16));
     }
 
@@ -157,14 +161,23 @@ fn normals(words: [u32; 4]) -> [f64; 4] {
     [a, b, c, d]
 }
 
+/// A group of [`GROUP`] 16-bit numbers, not drawn yet.
+#[derive(Clone, Copy)]
+pub(crate) struct Group {
+    pub key: [u32; 2],
+    pub step: u32,
+    pub tensor: u32,
+    pub index: u64,
+}
+
 multiversion! {
-    fn fill_group(key: [u32; 2], step: u32, tensor: u32, group: u64, out: &mut [u16; GROUP]) {
+    fn fill_group(group: Group, out: &mut [u16; GROUP]) {
         // So many that four words of each fit into the registers of AVX2.
         const AT_ONCE: usize = 8;
         for first in (0..LANES).step_by(AT_ONCE) {
-            let block = |lane: usize| group * LANES as u64 + (first + lane) as u64;
+            let block = |lane: usize| group.index * LANES as u64 + (first + lane) as u64;
             let (low, high) = (std::array::from_fn(block), std::array::from_fn(|lane| block(lane) >> 32));
-            let words = rounds(key, [low, high, [step as u64; AT_ONCE], [tensor as u64; AT_ONCE]]);
+            let words = rounds(group.key, [low, high, [group.step as u64; AT_ONCE], [group.tensor as u64; AT_ONCE]]);
             for half in 0..8 {
                 for lane in 0..AT_ONCE {
                     out[half * LANES + first + lane] = (words[half / 2][lane] >> (16 * (half % 2))) as u16;

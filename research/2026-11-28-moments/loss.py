@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""What moments in bf16 do to the loss: the demo model learns the same examples with both, for several seeds.
+"""What a setting in bf16 does to the loss: the demo model learns the same examples with it and with f32, for several seeds.
 
-usage: loss.py APOLLOD MODEL [--seeds N] [--steps N] [--lr LR] [--out FILE]
+usage: loss.py APOLLOD MODEL [--setting moments|activations] [--seeds N] [--steps N] [--lr LR] [--out FILE]
 
 Each run is an engine and a daemon on a copy of MODEL (research/demo_model/model), one example a step. The examples are 18
 questions with invented answers, drawn anew in an order that the seed gives, the same for both; the seed is also that of
@@ -52,7 +52,7 @@ def listening(process):
     return "http://" + json.loads(process.stdout.readline())["listening"]
 
 
-def run(apollod, model, moments, seed, examples, lr):
+def run(apollod, model, setting, seed, examples, lr):
     """Loss of each example before its step."""
     with tempfile.TemporaryDirectory() as scratch:
         place = pathlib.Path(scratch)
@@ -63,7 +63,7 @@ def run(apollod, model, moments, seed, examples, lr):
         engine = start("engine", place / "model", "--socket", place / "socket", "--listen", "127.0.0.1:0")
         listening(engine)
         settings = [f"model.dir={place / 'model'}", f"server.socket={place / 'socket'}", "http.listen=127.0.0.1:0",
-                    f"train.lr={lr}", f"train.moments={moments}", f"train.seed={seed}", "sync.schedule=0 0 1 1 *",
+                    f"train.lr={lr}", f"train.{setting}", f"train.seed={seed}", "sync.schedule=0 0 1 1 *",
                     "sync.on_shutdown=false"]
         daemon = start("serve", *[part for s in settings for part in ("--set", s)])
         try:
@@ -82,6 +82,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("apollod")
     parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("--setting", default="moments", choices=["moments", "activations"])
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--lr", type=float, default=2e-4)
@@ -90,7 +91,8 @@ def main():
     runs, parts = [], {"all": slice(None), "last 100": slice(-100, None)}
     for seed in range(1, options.seeds + 1):
         examples = lessons(seed, options.steps)
-        losses = {m: run(options.apollod, options.model, m, seed, examples, options.lr) for m in ("f32", "bf16")}
+        losses = {dtype: run(options.apollod, options.model, f"{options.setting}={dtype}", seed, examples, options.lr)
+                  for dtype in ("f32", "bf16")}
         runs.append({"seed": seed, **losses})
         figures = {f"{m}, {part}": round(statistics.fmean(losses[m][cut]), 5) for part, cut in parts.items() for m in losses}
         print(json.dumps({"seed": seed, **figures}), flush=True)

@@ -7,8 +7,12 @@
 //! value, never half of each (naturally aligned stores of 2 and 4 bytes, and vector stores, which
 //! x86 and Arm split at element boundaries at worst).
 
-use super::simd::multiversion;
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
+use super::kernel::{Ahead, Rows};
+use super::simd::{self, multiversion};
 use super::stored::{round_bf16, rounded_bf16};
+use crate::random::{GROUP, LANES};
 use crate::{Dtype, RowOrder, Stream};
 use half::slice::HalfFloatSliceExt;
 use std::cell::UnsafeCell;
@@ -236,6 +240,16 @@ impl Weight {
         self.parts(row, col, len, |base, _| self.read_part(base, len, out, piece, step));
     }
 
+    /// Rows `row..row + rows` of a bf16 matrix as they lie, two elements in the place of each f32, if they lie one after the other.
+    pub(super) fn rows_of_pairs(&self, row: usize, rows: usize) -> Option<Rows<'_>> {
+        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
+        assert!(row <= self.rows && rows <= self.rows - row, "{row}+{rows} outside {} rows", self.rows);
+        (self.order == RowOrder::AsFiles && self.cols.is_multiple_of(2)).then(|| {
+            // SAFETY: these rows are in the memory promised to `new` as long as self lives.
+            unsafe { Rows::foreign(self.data.add(row * self.cols * 2).as_ptr().cast(), rows, self.cols / 2) }
+        })
+    }
+
     /// Row `row` of a bf16 matrix from column `col` on as it lies, two elements in the place of each f32.
     pub(super) fn read_pairs(&self, row: usize, col: usize, out: &mut [f32]) {
         assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
@@ -260,6 +274,9 @@ impl Weight {
     ) {
         assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
         assert!((1..=CHUNK).contains(&piece), "pieces of {piece}, not of 1 to {CHUNK}");
+        let whole = self.interleave_pieces(row, col, len, out, piece, step);
+        let (col, len) = (col + whole * piece, len - whole * piece);
+        let out = if len > 0 { &mut out[whole * step..] } else { return };
         let (mut first, mut second) = ([0u16; CHUNK], [0u16; CHUNK]);
         // Whole pieces at a time.
         let most = CHUNK / piece * piece;
@@ -276,6 +293,40 @@ impl Weight {
         }
     }
 
+    /// The whole pieces of [`Weight::read_pairs_of_rows`] that AVX-512 interleaves at once; how many they were.
+    fn interleave_pieces(
+        &self,
+        row: usize,
+        col: usize,
+        len: usize,
+        out: &mut [f32],
+        piece: usize,
+        step: usize,
+    ) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if piece == 2 * LANES && len >= piece && simd::has_avx512() {
+            let pieces = len / piece;
+            assert!(
+                (pieces - 1) * step + piece <= out.len(),
+                "{pieces} pieces of {piece}, {step} apart, outside {}",
+                out.len()
+            );
+            let mut rows = [std::ptr::null(); 2];
+            for (i, at) in rows.iter_mut().enumerate() {
+                self.parts(row + i, col, len, |base, _| *at = base.as_ptr().cast_const().cast::<u16>());
+            }
+            for i in 0..pieces {
+                // SAFETY: `parts` gives a whole row's range for a matrix, of which this is a part, and the piece is in `out`, as
+                // asserted; the features were detected.
+                unsafe {
+                    avx512::interleave(rows[0].add(i * piece), rows[1].add(i * piece), out.as_mut_ptr().add(i * step));
+                }
+            }
+            return pieces;
+        }
+        0
+    }
+
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
     pub(super) fn prefetch(&self, row: usize, col: usize, len: usize) {
@@ -290,6 +341,13 @@ impl Weight {
                 }
             });
         }
+    }
+
+    /// Asks for rows `row..` from column `col` on, a line of each.
+    pub(super) fn ahead(&self, row: usize, col: usize) -> Ahead {
+        let at = |row: usize| row * self.cols * self.dtype.size();
+        let address = self.data.as_ptr().wrapping_add(at(row) + col * self.dtype.size());
+        Ahead { address, of_row: 0, of_column: self.dtype.size(), step: at(1) }
     }
 
     /// `base` is in the weight, and so are the `len` elements from there.
@@ -333,20 +391,18 @@ impl Weight {
         let first = (row * self.cols + col) as u64;
         self.parts(row, col, u.len(), |base, range| {
             let (first, u) = (first + range.start as u64, &u[range]);
+            if self.dtype == Dtype::BF16 {
+                // SAFETY: the range is in the weight.
+                return unsafe { subtract_bf16(base, first, u, factor, keep, stream) };
+            }
             for (i, u) in u.chunks(CHUNK).enumerate() {
                 // SAFETY: a part of the range.
                 let (base, first) = (unsafe { base.add(i * CHUNK * self.dtype.size()) }, first + (i * CHUNK) as u64);
-                match self.dtype {
-                    // SAFETY: the range is in the weight.
-                    Dtype::BF16 => unsafe { subtract_bf16(base, first, u, factor, keep, stream) },
-                    _ => {
-                        let (mut values, n) = ([0.0; CHUNK], u.len());
-                        let values = &mut values[..n];
-                        self.read_part(base, n, values, n, n);
-                        subtract(values, u, factor, keep);
-                        self.write_part(base, first, values, stream);
-                    }
-                }
+                let (mut values, n) = ([0.0; CHUNK], u.len());
+                let values = &mut values[..n];
+                self.read_part(base, n, values, n, n);
+                subtract(values, u, factor, keep);
+                self.write_part(base, first, values, stream);
             }
         });
     }
@@ -371,10 +427,12 @@ impl Weight {
         let (mut raw, mut random) = ([0u16; CHUNK], [0u16; CHUNK]);
         for (i, chunk) in values.chunks(CHUNK).enumerate() {
             let (raw, random) = (&mut raw[..chunk.len()], &mut random[..chunk.len()]);
-            stream.fill_u16(first + (i * CHUNK) as u64, random);
-            match self.dtype {
-                Dtype::BF16 => round_bf16(chunk, random, raw),
-                _ => round_f16(chunk, random, raw),
+            let first = first + (i * CHUNK) as u64;
+            if self.dtype == Dtype::BF16 {
+                round_bf16(chunk, first, stream, raw);
+            } else {
+                stream.fill_u16(first, random);
+                round_f16(chunk, random, raw);
             }
             // SAFETY: the caller's range, of which this is a part.
             unsafe { store::<u16>(base.add(i * CHUNK * 2), raw) };
@@ -407,20 +465,40 @@ multiversion! {
     }
 }
 
-/// [`Weight::subtract`] of at most CHUNK bf16 elements, of which the first is element `first`: what a step does to most of a
-/// model, in one pass over registers.
+/// [`Weight::subtract`] of bf16 elements, of which the first is element `first`: what a step does to most of a model, in one pass
+/// over registers.
 ///
 /// # Safety
 /// `base` is valid for reads and writes of `u.len()` elements and aligned to them.
 unsafe fn subtract_bf16(base: NonNull<u8>, first: u64, u: &[f32], factor: f32, keep: f32, stream: &Stream) {
-    let (mut raw, mut random) = ([0u16; CHUNK], [0u16; CHUNK]);
-    let (raw, random) = (&mut raw[..u.len()], &mut random[..u.len()]);
-    // SAFETY: the caller's promise.
-    unsafe { load::<u16>(base, raw) };
-    stream.fill_u16(first, random);
-    subtract_rounded(raw, u, factor, keep, random);
-    // SAFETY: the caller's promise.
-    unsafe { store::<u16>(base, raw) };
+    let mut at = 0;
+    while at < u.len() {
+        let first = first + at as u64;
+        // SAFETY: at < u.len().
+        let base = unsafe { base.cast::<u16>().add(at) };
+        #[cfg(target_arch = "x86_64")]
+        if let Some(u) = u[at..].first_chunk()
+            && first.is_multiple_of(GROUP as u64)
+            && simd::has_avx512()
+        {
+            // SAFETY: a part of the caller's range; the features were detected.
+            unsafe { avx512::subtract(base.as_ptr(), u, factor, keep, stream.group(first / GROUP as u64)) };
+            at += u.len();
+            continue;
+        }
+        // To the next group at most.
+        let most = GROUP - (first % GROUP as u64) as usize;
+        let u = &u[at..u.len().min(at + most)];
+        let (mut raw, mut random) = ([0u16; GROUP], [0u16; GROUP]);
+        let (raw, random) = (&mut raw[..u.len()], &mut random[..u.len()]);
+        // SAFETY: a part of the caller's range.
+        unsafe { load::<u16>(base.cast(), raw) };
+        stream.fill_u16(first, random);
+        subtract_rounded(raw, u, factor, keep, random);
+        // SAFETY: as above.
+        unsafe { store::<u16>(base.cast(), raw) };
+        at += u.len();
+    }
 }
 
 multiversion! {
@@ -648,9 +726,15 @@ mod tests {
         let row = |sign: f32| (0..701).map(|i| sign * (i % 128) as f32).collect::<Vec<f32>>();
         let rows = [row(1.0), row(-1.0)];
         rows.iter().enumerate().for_each(|(i, values)| w.write(1 + i, 0, values, &stream));
-        for (col, len, piece, step) in
-            [(0, 701, 32, 40), (3, 600, 48, 48), (5, 7, 16, 21), (1, 300, 256, 300), (0, 9, 1, 2)]
-        {
+        for (col, len, piece, step) in [
+            (0, 701, 32, 40),
+            (1, 96, 32, 32),
+            (4, 31, 32, 40),
+            (3, 600, 48, 48),
+            (5, 7, 16, 21),
+            (1, 300, 256, 300),
+            (0, 9, 1, 2),
+        ] {
             let mut out = vec![f32::NAN; (len - 1) / piece * step + (len - 1) % piece + 1];
             w.read_pairs_of_rows(1, col, len, &mut out, piece, step);
             for (i, pair) in out.iter().enumerate() {
@@ -663,6 +747,63 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_step_of_many_elements_is_that_of_each() {
+        const ROWS: usize = 3;
+        const COLS: usize = 1301;
+        let (stream, factor, keep) = (Stream::rounding(3, 5, 7), 0.37, 0.99);
+        let start: Vec<f32> = (0..ROWS * COLS).map(|i| (i % 251) as f32 - 125.0).collect();
+        let u: Vec<f32> = (0..COLS).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
+        // Row 1 begins at element 1301: the first whole group of random numbers is that from its element 107 on.
+        for (col, len) in [(0, COLS), (107, 256), (107, 1000), (106, 700), (235, 255), (3, 1), (1300, 1), (50, 0)] {
+            let w = Weight::from_values(Dtype::BF16, ROWS, COLS, &start);
+            w.subtract(1, col, &u[..len], factor, keep, &stream);
+            let mut want = start.clone();
+            let mut random = vec![0; ROWS * COLS];
+            stream.fill_u16(0, &mut random);
+            for i in 0..len {
+                let at = COLS + col + i;
+                let rounded = rounded_bf16((want[at] - factor * u[i]) * keep, random[at]);
+                want[at] = f32::from_bits((rounded as u32) << 16);
+            }
+            assert_eq!(w.values(), want, "{len} elements from {col} on");
+        }
+    }
+
+    #[test]
+    fn a_step_of_what_is_no_number_leaves_what_each_would() {
+        let values = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, -0.0, 1e-45, 1.0];
+        let u: Vec<f32> = (0..512).map(|i| values[i % values.len()]).collect();
+        let stream = Stream::rounding(3, 5, 7);
+        let mut random = [0; 512];
+        stream.fill_u16(0, &mut random);
+        for factor in [0.0, 1.0, -1.0] {
+            let w = Weight::from_values(Dtype::BF16, 1, 512, &[1.0; 512]);
+            w.subtract(0, 0, &u, factor, 1.0, &stream);
+            for (i, v) in w.values().iter().enumerate() {
+                let want = (rounded_bf16(1.0 - factor * u[i], random[i]) as u32) << 16;
+                assert_eq!(v.to_bits(), want, "1 - {factor}·{} at {i}", u[i]);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_of_pairs_are_those_that_the_files_have() {
+        let values: Vec<f32> = (0..12 * 6).map(|i| i as f32).collect();
+        let even = Weight::from_values(Dtype::BF16, 12, 6, &values);
+        assert!(even.rows_of_pairs(2, 10).is_some() && even.rows_of_pairs(12, 0).is_some());
+        let odd = Weight::from_values(Dtype::BF16, 24, 3, &values);
+        assert!(odd.rows_of_pairs(0, 24).is_none(), "a pair would lie across two rows");
+        let mixed = Weight::zeros(Dtype::BF16, 12, 6).ordered(RowOrder::Interleaved { head_dim: 4 });
+        assert!(mixed.rows_of_pairs(0, 12).is_none(), "the rows lie in another order");
+    }
+
+    #[test]
+    #[should_panic(expected = "2+11 outside 12 rows")]
+    fn rows_of_pairs_beyond_the_last_are_refused() {
+        Weight::zeros(Dtype::BF16, 12, 6).rows_of_pairs(2, 11);
     }
 
     #[test]

@@ -17,10 +17,11 @@ use super::gemm::Shared;
 use super::stored::round_to_pairs_of;
 use super::{Buffer, simd};
 use rayon::prelude::*;
+use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Rows of a tile.
-pub const ROWS: usize = 6;
+/// Most rows of a tile.
+pub const ROWS: usize = 12;
 
 /// A vector of f32.
 ///
@@ -29,6 +30,8 @@ pub const ROWS: usize = 6;
 unsafe trait Lanes: Copy {
     /// Elements.
     const N: usize;
+    /// Rows of a tile, at most [`ROWS`].
+    const ROWS: usize;
     /// N elements.
     ///
     /// # Safety
@@ -37,7 +40,7 @@ unsafe trait Lanes: Copy {
     /// One element N times.
     ///
     /// # Safety
-    /// `from` is valid for a read of one element.
+    /// `from` is valid for a read of one element, of any alignment.
     unsafe fn splat(from: *const f32) -> Self;
     /// self·b + c.
     ///
@@ -58,6 +61,7 @@ struct Portable([f32; 8]);
 // SAFETY: ordinary loads and stores of 8 elements.
 unsafe impl Lanes for Portable {
     const N: usize = 8;
+    const ROWS: usize = 6;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -66,7 +70,7 @@ unsafe impl Lanes for Portable {
     #[inline(always)]
     unsafe fn splat(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
-        Portable([unsafe { *from }; 8])
+        Portable([unsafe { from.read_unaligned() }; 8])
     }
     // SAFETY: nothing is asked of the caller: it computes on values.
     #[inline(always)]
@@ -91,6 +95,7 @@ struct PortablePairs(Portable);
 // SAFETY: loads and stores as of Portable.
 unsafe impl Lanes for PortablePairs {
     const N: usize = Portable::N;
+    const ROWS: usize = Portable::ROWS;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -122,11 +127,12 @@ unsafe impl Lanes for PortablePairs {
 /// A vector of x86 by its intrinsics.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_lanes {
-    ($vector:ident, $n:literal, $load:ident, $splat:ident, $mul_add:ident, $store:ident) => {
+    ($vector:ident, $n:literal, $rows:literal, $load:ident, $splat:ident, $mul_add:ident, $store:ident) => {
         use std::arch::x86_64::{$load, $mul_add, $splat, $store, $vector};
         // SAFETY: the intrinsics read and write as many elements as they are called for.
         unsafe impl Lanes for $vector {
             const N: usize = $n;
+            const ROWS: usize = $rows;
             #[inline(always)]
             unsafe fn load(from: *const f32) -> Self {
                 // SAFETY: the caller's promise.
@@ -135,7 +141,7 @@ macro_rules! x86_lanes {
             #[inline(always)]
             unsafe fn splat(from: *const f32) -> Self {
                 // SAFETY: the caller's promise.
-                unsafe { $splat(*from) }
+                unsafe { $splat(from.read_unaligned()) }
             }
             #[inline(always)]
             unsafe fn mul_add(self, b: Self, c: Self) -> Self {
@@ -151,9 +157,9 @@ macro_rules! x86_lanes {
     };
 }
 #[cfg(target_arch = "x86_64")]
-x86_lanes!(__m256, 8, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
+x86_lanes!(__m256, 8, 6, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
 #[cfg(target_arch = "x86_64")]
-x86_lanes!(__m512, 16, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
+x86_lanes!(__m512, 16, 12, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
 
 /// 16 sums of products of bf16, of which an element of A and of B holds two: the lower half that of the even k.
 #[cfg(target_arch = "x86_64")]
@@ -164,6 +170,7 @@ struct Pairs(__m512);
 #[cfg(target_arch = "x86_64")]
 unsafe impl Lanes for Pairs {
     const N: usize = 16;
+    const ROWS: usize = 12;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -359,16 +366,54 @@ const ALONE: usize = 1 << 17;
 /// Rows of A: `rows` of at least as many elements as are multiplied, `stride` apart.
 #[derive(Clone, Copy)]
 pub struct Rows<'a> {
-    data: &'a [f32],
+    data: *const f32,
+    len: usize,
     rows: usize,
     stride: usize,
+    ahead: Ahead,
+    memory: PhantomData<&'a f32>,
 }
 
 impl<'a> Rows<'a> {
     /// The first `rows` rows of `data`.
     pub fn new(data: &'a [f32], rows: usize, stride: usize) -> Rows<'a> {
-        Rows { data, rows, stride }
+        let ahead = Ahead { address: data.as_ptr().cast(), of_row: 0, of_column: 0, step: 0 };
+        Rows { data: data.as_ptr(), len: data.len(), rows, stride, ahead, memory: PhantomData }
     }
+
+    /// Rows one after the other in memory that others may write meanwhile. The next rows are asked for while these are multiplied.
+    ///
+    /// # Safety
+    /// `data` is valid for reads of `rows * stride` elements, of any alignment, for `'a`.
+    pub unsafe fn foreign(data: *const f32, rows: usize, stride: usize) -> Rows<'a> {
+        // The bytes of the next tile in as many steps as there are of this one, two for each element of a row.
+        let ahead = Ahead {
+            address: data.wrapping_add(ROWS * stride).cast(),
+            of_row: stride * size_of::<f32>(),
+            of_column: 0,
+            step: ROWS * size_of::<f32>() / 2,
+        };
+        Rows { data, len: rows * stride, rows, stride, ahead, memory: PhantomData }
+    }
+
+    /// The same with other memory that is asked for.
+    pub fn asking(self, ahead: Ahead) -> Rows<'a> {
+        Rows { ahead, ..self }
+    }
+}
+
+/// Cache lines that are asked for while a product is computed, because what comes next needs them: two for each k, `step` bytes
+/// apart, from an address that depends on the tile. Any address will do.
+#[derive(Clone, Copy)]
+pub struct Ahead {
+    /// For row 0 and column 0.
+    pub address: *const u8,
+    /// Bytes for each row of A before the tile.
+    pub of_row: usize,
+    /// Bytes for each column of B before the tile.
+    pub of_column: usize,
+    /// Bytes from one line to the next.
+    pub step: usize,
 }
 
 /// The block of C (a.rows, b.columns) at element `at`, rows `stride` apart, gets a · b\[k\] added, or becomes it. The columns of A
@@ -391,7 +436,7 @@ pub unsafe fn product(
         return;
     }
     assert!(k.start <= k.end && k.end <= b.k && packed.len() >= b.len(), "product outside its panels");
-    assert!((a.rows - 1) * a.stride + k.len() <= a.data.len(), "product outside its rows");
+    assert!((a.rows - 1) * a.stride + k.len() <= a.len, "product outside its rows");
     let c = c.pointer(at, (a.rows - 1) * stride + b.columns);
     let work = Work { c, stride, a, b, packed, k, accumulate };
     match b.vectors {
@@ -456,7 +501,7 @@ impl Work<'_> {
     /// The processor has what V needs; C, rows and panels hold what [`product`] asserts.
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        let tiles = self.a.rows.div_ceil(ROWS);
+        let tiles = self.a.rows.div_ceil(V::ROWS);
         let width = self.b.width();
         for column in (0..self.b.columns).step_by(width) {
             let columns = width.min(self.b.columns - column);
@@ -464,8 +509,12 @@ impl Work<'_> {
             for tile in 0..tiles {
                 // Tiles of nearly the same number of rows: a single row left over would wait for its own sums.
                 let (first, end) = (self.a.rows * tile / tiles, self.a.rows * (tile + 1) / tiles);
-                let rows = self.a.data[first * self.a.stride..].as_ptr();
-                let block = Block { k: self.k.len(), a: rows, a_stride: self.a.stride, b: panel };
+                // Inside the rows that `product` has seen.
+                let rows = self.a.data.wrapping_add(first * self.a.stride);
+                let ask = &self.a.ahead;
+                let ahead = ask.address.wrapping_add(first * ask.of_row + column * ask.of_column);
+                let block =
+                    Block { k: self.k.len(), a: rows, a_stride: self.a.stride, b: panel, ahead, ahead_step: ask.step };
                 // SAFETY: the caller's promise: the tile's first element is in C.
                 unsafe {
                     let c = self.c.add(first * self.stride + column);
@@ -506,6 +555,8 @@ struct Block {
     a: *const f32,
     a_stride: usize,
     b: *const f32,
+    ahead: *const u8,
+    ahead_step: usize,
 }
 
 impl Block {
@@ -522,12 +573,24 @@ impl Block {
                 (4, 2) => self.sums::<V, 4, 2>(c, stride, accumulate),
                 (5, 2) => self.sums::<V, 5, 2>(c, stride, accumulate),
                 (6, 2) => self.sums::<V, 6, 2>(c, stride, accumulate),
+                (7, 2) => self.sums::<V, 7, 2>(c, stride, accumulate),
+                (8, 2) => self.sums::<V, 8, 2>(c, stride, accumulate),
+                (9, 2) => self.sums::<V, 9, 2>(c, stride, accumulate),
+                (10, 2) => self.sums::<V, 10, 2>(c, stride, accumulate),
+                (11, 2) => self.sums::<V, 11, 2>(c, stride, accumulate),
+                (12, 2) => self.sums::<V, 12, 2>(c, stride, accumulate),
                 (1, 1) => self.sums::<V, 1, 1>(c, stride, accumulate),
                 (2, 1) => self.sums::<V, 2, 1>(c, stride, accumulate),
                 (3, 1) => self.sums::<V, 3, 1>(c, stride, accumulate),
                 (4, 1) => self.sums::<V, 4, 1>(c, stride, accumulate),
                 (5, 1) => self.sums::<V, 5, 1>(c, stride, accumulate),
                 (6, 1) => self.sums::<V, 6, 1>(c, stride, accumulate),
+                (7, 1) => self.sums::<V, 7, 1>(c, stride, accumulate),
+                (8, 1) => self.sums::<V, 8, 1>(c, stride, accumulate),
+                (9, 1) => self.sums::<V, 9, 1>(c, stride, accumulate),
+                (10, 1) => self.sums::<V, 10, 1>(c, stride, accumulate),
+                (11, 1) => self.sums::<V, 11, 1>(c, stride, accumulate),
+                (12, 1) => self.sums::<V, 12, 1>(c, stride, accumulate),
                 _ => unreachable!("a tile has 1 to {ROWS} rows of one or two vectors"),
             }
         }
@@ -550,7 +613,12 @@ impl Block {
                 }
             }
             let rows: [*const f32; R] = std::array::from_fn(|i| self.a.add(i * self.a_stride));
+            let mut ahead = self.ahead;
             for k in 0..self.k {
+                for _ in 0..2 {
+                    simd::prefetch(ahead);
+                    ahead = ahead.wrapping_add(self.ahead_step);
+                }
                 let line = self.b.add(k * 2 * V::N);
                 let columns: [V; C] = std::array::from_fn(|j| V::load(line.add(j * V::N)));
                 for i in 0..R {

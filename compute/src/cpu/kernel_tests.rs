@@ -61,7 +61,7 @@ const BEFORE: usize = 5;
 
 impl Case {
     fn new(r: &mut Random) -> Case {
-        let (rows, k, columns) = (1 + r.below(20), r.below(70), 1 + r.below(70));
+        let (rows, k, columns) = (1 + r.below(40), r.below(70), 1 + r.below(70));
         let (a_gap, c_gap) = (r.below(3), r.below(9));
         // Not one element more than is needed.
         let a = r.values((rows - 1) * (k + a_gap) + k);
@@ -192,6 +192,31 @@ fn products_of_pairs_are_right_wherever_they_are_cut_and_touch_nothing_beside() 
             let cut = r.below(k + 1);
             let parts = case.run(vectors, &[0..cut, cut..k], accumulate);
             assert!(c == parts, "{vectors:?} ({rows},{k},{columns}) cut at {cut}");
+        }
+    }
+}
+
+#[test]
+fn rows_in_foreign_memory_may_begin_anywhere_and_ask_for_anything() {
+    let mut r = Random::new("foreign rows");
+    for _ in 0..200 {
+        let mut case = Case::of_pairs(&mut r);
+        case.a_gap = 0;
+        let own = case.run(all_pairs()[0], std::slice::from_ref(&(0..case.k)), true);
+        // Not aligned to an element, and nothing after the last one.
+        let bytes: Vec<u8> = [0; 2].into_iter().chain(case.a.iter().flat_map(|v| v.to_ne_bytes())).collect();
+        for vectors in all_pairs() {
+            let (panels, packed) = case.packed(vectors);
+            // SAFETY: the bytes from 2 on hold that many elements.
+            let a = unsafe { Rows::foreign(bytes[2..].as_ptr().cast(), case.rows, case.k) };
+            let nowhere = Ahead { address: std::ptr::null(), of_row: 3, of_column: 1 << 40, step: 1 << 20 };
+            for a in [a, a.asking(nowhere)] {
+                let mut c = case.c.clone();
+                // SAFETY: nobody else uses the memory.
+                unsafe { product(&Shared::new(&mut c), 0, case.columns, a, panels, &packed, 0..case.k, true) };
+                let apart = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-5 * (1.0 + a.abs());
+                assert!(c.iter().zip(&own).all(apart), "{vectors:?} ({},{},{})", case.rows, case.k, case.columns);
+            }
         }
     }
 }

@@ -5,6 +5,8 @@
 //! order that the shapes give, or, in the products of `kernel`, in an order that no cut changes.
 
 mod attention;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 mod buffer;
 mod conv;
 mod delta;

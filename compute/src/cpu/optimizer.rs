@@ -23,10 +23,10 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Channels of the compressed step at a time, so few that R of them stays in the first-level cache.
-const CHANNELS: usize = 4 * kernel::ROWS;
+const CHANNELS: usize = 2 * kernel::ROWS;
 /// Rows of G in one task, and rows and columns of it formed at a time: whole panels, so few that they stay in the first-level cache.
-const TASK_ROWS: usize = 8 * kernel::ROWS;
-const PIECE_ROWS: usize = 2 * kernel::ROWS;
+const TASK_ROWS: usize = 4 * kernel::ROWS;
+const PIECE_ROWS: usize = kernel::ROWS;
 const PIECE_COLUMNS: usize = 256;
 const _: () = assert!(PIECE_COLUMNS.is_multiple_of(32), "whole panels of every width");
 
@@ -108,7 +108,7 @@ impl Along {
 
 /// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
 fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>, along: Along) -> (Panels, Buffer) {
-    const RANKS: usize = 32 * kernel::ROWS;
+    const RANKS: usize = 16 * kernel::ROWS;
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
     let small = tokens.of_columns(&f.small()[..f.t * d], d);
@@ -206,11 +206,10 @@ multiversion! {
     }
 }
 
-/// ‖U‖ for channel scaling s, or ‖G‖ without: ‖U‖² = <A Aᵀ, B Bᵀ> over two (t,t) Gram matrices in
-/// f64, clamped at 0, or by forming G block by block where t is so large that this is cheaper.
+/// ‖U‖ for channel scaling s, or ‖G‖ without: ‖U‖² = <A Aᵀ, B Bᵀ> over two (t,t) Gram matrices, clamped at 0, or by forming G
+/// block by block where t is so large that this is cheaper.
 fn update_norm(f: &Factors<Buffer>, along: Along, s: Option<&[f32]>) -> f32 {
-    // f64 products run at half the rate of f32.
-    if 2 * f.t * (f.m + f.n) > f.m * f.n {
+    if f.t * (f.m + f.n) > f.m * f.n {
         return formed_norm(f, along, s);
     }
     let (channels, d) = channels_of(f);
@@ -220,21 +219,31 @@ fn update_norm(f: &Factors<Buffer>, along: Along, s: Option<&[f32]>) -> f32 {
     a.iter().zip(&b).map(|(a, b)| a * b).sum::<f64>().clamp(0.0, f64::INFINITY).sqrt() as f32
 }
 
-/// (t,t) Gram matrix of the columns of x (t,c), each scaled by s, in f64.
+/// (t,t) Gram matrix of the columns of x (t,c), each scaled by s: sums in f64 of products of some columns in f32.
 fn gram(x: &[f32], t: usize, c: usize, s: Option<&[f32]>) -> Vec<f64> {
-    const COLUMNS: usize = 4096;
-    let parts: Vec<Vec<f64>> = (0..c.div_ceil(COLUMNS))
-        .into_par_iter()
-        .map(|block| {
-            let first = block * COLUMNS;
-            let n = COLUMNS.min(c - first);
-            let mut wide = vec![0f64; t * n];
-            for (i, row) in wide.chunks_exact_mut(n).enumerate() {
-                for (j, v) in row.iter_mut().enumerate() {
-                    *v = x[i * c + first + j] as f64 * s.map_or(1.0, |s| s[first + j] as f64);
+    const COLUMNS: usize = 512;
+    const BLOCKS: usize = 8;
+    let blocks: Vec<_> = (0..c).step_by(COLUMNS).map(|first| first..c.min(first + COLUMNS)).collect();
+    let parts: Vec<Vec<f64>> = blocks
+        .par_chunks(BLOCKS)
+        .map(|blocks| {
+            let mut sums = vec![0f64; t * t];
+            with_scratch(t * (COLUMNS + t), |scratch| {
+                let (scaled, products) = scratch.split_at_mut(t * COLUMNS);
+                for block in blocks {
+                    let n = block.len();
+                    for (scaled, x) in scaled.chunks_exact_mut(n).zip(x.chunks_exact(c)).take(t) {
+                        scaled.copy_from_slice(&x[block.clone()]);
+                        s.iter().for_each(|s| multiply(scaled, &s[block.clone()]));
+                    }
+                    let (rows, panels) = (Rows::new(scaled, t, n), Panels::new(n, t));
+                    let packed = panels.of_columns(scaled, n);
+                    // SAFETY: `products` is borrowed mutably, so nobody else uses it.
+                    unsafe { kernel::product(&Shared::new(products), 0, t, rows, panels, &packed, 0..n, false) };
+                    sums.iter_mut().zip(&*products).for_each(|(sum, product)| *sum += *product as f64);
                 }
-            }
-            gram_f64(&wide, t, n)
+            });
+            sums
         })
         .collect();
     let mut sum = vec![0f64; t * t];
@@ -242,38 +251,6 @@ fn gram(x: &[f32], t: usize, c: usize, s: Option<&[f32]>) -> Vec<f64> {
         sum.iter_mut().zip(part).for_each(|(s, p)| *s += p);
     }
     sum
-}
-
-fn gram_f64(x: &[f64], t: usize, n: usize) -> Vec<f64> {
-    assert_eq!(x.len(), t * n);
-    let mut out = vec![0f64; t * t];
-    let (rs, none) = (n as isize, gemm::Parallelism::None);
-    let x = x.as_ptr();
-    // SAFETY: out is (t,t), x is (t,n) and used as itself and as its transpose.
-    unsafe {
-        gemm::gemm(
-            t,
-            t,
-            n,
-            out.as_mut_ptr(),
-            1,
-            t as isize,
-            false,
-            x,
-            1,
-            rs,
-            x,
-            rs,
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            none,
-        )
-    };
-    out
 }
 
 /// G = dyᵀ x, formed piece by piece.

@@ -48,6 +48,16 @@ pub fn has_avx512() -> bool {
         && is_x86_feature_detected!("avx512vl")
 }
 
+/// Asks for the cache line of an address, which is read soon; any address will do.
+#[inline(always)]
+pub fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch(address.cast::<i8>(), std::arch::x86_64::_MM_HINT_T1)
+    };
+}
+
 /// Sum of a(i)·b(i) in f32 with a fixed order.
 #[inline(always)]
 pub fn dot(a: &[f32], b: &[f32]) -> f32 {

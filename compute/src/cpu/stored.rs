@@ -4,8 +4,11 @@
 //! change must not get lost in every step anew, stochastically (`update_pair`).
 
 use super::Buffer;
+#[cfg(target_arch = "x86_64")]
+use super::avx512;
 use super::gemm::Shared;
-use super::simd::multiversion;
+use super::simd::{self, multiversion};
+use crate::random::GROUP;
 use crate::{Dtype, Stream};
 use std::ops::Range;
 
@@ -134,16 +137,15 @@ pub(super) fn update_pair(
     match (a, b) {
         (StoredMut::F32(a), StoredMut::F32(b)) => update(0, a, b),
         (StoredMut::Bf16(a), StoredMut::Bf16(b)) => {
-            let (mut wide_a, mut wide_b, mut random) = ([0.0; CHUNK], [0.0; CHUNK], [0; CHUNK]);
+            let (mut wide_a, mut wide_b) = ([0.0; CHUNK], [0.0; CHUNK]);
             for (i, (a, b)) in a.chunks_mut(CHUNK).zip(b.chunks_mut(CHUNK)).enumerate() {
                 let (at, n) = (i * CHUNK, a.len());
-                let (wide_a, wide_b, random) = (&mut wide_a[..n], &mut wide_b[..n], &mut random[..n]);
+                let (wide_a, wide_b) = (&mut wide_a[..n], &mut wide_b[..n]);
                 widen(a, wide_a);
                 widen(b, wide_b);
                 update(at, wide_a, wide_b);
                 for ((wide, out), stream) in [(wide_a, a), (wide_b, b)].into_iter().zip(streams) {
-                    stream.fill_u16((first + at) as u64, random);
-                    round_bf16(wide, random, out);
+                    round_bf16(wide, (first + at) as u64, stream, out);
                 }
             }
         }
@@ -227,9 +229,33 @@ multiversion! {
     }
 }
 
+/// Each value as [`rounded_bf16`] with its random number; the first is element `first`.
+pub(crate) fn round_bf16(values: &[f32], first: u64, stream: &Stream, out: &mut [u16]) {
+    let mut random = [0; GROUP];
+    let mut at = 0;
+    while at < values.len() {
+        let first = first + at as u64;
+        let (values, out) = (&values[at..], &mut out[at..]);
+        #[cfg(target_arch = "x86_64")]
+        if let (Some(values), Some(out)) = (values.first_chunk(), out.first_chunk_mut())
+            && first.is_multiple_of(GROUP as u64)
+            && simd::has_avx512()
+        {
+            // SAFETY: the features were detected.
+            unsafe { avx512::round(values, stream.group(first / GROUP as u64), out) };
+            at += values.len();
+            continue;
+        }
+        // To the next group at most.
+        let n = values.len().min(GROUP - (first % GROUP as u64) as usize);
+        stream.fill_u16(first, &mut random[..n]);
+        round_with(&values[..n], &random[..n], &mut out[..n]);
+        at += n;
+    }
+}
+
 multiversion! {
-    /// Each value as [`rounded_bf16`] with its random number.
-    pub(crate) fn round_bf16(values: &[f32], random: &[u16], out: &mut [u16]) {
+    fn round_with(values: &[f32], random: &[u16], out: &mut [u16]) {
         for ((o, &v), &r) in out.iter_mut().zip(values).zip(random) {
             *o = rounded_bf16(v, r);
         }
@@ -308,6 +334,20 @@ mod tests {
             assert!((share - 0.25).abs() < 0.017, "{share}");
         }
         assert!(a != b && a != again, "every moment of every step has random numbers of its own");
+    }
+
+    #[test]
+    fn many_elements_are_rounded_as_each_is() {
+        let stream = Stream::rounding(2, 8, 1);
+        let values: Vec<f32> = (0..2000).map(|i| (i as f32 * 0.3).tan()).chain([f32::NAN, f32::MAX, -0.0]).collect();
+        let mut random = vec![0; 4000];
+        stream.fill_u16(0, &mut random);
+        for (first, len) in [(0, 2003), (1, 2002), (128, 256), (127, 700), (384, 255), (5, 0)] {
+            let mut got = vec![0; len];
+            round_bf16(&values[..len], first, &stream, &mut got);
+            let each = values[..len].iter().zip(&random[first as usize..]).map(|(v, r)| rounded_bf16(*v, *r));
+            assert_eq!(got, each.collect::<Vec<_>>(), "{len} from {first} on");
+        }
     }
 
     #[test]
