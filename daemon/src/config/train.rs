@@ -141,9 +141,10 @@ pub struct TrainConfig {
     /// f32 on a GPU, which knows nothing else. bf16 halves the optimizer's memory and its part of a generation, and is rounded
     /// stochastically. A state in the other type is converted at the start.
     pub moments: Moments,
-    /// What products of the decision tokens take activations and their gradients in: `f32` (default) or `bf16`, which rounds them
-    /// where the weights are bf16 and a CPU has dot products of it, and there multiplies twice as fast; elsewhere it changes
-    /// nothing. It moves a gradient by about a hundredth of its size. Contexts are rounded there in any case.
+    /// What products of the decision tokens take activations and their gradients in: `bf16` (default), which rounds them where
+    /// the weights are bf16 and a CPU has dot products of it, and there multiplies twice as fast, or `f32`; elsewhere both are the
+    /// same. Rounding moves a gradient by about a hundredth of its size, which no loss has shown (research/LOG.md). Contexts are
+    /// rounded there in any case.
     pub activations: Activations,
     /// Decay of the first moment per step. Default 0.9.
     pub beta1: f64,
@@ -219,7 +220,7 @@ impl Default for TrainConfig {
             scale_type: ScaleType::Channel,
             convention: Convention::Paper,
             moments: Moments::Auto,
-            activations: Activations::F32,
+            activations: Activations::Bf16,
             beta1: 0.9,
             beta2: 0.999,
             eps: 1e-6,
