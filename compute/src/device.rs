@@ -283,6 +283,28 @@ pub trait Device: Sized + Send + Sync + 'static {
         moments: Moments,
         write: Write,
     );
+    /// dst row i becomes src row index\[i\], rows of n.
+    fn gather_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &[u32], n: usize) {
+        index.iter().enumerate().for_each(|(i, &row)| self.copy(dst, i * n, src, row as usize * n, n));
+    }
+    /// Each row of n elements, as many as there are scales, is multiplied by its own.
+    fn scale_rows(&self, x: &mut Self::Buffer, scales: &[f32], n: usize) {
+        let mut rows = vec![0.0; scales.len() * n];
+        self.read(x, 0, &mut rows);
+        let scaled = rows.chunks_exact_mut(n.max(1)).zip(scales);
+        scaled.for_each(|(row, scale)| row.iter_mut().for_each(|v| *v *= scale));
+        self.write(x, 0, &rows);
+    }
+    /// The product of row i of a with row i of b, of n elements each.
+    fn row_dots(&self, a: &Self::Buffer, b: &Self::Buffer, rows: usize, n: usize) -> Vec<f32> {
+        let [a, b] = [a, b].map(|x| {
+            let mut values = vec![0.0; rows * n];
+            self.read(x, 0, &mut values);
+            values
+        });
+        let rows = a.chunks_exact(n.max(1)).zip(b.chunks_exact(n.max(1)));
+        rows.map(|(a, b)| a.iter().zip(b).map(|(a, b)| *a as f64 * *b as f64).sum::<f64>() as f32).collect()
+    }
     /// dst row index\[i\] += src row i, rows of n.
     fn scatter_add_rows(&self, dst: &mut Self::Buffer, src: &Self::Buffer, index: &Self::Ids, n: usize);
     /// Rows at.. of y (·,m) become zeros with a 1 in column ids\[i\].

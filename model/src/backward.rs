@@ -5,7 +5,7 @@
 
 use crate::cache::Context;
 use crate::delta_net::State;
-use crate::forward::{Activations, Linear, Mixed, Mixer, Model, Saved};
+use crate::forward::{Activations, Fed, Feed, Linear, Mixed, Mixer, Model, Saved};
 use compute::{Device, Sink, TensorId};
 use std::sync::Arc;
 
@@ -47,12 +47,12 @@ impl<D: Device> Model<D> {
         t: usize,
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
-        let dmid = self.mlp_backward(layer, saved, dy, t, sink);
+        let dmid = self.feed_backward(layer, saved, dy, t, sink);
         self.mixer_backward(layer, saved, dmid, context, t, sink)
     }
 
-    /// y = mid + down(silu(gate(n)) · up(n)), n = norm(mid): dy gives dmid.
-    fn mlp_backward(
+    /// y = mid + fed(norm(mid)): dy gives dmid.
+    fn feed_backward(
         &self,
         layer: usize,
         saved: &Saved<D>,
@@ -61,12 +61,11 @@ impl<D: Device> Model<D> {
         sink: &mut impl Sink<D>,
     ) -> Arc<D::Buffer> {
         let l = &self.layers[layer];
-        let len = t * self.config().decoder.intermediate;
-        let dact = self.linear_backward(&saved.act, [(l.down, &dy)], t, sink);
-        let (mut dgate, mut dup) = (self.device.uninit(len), self.device.uninit(len));
-        self.device.swiglu_backward(&mut dgate, &mut dup, &dact, &saved.gate, &saved.up, len);
-        let (dgate, dup) = (Arc::new(dgate), Arc::new(dup));
-        let dnormed = self.linear_backward(&saved.normed_mid, [(l.gate, &dgate), (l.up, &dup)], t, sink);
+        let dnormed = match (&l.feed, &saved.fed) {
+            (Feed::Mlp(mlp), Fed::Mlp(fed)) => self.mlp_backward(mlp, fed, &saved.normed_mid, &dy, t, sink),
+            (Feed::Experts(l), Fed::Experts(fed)) => self.experts_backward(l, fed, &saved.normed_mid, &dy, t, sink),
+            _ => unreachable!("a layer keeps what it needs"),
+        };
         let mut dmid = self.copy_of(&dy);
         self.norm_backward(&mut dmid, &dnormed, &saved.mid, l.post_norm, t, sink);
         Arc::new(dmid)
@@ -121,7 +120,7 @@ impl<D: Device> Model<D> {
     }
 
     /// dx (t,n) = Σ dy W over pairs (dy, W).
-    fn dx(&self, inputs: &[(&D::Buffer, &D::Weight)], t: usize) -> D::Buffer {
+    pub(crate) fn dx(&self, inputs: &[(&D::Buffer, &D::Weight)], t: usize) -> D::Buffer {
         let mut dx = self.device.uninit(t * self.device.shape(inputs[0].1).1);
         match self.windows {
             Activations::Exact => self.device.linear_dx_group(&mut dx, inputs, t),
@@ -148,7 +147,7 @@ impl<D: Device> Model<D> {
         }
     }
 
-    fn copy_of(&self, buffer: &D::Buffer) -> D::Buffer {
+    pub(crate) fn copy_of(&self, buffer: &D::Buffer) -> D::Buffer {
         let len = self.device.len(buffer);
         let mut copy = self.device.uninit(len);
         self.device.copy(&mut copy, 0, buffer, 0, len);

@@ -6,7 +6,7 @@
 use crate::rope::Rope;
 use serde_json::{Map, Value};
 use std::path::Path;
-use weight_map::{Decoder, DeltaNet, Family};
+use weight_map::{Decoder, DeltaNet, Experts, Family};
 
 /// Everything that decides what the layers compute.
 #[derive(Clone, Debug, PartialEq)]
@@ -19,6 +19,8 @@ pub struct Config {
     pub norm_offset: f32,
     /// Rotary embedding.
     pub rope: Rope,
+    /// Whether the shares of a token's experts add up to 1: always in Qwen3.5, in Qwen3 by `norm_topk_prob`.
+    pub shares_normalised: bool,
     /// Sliding window of each layer; `None` sees the whole context, as a recurrent layer does.
     pub windows: Vec<Option<usize>>,
     /// Longest sequence that the model was made for.
@@ -64,7 +66,7 @@ pub enum ConfigError {
 }
 
 /// Keys that change what is computed, with the only value that is supported.
-const NEUTRAL: [(&str, f64); 11] = [
+const NEUTRAL: [(&str, f64); 9] = [
     ("pretraining_tp", 1.0),
     ("attn_logit_softcapping", 0.0),
     ("final_logit_softcapping", 0.0),
@@ -72,8 +74,6 @@ const NEUTRAL: [(&str, f64); 11] = [
     ("embedding_multiplier", 1.0),
     ("residual_multiplier", 1.0),
     ("logits_scaling", 1.0),
-    ("num_experts", 0.0),
-    ("num_local_experts", 0.0),
     ("n_routed_experts", 0.0),
     ("attention_dropout", 0.0),
 ];
@@ -82,6 +82,8 @@ const NEUTRAL: [(&str, f64); 11] = [
 const LAYERS_MAX: usize = 4096;
 /// The same of the length of a head.
 const HEAD_DIM_MAX: usize = 65_536;
+/// More experts than any layer has.
+const EXPERTS_MAX: usize = 4096;
 /// The longest head of a Gated DeltaNet, and its widest convolution: as kernels hold them.
 const DELTA_DIM_MAX: usize = 256;
 const CONV_WIDTH_MAX: usize = 16;
@@ -100,7 +102,7 @@ impl Config {
         let json: Value = serde_json::from_str(text).map_err(|e| ConfigError::Json(e.to_string()))?;
         let Value::Object(map) = json else { return Err(ConfigError::Json("not an object".into())) };
         let whole = Keys { map: &map, prefix: "" };
-        let (family, wrapped) = family(&whole)?;
+        let Architecture { family, experts, wrapped } = architecture(&whole)?;
         refuse_unsupported(&whole)?;
         let merged = if wrapped { Some(text_config(&whole)?) } else { None };
         let keys = match &merged {
@@ -108,7 +110,11 @@ impl Config {
             None => whole,
         };
         refuse_unsupported(&keys)?;
-        let decoder = Decoder { wrapped, ..decoder(&keys, family)? };
+        let mut decoder = Decoder { wrapped, ..decoder(&keys, family, experts)? };
+        decoder.experts = self::experts(&keys, family, experts, decoder.layers)?;
+        if decoder.intermediate == 0 && (0..decoder.layers).any(|layer| decoder.experts_of(layer).is_none()) {
+            return keys.wrong("intermediate_size", "a positive whole number, because some layers have no experts");
+        }
         let max_position_embeddings = keys.size_or("max_position_embeddings", positions_default(family))?;
         let rotated = rotated(&keys, family, decoder.head_dim)?;
         let config = Config {
@@ -116,6 +122,7 @@ impl Config {
             norm_offset: if family == Family::Qwen35 { 1.0 } else { 0.0 },
             rope: Rope::parse(&keys, rotated, max_position_embeddings)?,
             windows: windows(&keys, family, decoder.layers)?,
+            shares_normalised: family == Family::Qwen35 || keys.flag("norm_topk_prob")?,
             eos_token_ids: eos(&keys)?,
             max_position_embeddings,
             decoder,
@@ -124,25 +131,91 @@ impl Config {
     }
 }
 
-/// The family, and whether the decoder is a part of a multi-modal model.
-fn family(keys: &Keys) -> Result<(Family, bool), ConfigError> {
-    const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3_5ForCausalLM, \
-                             Qwen3_5ForConditionalGeneration";
+/// What `architectures` says.
+struct Architecture {
+    family: Family,
+    /// Whether layers have experts.
+    experts: bool,
+    /// Whether the decoder is a part of a multi-modal model.
+    wrapped: bool,
+}
+
+fn architecture(keys: &Keys) -> Result<Architecture, ConfigError> {
+    const SUPPORTED: &str = "LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM, Qwen3MoeForCausalLM, \
+                             Qwen3_5ForCausalLM, Qwen3_5MoeForCausalLM, Qwen3_5ForConditionalGeneration, \
+                             Qwen3_5MoeForConditionalGeneration";
     let found = keys.get("architectures").cloned().unwrap_or(Value::Null);
     let name = found.as_array().and_then(|a| a.first()).and_then(Value::as_str);
-    match name {
-        Some("LlamaForCausalLM") => Ok((Family::Llama, false)),
-        Some("MistralForCausalLM") => Ok((Family::Mistral, false)),
-        Some("Qwen2ForCausalLM") => Ok((Family::Qwen2, false)),
-        Some("Qwen3ForCausalLM") => Ok((Family::Qwen3, false)),
-        Some("Qwen3_5ForCausalLM") => Ok((Family::Qwen35, false)),
-        Some("Qwen3_5ForConditionalGeneration") => Ok((Family::Qwen35, true)),
-        _ => Err(ConfigError::Unsupported {
-            key: "architectures".into(),
-            found: found.to_string(),
-            supported: SUPPORTED,
-        }),
+    let (family, experts, wrapped) = match name {
+        Some("LlamaForCausalLM") => (Family::Llama, false, false),
+        Some("MistralForCausalLM") => (Family::Mistral, false, false),
+        Some("Qwen2ForCausalLM") => (Family::Qwen2, false, false),
+        Some("Qwen3ForCausalLM") => (Family::Qwen3, false, false),
+        Some("Qwen3MoeForCausalLM") => (Family::Qwen3, true, false),
+        Some("Qwen3_5ForCausalLM") => (Family::Qwen35, false, false),
+        Some("Qwen3_5MoeForCausalLM") => (Family::Qwen35, true, false),
+        Some("Qwen3_5ForConditionalGeneration") => (Family::Qwen35, false, true),
+        Some("Qwen3_5MoeForConditionalGeneration") => (Family::Qwen35, true, true),
+        _ => {
+            return Err(ConfigError::Unsupported {
+                key: "architectures".into(),
+                found: found.to_string(),
+                supported: SUPPORTED,
+            });
+        }
+    };
+    Ok(Architecture { family, experts, wrapped })
+}
+
+/// The experts of an architecture that has them. Others must have none.
+fn experts(keys: &Keys, family: Family, wanted: bool, layers: usize) -> Result<Option<Experts>, ConfigError> {
+    // transformers 5 writes the second name for Qwen3-MoE.
+    let count = ["num_experts", "num_local_experts"].into_iter().find(|key| keys.get(key).is_some());
+    if !wanted {
+        return match count.and_then(|key| keys.get(key).map(|found| (key, found))) {
+            Some((key, found)) if found.as_u64() != Some(0) => Err(ConfigError::Unsupported {
+                key: key.into(),
+                found: found.to_string(),
+                supported: "0 or absent in this architecture",
+            }),
+            _ => Ok(None),
+        };
     }
+    let key = count.unwrap_or("num_experts");
+    let (default, per_token) = if family == Family::Qwen35 { (256, 8) } else { (128, 8) };
+    let experts = Experts {
+        count: keys.size_or(key, default)?,
+        per_token: keys.size_or("num_experts_per_tok", per_token)?,
+        intermediate: keys.size("moe_intermediate_size")?,
+        shared: match family {
+            Family::Qwen35 => Some(keys.size("shared_expert_intermediate_size")?),
+            _ => None,
+        },
+        layers: sparse_layers(keys, family, layers)?,
+    };
+    if experts.count > EXPERTS_MAX {
+        return keys.wrong(key, "at most 4096");
+    }
+    if experts.per_token > experts.count {
+        return keys.wrong("num_experts_per_tok", "at most the number of experts");
+    }
+    Ok(experts.layers.contains(&true).then_some(experts))
+}
+
+/// Which layers have experts: all of Qwen3.5, those of Qwen3 that `decoder_sparse_step` and `mlp_only_layers` leave.
+fn sparse_layers(keys: &Keys, family: Family, layers: usize) -> Result<Vec<bool>, ConfigError> {
+    if family == Family::Qwen35 {
+        return Ok(vec![true; layers]);
+    }
+    let step = keys.size_or("decoder_sparse_step", 1)?;
+    let dense: Vec<u64> = match keys.get("mlp_only_layers") {
+        None => Vec::new(),
+        Some(list) => match list.as_array().and_then(|list| list.iter().map(Value::as_u64).collect()) {
+            Some(list) => list,
+            None => return keys.wrong("mlp_only_layers", "a list of layers"),
+        },
+    };
+    Ok((0..layers).map(|i| (i + 1).is_multiple_of(step) && !dense.contains(&(i as u64))).collect())
 }
 
 /// The decoder's part of a multi-modal model's config. Whether the head is the embedding, and which tokens end an answer, may
@@ -217,7 +290,7 @@ fn refuse_unsupported(keys: &Keys) -> Result<(), ConfigError> {
     }
 }
 
-fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
+fn decoder(keys: &Keys, family: Family, experts: bool) -> Result<Decoder, ConfigError> {
     let (hidden, heads) = (keys.size("hidden_size")?, keys.size("num_attention_heads")?);
     let attention_bias = match family {
         Family::Qwen2 => true,
@@ -234,7 +307,8 @@ fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
         family,
         layers,
         hidden,
-        intermediate: keys.size("intermediate_size")?,
+        // Of a model whose layers all have experts there may be none.
+        intermediate: if experts { keys.count_or("intermediate_size", 0)? } else { keys.size("intermediate_size")? },
         heads,
         kv_heads: keys.size_or("num_key_value_heads", heads)?,
         head_dim: keys.size_or("head_dim", head_dim)?,
@@ -245,6 +319,7 @@ fn decoder(keys: &Keys, family: Family) -> Result<Decoder, ConfigError> {
         qk_norm: matches!(family, Family::Qwen3 | Family::Qwen35),
         output_gate: family == Family::Qwen35,
         delta_net: if family == Family::Qwen35 { delta_net(keys, layers)? } else { None },
+        experts: None,
         wrapped: false,
         tied: keys.flag("tie_word_embeddings")?,
     };
@@ -434,6 +509,40 @@ mod tests {
     }
 
     #[test]
+    fn experts_are_where_the_config_says_and_nowhere_else() {
+        let parse = |changes: Value| {
+            let mut json: Value = serde_json::from_str(QWEN3).unwrap();
+            json["architectures"] = serde_json::json!(["Qwen3MoeForCausalLM"]);
+            (json["num_experts"], json["num_experts_per_tok"], json["moe_intermediate_size"]) =
+                (8.into(), 2.into(), 768.into());
+            changes.as_object().unwrap().iter().for_each(|(k, v)| json[k] = v.clone());
+            Config::parse(&json.to_string())
+        };
+        let sparse = |changes| {
+            let config = parse(changes).unwrap();
+            (0..28).filter(|layer| config.decoder.experts_of(*layer).is_some()).collect::<Vec<usize>>()
+        };
+        assert_eq!(sparse(serde_json::json!({})).len(), 28);
+        assert_eq!(sparse(serde_json::json!({"decoder_sparse_step": 10, "mlp_only_layers": [9]})), [19]);
+        assert_eq!(sparse(serde_json::json!({"decoder_sparse_step": 29})), Vec::<usize>::new());
+        assert!(!parse(serde_json::json!({})).unwrap().shares_normalised);
+        assert!(
+            parse(serde_json::json!({"norm_topk_prob": true, "intermediate_size": null})).unwrap().shares_normalised
+        );
+        for (changes, named) in [
+            (serde_json::json!({"num_experts_per_tok": 9}), "num_experts_per_tok"),
+            (serde_json::json!({"num_experts": 5000}), "num_experts"),
+            (serde_json::json!({"num_experts": null, "num_local_experts": "many"}), "num_local_experts"),
+            (serde_json::json!({"moe_intermediate_size": null}), "moe_intermediate_size"),
+            (serde_json::json!({"mlp_only_layers": [3], "intermediate_size": null}), "intermediate_size"),
+            (serde_json::json!({"mlp_only_layers": 3}), "mlp_only_layers"),
+        ] {
+            let error = parse(changes.clone()).expect_err(named).to_string();
+            assert!(error.contains(named), "{changes}: {error}");
+        }
+    }
+
+    #[test]
     fn what_is_not_computed_is_refused_by_name() {
         for (key, value, named) in [
             ("architectures", r#"["GPT2LMHeadModel"]"#, "GPT2LMHeadModel"),
@@ -441,6 +550,7 @@ mod tests {
             ("hidden_act", r#""gelu""#, "gelu"),
             ("partial_rotary_factor", "0.5", "partial_rotary_factor"),
             ("num_experts", "8", "num_experts"),
+            ("num_local_experts", "8", "num_local_experts"),
             ("rope_scaling", r#"{"rope_type":"dynamic","factor":2}"#, "dynamic"),
             ("layer_types", r#"["linear_attention"]"#, "layer_types"),
             ("head_dim", "127", "head_dim"),

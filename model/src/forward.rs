@@ -1,12 +1,14 @@
 //! Layers, their forward pass, and next-token logits.
 //!
 //! t rows of tokens · H hidden · I intermediate · V vocab
-//! x (t,H) residual stream · mid (t,H), with what the layer's attention or recurrence adds · gate, up, act (t,I)
+//! x (t,H) residual stream · mid (t,H), with what the layer's attention or recurrence adds
 
 use crate::attention::{Attended, AttentionLayer};
 use crate::cache::{Cache, Context, Left};
 use crate::config::Config;
 use crate::delta_net::{DeltaLayer, Recurred, State};
+use crate::experts::{ExpertsLayer, Routed};
+use crate::mlp::{Activated, Mlp};
 use crate::prefixes::Shape;
 use compute::{Device, Dtype, LinearOutput, Norm, TensorId};
 use std::collections::HashMap;
@@ -38,15 +40,19 @@ pub(crate) struct Layer {
     pub input_norm: TensorId,
     pub mixer: Mixer,
     pub post_norm: TensorId,
-    pub gate: Linear,
-    pub up: Linear,
-    pub down: Linear,
+    pub feed: Feed,
 }
 
 /// What brings the tokens together.
 pub(crate) enum Mixer {
     Attention(AttentionLayer),
     DeltaNet(DeltaLayer),
+}
+
+/// What is done with each token by itself.
+pub(crate) enum Feed {
+    Mlp(Mlp),
+    Experts(ExpertsLayer),
 }
 
 /// A model whose weights lie in foreign memory.
@@ -73,15 +79,19 @@ pub(crate) struct Saved<D: Device> {
     pub mixed: Mixed<D>,
     pub mid: D::Buffer,
     pub normed_mid: Arc<D::Buffer>,
-    pub gate: D::Buffer,
-    pub up: D::Buffer,
-    pub act: Arc<D::Buffer>,
+    pub fed: Fed<D>,
 }
 
 /// What it needs of what brought the tokens together.
 pub(crate) enum Mixed<D: Device> {
     Attention(Attended<D>),
     DeltaNet(Recurred<D>, Option<D::Buffer>),
+}
+
+/// What it needs of what was done with each by itself.
+pub(crate) enum Fed<D: Device> {
+    Mlp(Activated<D>),
+    Experts(Routed<D>),
 }
 
 impl<D: Device> Model<D> {
@@ -142,7 +152,11 @@ impl<D: Device> Model<D> {
 
     /// An empty cache for `capacity` tokens: in bf16 where the weights have 16 bits and the device can, else in f32.
     pub fn cache(&self, capacity: usize) -> Cache<D> {
-        let weights = self.device.dtype(&self.weights[self.layers[0].down.weight]);
+        let matrix = match &self.layers[0].feed {
+            Feed::Mlp(mlp) => mlp.down,
+            Feed::Experts(l) => l.experts[0].down,
+        };
+        let weights = self.device.dtype(&self.weights[matrix.weight]);
         let narrow = weights != Dtype::F32 && self.device.stores(Dtype::BF16);
         self.cache_in(if narrow { Dtype::BF16 } else { Dtype::F32 }, capacity)
     }
@@ -295,14 +309,18 @@ impl<D: Device> Model<D> {
         };
         self.device.add(&mut mid, &x, t * hidden);
         let normed_mid = self.norm(&mid, l.post_norm, t);
-        let [gate, up] = self.linears(&normed_mid, [l.gate, l.up], t, activations);
-        let intermediate = t * self.config.decoder.intermediate;
-        let mut act = self.device.uninit(intermediate);
-        self.device.swiglu(&mut act, &gate, &up, intermediate);
-        let mut y = self.linear(&act, l.down, t, activations);
+        let (mut y, fed) = match &l.feed {
+            Feed::Mlp(mlp) => {
+                let (y, saved) = self.mlp(mlp, &normed_mid, t, activations);
+                (y, Fed::Mlp(saved))
+            }
+            Feed::Experts(l) => {
+                let (y, saved) = self.experts(l, &normed_mid, t, activations);
+                (y, Fed::Experts(saved))
+            }
+        };
         self.device.add(&mut y, &mid, t * hidden);
-        let (normed_mid, act) = (Arc::new(normed_mid), Arc::new(act));
-        (Arc::new(y), Saved { x, normed, mixed, mid, normed_mid, gate, up, act })
+        (Arc::new(y), Saved { x, normed, mixed, mid, normed_mid: Arc::new(normed_mid), fed })
     }
 }
 
@@ -331,14 +349,11 @@ impl Layer {
             true => Mixer::DeltaNet(DeltaLayer::new(config, linear, id)),
             false => Mixer::Attention(AttentionLayer::new(config, i, linear, id)),
         };
-        Layer {
-            input_norm: norm("input_layernorm"),
-            mixer,
-            post_norm: norm("post_attention_layernorm"),
-            gate: linear("mlp.gate_proj"),
-            up: linear("mlp.up_proj"),
-            down: linear("mlp.down_proj"),
-        }
+        let feed = match config.decoder.experts_of(i) {
+            Some(_) => Feed::Experts(ExpertsLayer::new(config, i, linear)),
+            None => Feed::Mlp(Mlp::new("mlp", linear)),
+        };
+        Layer { input_norm: norm("input_layernorm"), mixer, post_norm: norm("post_attention_layernorm"), feed }
     }
 
     /// Its tensors.
@@ -346,8 +361,14 @@ impl Layer {
         let of = |linears: &[Linear]| -> Vec<TensorId> {
             linears.iter().flat_map(|l| [Some(l.weight), l.bias]).flatten().collect()
         };
-        let mut tensors = of(&[self.gate, self.up, self.down]);
-        tensors.extend([self.input_norm, self.post_norm]);
+        let mut tensors = vec![self.input_norm, self.post_norm];
+        match &self.feed {
+            Feed::Mlp(mlp) => tensors.extend(of(&mlp.linears())),
+            Feed::Experts(l) => {
+                tensors.extend(of(&l.linears()));
+                tensors.extend(l.shared.map(|shared| shared.gate));
+            }
+        }
         match &self.mixer {
             Mixer::Attention(l) => {
                 tensors.extend(of(&l.linears()));

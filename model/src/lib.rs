@@ -4,7 +4,7 @@
 //! values, the decision tokens run with gradients on top of them (`window.rs`). Gradients leave as
 //! factors through `compute::Sink` and are never formed.
 //!
-//! Families: Llama, Mistral, Qwen2, Qwen3 and Qwen3.5 (dense), from `config.json` as Hugging Face writes it. Where layers are
+//! Families: Llama, Mistral, Qwen2, Qwen3 and Qwen3.5, the last two also with experts (`experts.rs`), from `config.json` as Hugging Face writes it. Where layers are
 //! recurrent, the context leaves their state instead of keys and values (`delta_net.rs`).
 
 #![forbid(unsafe_code)]
@@ -14,7 +14,9 @@ mod backward;
 mod cache;
 mod config;
 mod delta_net;
+mod experts;
 mod forward;
+mod mlp;
 #[cfg(feature = "oracle")]
 pub mod oracle;
 mod prefixes;

@@ -8,7 +8,9 @@
 use crate::attention::AttentionLayer;
 use crate::cache::Cache;
 use crate::delta_net::DeltaLayer;
-use crate::forward::{Activations, Linear, Mixer, Model};
+use crate::experts::ExpertsLayer;
+use crate::forward::{Activations, Feed, Linear, Mixer, Model};
+use crate::mlp::Mlp;
 use candle_core::{D as Dim, DType, Device as CandleDevice, Result, Tensor, Var};
 use compute::{Device, Dtype, Factors, Sink, TensorId};
 use std::collections::HashMap;
@@ -79,7 +81,10 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
     let reference_dx = gradients.get(&x_var).expect("the output depends on the input");
     differences.push(difference("input gradient", &download(&**device, &dx), &host(reference_dx)?));
     for (tensor, var) in &reference.vars {
-        let ours = download(&**device, &sink.gradients[tensor]);
+        // None is that of an expert which no token chose.
+        let chosen = sink.gradients.get(tensor).map(|gradient| download(&**device, gradient));
+        let ours = chosen.or_else(|| model.config().decoder.experts_of(layer).map(|_| vec![0.0; var.elem_count()]));
+        let ours = ours.expect("every tensor of the layer got a gradient");
         let theirs = gradients.get(var).expect("the output depends on every tensor of the layer");
         differences.push(difference(&model.tensors()[*tensor].name, &ours, &host(theirs)?));
     }
@@ -268,8 +273,37 @@ impl<'a, D: Device> Reference<'a, D> {
         };
         let mid = (x + mixed)?;
         let normed = self.norm(&mid, l.post_norm)?;
-        let (gate, up) = (self.linear(&normed, l.gate)?, self.linear(&normed, l.up)?);
-        Ok(((&mid + self.linear(&(silu(&gate)? * up)?, l.down)?)?, left))
+        let fed = match &l.feed {
+            Feed::Mlp(mlp) => self.mlp(mlp, &normed)?,
+            Feed::Experts(l) => self.experts(l, &normed)?,
+        };
+        Ok(((&mid + fed)?, left))
+    }
+
+    fn mlp(&self, l: &Mlp, x: &Tensor) -> Result<Tensor> {
+        let (gate, up) = (self.linear(x, l.gate)?, self.linear(x, l.up)?);
+        self.linear(&(silu(&gate)? * up)?, l.down)
+    }
+
+    /// Every expert on every token; shares are 0 where it is not chosen.
+    fn experts(&self, l: &ExpertsLayer, x: &Tensor) -> Result<Tensor> {
+        let experts = l.experts.len();
+        let p = softmax(&self.linear(x, l.router)?)?;
+        let shares = (&p * chosen(&p, l.per_token)?)?;
+        let shares = match l.normalised {
+            true => shares.broadcast_div(&shares.sum_keepdim(Dim::Minus1)?)?,
+            false => shares,
+        };
+        let one = |e: usize| self.mlp(&l.experts[e], x)?.broadcast_mul(&shares.narrow(1, e, 1)?);
+        let mut y = one(0)?;
+        for e in 1..experts {
+            y = (y + one(e)?)?;
+        }
+        if let Some(shared) = &l.shared {
+            let gate = self.linear(x, Linear { weight: shared.gate, bias: None })?;
+            y = (y + self.mlp(&shared.mlp, x)?.broadcast_mul(&sigmoid(&gate)?)?)?;
+        }
+        Ok(y)
     }
 
     fn attend(
@@ -378,6 +412,17 @@ fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Result<Tensor> {
 fn softmax(x: &Tensor) -> Result<Tensor> {
     let e = x.broadcast_sub(&x.max_keepdim(Dim::Minus1)?.detach())?.exp()?;
     e.broadcast_div(&e.sum_keepdim(Dim::Minus1)?)
+}
+
+/// 1 where a probability is among the k largest of its row, 0 elsewhere; of equal ones the first.
+fn chosen(p: &Tensor, k: usize) -> Result<Tensor> {
+    let rows = p.to_dtype(DType::F64)?.to_vec2::<f64>()?;
+    let of_row = |row: &Vec<f64>| {
+        let above = |e: usize| (0..row.len()).filter(|&o| row[o] > row[e] || (row[o] == row[e] && o < e)).count();
+        (0..row.len()).map(|e| if above(e) < k { 1.0 } else { 0.0 }).collect::<Vec<f64>>()
+    };
+    let values: Vec<f64> = rows.iter().flat_map(of_row).collect();
+    Tensor::from_vec(values, p.shape(), &CandleDevice::Cpu)?.to_dtype(p.dtype())
 }
 
 fn log_sum_exp(x: &Tensor) -> Result<Tensor> {

@@ -97,7 +97,7 @@ impl<D: Device> Left<D> {
 
 impl<D: Device> Model<D> {
     /// A recording for a window of `t` rows with `scored` targets over this cache, made now if there is none. None where
-    /// the device does not record, where rows have no target, or while somebody holds what a recording left:
+    /// the device does not record, where the host chooses experts, where rows have no target, or while somebody holds what a recording left:
     /// recordings of a cache share their memory.
     pub(crate) fn recorded<'c, S: Sink<D>>(
         &self,
@@ -106,7 +106,9 @@ impl<D: Device> Model<D> {
         scored: usize,
         sink: &S,
     ) -> Option<&'c mut Recorded<D>> {
-        let rows = self.device.bucket(t).filter(|rows| t == scored && cache.len() + rows <= self.positions())?;
+        let decides = self.config().decoder.experts.is_some();
+        let fits = |rows: &usize| !decides && t == scored && cache.len() + rows <= self.positions();
+        let rows = self.device.bucket(t).filter(fits)?;
         if !cache.recorded.iter().all(Recorded::is_idle) {
             return None;
         }

@@ -73,7 +73,7 @@ fn a_state_serves_only_what_goes_on_where_it_ends<D: Machine>() -> Result<()> {
     let hybrid =
         |dir: &std::path::PathBuf| dir.file_name().is_some_and(|name| name.to_string_lossy().starts_with("qwen35"));
     let dirs: Vec<_> = cases().into_iter().filter(hybrid).collect();
-    assert_eq!(dirs.len(), 2);
+    assert_eq!(dirs.len(), 3);
     for dir in dirs {
         let model = load(&device, &dir, Dtype::F32)?;
         let mut cache = keeping(&model, 1024, 0);

@@ -1,4 +1,4 @@
-//! The tensors of a dense decoder as Hugging Face names them.
+//! The tensors of a decoder as Hugging Face names them.
 //!
 //! Symbols: L layers, H hidden, I intermediate, V vocab, h heads, k kv_heads, d head_dim.
 //! Shapes: embed (V,H) · q (h·d,H), with an output gate (2·h·d,H) · k, v (k·d,H) · o (H,h·d) · gate, up (I,H) · down (H,I) ·
@@ -6,11 +6,15 @@
 //!
 //! Gated DeltaNet layers: K = key_heads·key_dim, V = value_heads·value_dim, vh value_heads, vd value_dim, w conv_width · in_proj_qkv (2K+V,H) ·
 //! in_proj_z (V,H) · in_proj_b, in_proj_a (vh,H) · conv1d (2K+V,1,w) · A_log, dt_bias (vh,) · norm (vd,) · out_proj (H,V).
+//!
+//! Mixture of experts: E experts, M moe_intermediate · router (E,H) · each expert's gate, up (M,H), down (H,M) · the shared expert's
+//! likewise with a size of its own · its gate (1,H). Each expert's matrices are tensors of their own, also where files or servers
+//! stack them ([`stacked_parts`](crate::stacked_parts)).
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
 
-/// A family of dense decoders. The family chooses defaults elsewhere; the tensors follow from the
+/// A family of decoders, dense or with experts. The family chooses defaults elsewhere; the tensors follow from the
 /// fields of [`Decoder`] alone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Family {
@@ -20,9 +24,9 @@ pub enum Family {
     Mistral,
     /// `Qwen2ForCausalLM`.
     Qwen2,
-    /// `Qwen3ForCausalLM`.
+    /// `Qwen3ForCausalLM` and `Qwen3MoeForCausalLM`.
     Qwen3,
-    /// `Qwen3_5ForCausalLM`, and the text part of `Qwen3_5ForConditionalGeneration`.
+    /// `Qwen3_5ForCausalLM`, `Qwen3_5MoeForCausalLM`, and the text parts of their `…ForConditionalGeneration`.
     Qwen35,
 }
 
@@ -67,7 +71,22 @@ impl DeltaNet {
     }
 }
 
-/// Everything that decides the names and shapes of a dense decoder's tensors.
+/// Experts, of which a router chooses some for each token, in the place of a layer's MLP.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Experts {
+    /// `num_experts`.
+    pub count: usize,
+    /// `num_experts_per_tok`, at most `count`.
+    pub per_token: usize,
+    /// `moe_intermediate_size`.
+    pub intermediate: usize,
+    /// `shared_expert_intermediate_size` of an expert that every token has besides, through a gate (Qwen3.5).
+    pub shared: Option<usize>,
+    /// Which layers have them; the others have an MLP.
+    pub layers: Vec<bool>,
+}
+
+/// Everything that decides the names and shapes of a decoder's tensors.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Decoder {
     /// Model family.
@@ -98,6 +117,8 @@ pub struct Decoder {
     pub output_gate: bool,
     /// Gated DeltaNet layers, if there are any (Qwen3.5).
     pub delta_net: Option<DeltaNet>,
+    /// Experts, if there are any (Qwen3-MoE, Qwen3.5-MoE).
+    pub experts: Option<Experts>,
     /// Whether the files name the decoder `model.language_model`, as those of a multi-modal model do.
     pub wrapped: bool,
     /// Whether the head is the embedding (`tie_word_embeddings`).
@@ -121,6 +142,8 @@ pub enum Role {
     Convolution,
     /// The logarithm of a recurrent state's decay.
     Decay,
+    /// What a token's share of the shared expert is computed with, (1,H).
+    Gate,
 }
 
 /// One tensor of the model, as the files name it.
@@ -153,6 +176,11 @@ impl Decoder {
         self.delta_net.as_ref().is_some_and(|delta| delta.layers[layer])
     }
 
+    /// A layer's experts, if it has them.
+    pub fn experts_of(&self, layer: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|experts| experts.layers[layer])
+    }
+
     /// The model's tensors in the order of its modules. A tied model has no `lm_head.weight`.
     pub fn tensors(&self) -> Vec<HfTensor> {
         let module = self.module();
@@ -167,7 +195,12 @@ impl Decoder {
                 Some(delta) if delta.layers[layer] => push_delta_net(&name, self.hidden, delta, &mut list),
                 _ => self.push_attention(&name, &mut list),
             }
-            self.push_mlp(&name, &mut list);
+            match self.experts_of(layer) {
+                Some(experts) => push_experts(&format!("{name}.mlp"), self.hidden, experts, &mut list),
+                None => push_mlp(&format!("{name}.mlp"), self.hidden, self.intermediate, self.mlp_bias, &mut list),
+            }
+            push_norm(&mut list, format!("{name}.input_layernorm"), self.hidden);
+            push_norm(&mut list, format!("{name}.post_attention_layernorm"), self.hidden);
         }
         push_norm(&mut list, format!("{module}.norm"), self.hidden);
         if !self.tied {
@@ -196,17 +229,30 @@ impl Decoder {
             push_norm(list, format!("{layer}.self_attn.k_norm"), self.head_dim);
         }
     }
+}
 
-    fn push_mlp(&self, layer: &str, list: &mut Vec<HfTensor>) {
-        for (name, rows, cols) in [
-            ("mlp.gate_proj", self.intermediate, self.hidden),
-            ("mlp.up_proj", self.intermediate, self.hidden),
-            ("mlp.down_proj", self.hidden, self.intermediate),
-        ] {
-            push_linear(list, format!("{layer}.{name}"), [rows, cols], self.mlp_bias);
-        }
-        push_norm(list, format!("{layer}.input_layernorm"), self.hidden);
-        push_norm(list, format!("{layer}.post_attention_layernorm"), self.hidden);
+fn push_mlp(module: &str, hidden: usize, intermediate: usize, bias: bool, list: &mut Vec<HfTensor>) {
+    for (name, shape) in [
+        ("gate_proj", [intermediate, hidden]),
+        ("up_proj", [intermediate, hidden]),
+        ("down_proj", [hidden, intermediate]),
+    ] {
+        push_linear(list, format!("{module}.{name}"), shape, bias);
+    }
+}
+
+fn push_experts(module: &str, hidden: usize, experts: &Experts, list: &mut Vec<HfTensor>) {
+    push_linear(list, format!("{module}.gate"), [experts.count, hidden], false);
+    for expert in 0..experts.count {
+        push_mlp(&format!("{module}.experts.{expert}"), hidden, experts.intermediate, false, list);
+    }
+    if let Some(intermediate) = experts.shared {
+        push_mlp(&format!("{module}.shared_expert"), hidden, intermediate, false, list);
+        list.push(HfTensor {
+            name: format!("{module}.shared_expert_gate.weight"),
+            shape: vec![1, hidden],
+            role: Role::Gate,
+        });
     }
 }
 

@@ -69,6 +69,7 @@ mod tests {
             qk_norm: true,
             output_gate: false,
             delta_net: None,
+            experts: None,
             wrapped: false,
             tied: false,
         };

@@ -2,7 +2,7 @@
 //!
 //! A trainer thinks in the names of the model's files (`model.layers.0.self_attn.q_proj.weight`),
 //! a server holds what suits its kernels: `qkv_proj` and `gate_up_proj` merged by rows, a vocabulary
-//! padded to a multiple of 64, prefixes of wrappers, a head that is the embedding, llama.cpp's own names
+//! padded to a multiple of 64, experts in stacks, prefixes of wrappers, a head that is the embedding, llama.cpp's own names
 //! and order of rows. This crate turns a list of server tensors into one [`View`] per expected tensor: a
 //! span of bytes in an allocation, each row contiguous, zero-copy.
 //!
@@ -23,10 +23,10 @@ mod map;
 mod names;
 mod row_order;
 
-pub use decoder::{Decoder, DeltaNet, Family, HfTensor, Role, matrix_shape};
+pub use decoder::{Decoder, DeltaNet, Experts, Family, HfTensor, Role, matrix_shape};
 pub use dtype::{Dtype, UnknownDtype};
 pub use error::Error;
 pub use gguf_names::{gguf_name, hf_name};
 pub use map::{Packing, ServerTensor, View, WeightMap, map, merged_layout};
-pub use names::{canonical_name, is_known_buffer, is_other_part};
+pub use names::{canonical_name, is_known_buffer, is_other_part, stacked_parts};
 pub use row_order::RowOrder;

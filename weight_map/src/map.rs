@@ -5,7 +5,9 @@
 //! then what is missing, then overlaps. Spans of whole server tensors are compared, not only those of
 //! views, so that the padding of a vocabulary cannot hide a neighbour.
 
-use crate::names::{canonical_name, default_parts, is_known_buffer, is_other_part, merged_name};
+use crate::names::{
+    canonical_name, default_parts, is_known_buffer, is_other_part, merged_name, stack_of, stacked_parts,
+};
 use crate::{Dtype, Error, HfTensor, Role, RowOrder, matrix_shape};
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
@@ -131,19 +133,19 @@ pub fn merged_layout(expected: &[HfTensor], dtype: Dtype) -> Vec<ServerTensor> {
     let (mut list, mut places): (Vec<ServerTensor>, HashMap<String, usize>) = (Vec::new(), HashMap::new());
     for tensor in expected {
         let name = canonical_name(&tensor.name);
-        let name = merged_name(&name).unwrap_or(name);
+        let stack = stack_of(&name);
+        let in_stack = |shape: &[usize], parts: usize| [1, shape[0] * parts, shape[1]].to_vec();
+        let (name, shape) = match &stack {
+            Some((stack, parts)) => (stack.clone(), in_stack(&tensor.shape, *parts)),
+            None => (merged_name(&name).unwrap_or(name), tensor.shape.clone()),
+        };
         match places.get(&name) {
-            Some(&at) => list[at].shape[0] += tensor.shape[0],
+            // The second of an expert's two has its place already.
+            Some(_) if stack.is_some() && tensor.name.ends_with(".up_proj.weight") => {}
+            Some(&at) => list[at].shape[0] += shape[0],
             None => {
                 places.insert(name.clone(), list.len());
-                list.push(ServerTensor {
-                    name,
-                    dtype,
-                    shape: tensor.shape.clone(),
-                    strides: Vec::new(),
-                    allocation: 0,
-                    offset: 0,
-                });
+                list.push(ServerTensor { name, dtype, shape, strides: Vec::new(), allocation: 0, offset: 0 });
             }
         }
     }
@@ -177,6 +179,8 @@ pub fn map(expected: &[HfTensor], server: &[ServerTensor], packing: &[Packing]) 
         } else if claims.by_name.contains_key(name.as_str()) {
             claims.whole(index, &name)?;
         } else if let Some(parts) = default_parts(&name).filter(|parts| claims.know_all(parts)) {
+            claims.merged(index, &parts)?;
+        } else if let Some(parts) = claims.stacked_parts(&name, &tensor.shape) {
             claims.merged(index, &parts)?;
         } else if name == HEAD && expected.iter().any(|tensor| tensor.role == Role::Embedding) {
             if let Some(first) = tied_head.replace(index) {
@@ -240,6 +244,12 @@ impl<'a> Claims<'a> {
         parts.iter().all(|part| self.by_name.contains_key(part))
     }
 
+    /// The experts' matrices that a stack of this name and shape holds, if they are this model's.
+    fn stacked_parts(&self, name: &str, shape: &[usize]) -> Option<Vec<String>> {
+        let &experts = shape.first().filter(|&&experts| (1..=self.expected.len()).contains(&experts))?;
+        stacked_parts(name, experts).filter(|parts| self.know_all(parts))
+    }
+
     /// Claims a server tensor that is one tensor of the model, perhaps with padded rows.
     fn whole(&mut self, index: usize, name: &str) -> Result<(), Error> {
         let tensor = &self.server[index];
@@ -258,7 +268,7 @@ impl<'a> Claims<'a> {
         self.claim(at, index, tensor.offset)
     }
 
-    /// Claims a server tensor that holds `parts` one under the other.
+    /// Claims a server tensor that holds `parts` one under the other; a stack of matrices is one tall matrix.
     fn merged(&mut self, index: usize, parts: &[String]) -> Result<(), Error> {
         let tensor = &self.server[index];
         let places = parts.iter().map(|part| self.place_of(tensor, part)).collect::<Result<Vec<_>, _>>()?;
@@ -271,7 +281,7 @@ impl<'a> Claims<'a> {
         }
         let mut stacked = shapes[0].to_vec();
         stacked[0] = shapes.iter().try_fold(0usize, |sum, shape| sum.checked_add(shape[0])).ok_or_else(mixed)?;
-        if tensor.shape != stacked {
+        if flattened(&tensor.shape, stacked.len()).as_deref() != Some(&stacked) {
             return Err(Error::Merged {
                 name: tensor.name.clone(),
                 found: tensor.shape.clone(),
@@ -329,6 +339,13 @@ impl<'a> Claims<'a> {
 
 fn twice(name: &str, first: &ServerTensor, second: &ServerTensor) -> Error {
     Error::TwiceMapped { name: name.to_owned(), first: first.name.clone(), second: second.name.clone() }
+}
+
+/// A shape as one of `dimensions`, of which the first is that of all before the last ones.
+fn flattened(shape: &[usize], dimensions: usize) -> Option<Vec<usize>> {
+    let (first, last) = shape.split_at_checked((shape.len() + 1).checked_sub(dimensions)?)?;
+    let rows = first.iter().try_fold(1usize, |product, &n| product.checked_mul(n))?;
+    (!first.is_empty()).then(|| [&[rows], last].concat())
 }
 
 fn is_padded_vocab(expected: &HfTensor, found: &[usize]) -> bool {

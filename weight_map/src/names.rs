@@ -57,6 +57,38 @@ const MERGED: [(&str, &[&str]); 4] = [
     ("in_proj_ba", &["in_proj_b", "in_proj_a"]),
 ];
 
+/// How the experts of a layer are stacked, (experts, rows, columns), and what of each lies there: transformers and some files, then
+/// vLLM and SGLang.
+const STACKED: [(&str, &[&str]); 4] = [
+    ("gate_up_proj", &["gate_proj", "up_proj"]),
+    ("down_proj", &["down_proj"]),
+    ("w13_weight", &["gate_proj", "up_proj"]),
+    ("w2_weight", &["down_proj"]),
+];
+
+/// The stack of vLLM and SGLang that holds the expert's matrix of this file name, and how many matrices of an expert it holds.
+pub(crate) fn stack_of(name: &str) -> Option<(String, usize)> {
+    let module = name.strip_suffix(".weight")?;
+    let (parent, part) = module.rsplit_once('.')?;
+    let (experts, number) = parent.rsplit_once('.')?;
+    let known = experts.ends_with(".experts") && number.bytes().all(|digit| digit.is_ascii_digit());
+    let (stack, parts) = STACKED[2..].iter().find(|(_, parts)| parts.contains(&part)).filter(|_| known)?;
+    Some((format!("{experts}.{stack}"), parts.len()))
+}
+
+/// The matrices that a stack of `experts` holds, one under the other, if a tensor of this name is one:
+/// `….experts.gate_up_proj` and `….experts.w13_weight` those of gate and up in turn, `….experts.down_proj` and `….experts.w2_weight`
+/// those of down.
+pub fn stacked_parts(name: &str, experts: usize) -> Option<Vec<String>> {
+    let (parent, stack) = name.rsplit_once('.')?;
+    let (_, parts) = STACKED.iter().find(|(name, _)| *name == stack)?;
+    if !parent.ends_with(".experts") {
+        return None;
+    }
+    let of_one = |expert: usize| parts.iter().map(move |part| format!("{parent}.{expert}.{part}.weight"));
+    Some((0..experts).flat_map(of_one).collect())
+}
+
 /// The merged tensor that holds the one with this file name in vLLM and SGLang, if they merge it.
 pub(crate) fn merged_name(name: &str) -> Option<String> {
     let (module, kind) = name.rsplit_once('.')?;

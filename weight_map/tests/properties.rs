@@ -184,7 +184,7 @@ proptest! {
             })
             .collect();
         let map = map(&decoder.tensors(), &server, &packing).unwrap();
-        for layer in 0..decoder.layers {
+        for layer in (0..decoder.layers).filter(|layer| decoder.experts_of(*layer).is_none()) {
             let place = |part: &str| {
                 let name = format!("{}.layers.{layer}.mlp.{part}.weight", decoder.module());
                 map.views[map.find(&name).unwrap()].offset
@@ -303,6 +303,7 @@ fn sample() -> weight_map::Decoder {
         qk_norm: true,
         output_gate: false,
         delta_net: None,
+        experts: None,
         wrapped: false,
         tied: true,
     }
@@ -310,6 +311,7 @@ fn sample() -> weight_map::Decoder {
 
 fn plain() -> common::Layout {
     common::Layout {
+        stacks: None,
         merge: false,
         prefix: "model.",
         dtype: weight_map::Dtype::BF16,

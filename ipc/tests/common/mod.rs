@@ -25,6 +25,7 @@ pub fn decoder(tied: bool) -> Decoder {
         qk_norm: true,
         output_gate: false,
         delta_net: None,
+        experts: None,
         wrapped: false,
         tied,
     }

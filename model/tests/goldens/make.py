@@ -14,7 +14,8 @@ A case is a folder:
   examples.jsonl                   one {"context_ids": [c_0..c_{k-1}], "decision_ids": [d_0..d_{j-1}]} a line
   expected.safetensors             of example i: {i}.loss () and {i}.logits (j, V), and for each parameter the gradient
                                    {i}.{Hugging Face name}, all f32. A tied embedding has one gradient, the head's and
-                                   the input rows' together, under model.embed_tokens.weight.
+                                   the input rows' together, under model.embed_tokens.weight. Experts have one each, as they
+                                   have files' names each; it is zero where no token chose the expert.
 
 The gradient: c_0..c_{k-2} run without gradients and leave keys and values, which are constants from there on. The
 window c_{k-1}, d_0..d_{j-2} runs on top of them with gradients and predicts d_0..d_{j-1}; the loss is the mean cross
@@ -23,9 +24,10 @@ entropy over the j decision tokens.
 Why the files can be trusted: every example is computed a second time by a path that shares neither transformers' cache
 nor its masks. One forward pass over the whole sequence, with an attention written below that builds the causal and
 sliding mask itself and detaches keys and values of the frozen positions, must give the same logits, loss and gradients.
-And the plain gradient, nothing detached, must differ: a reference that froze nothing would not pass.
+Experts are computed there for every token, whoever chose them. And the plain gradient, nothing detached, must differ: a reference that froze nothing would not pass.
 """
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -41,6 +43,8 @@ import transformers
 from safetensors.torch import save_file
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Cache
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeExperts, Qwen3_5MoeGatedDeltaNet
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 # Relative to the largest logit, and ||a - b|| / ||b|| of each gradient: the two paths differ only in the order of f32 sums.
 LOGITS_TOLERANCE = 1e-5
@@ -89,6 +93,18 @@ COMMITTED = {
         num_key_value_heads=2, head_dim=24, linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=6,
         linear_value_head_dim=10, linear_conv_kernel_dim=4, tie_word_embeddings=False, max_position_embeddings=128,
         rope_parameters=dict(DEFAULT, partial_rotary_factor=0.25)),
+    # experts in layers 0 and 2; fewer tokens than experts in some window, so that some are chosen by none
+    "qwen3_moe": dict(
+        model_type="qwen3_moe", hidden_size=30, intermediate_size=26, moe_intermediate_size=11, num_experts=9, num_experts_per_tok=2,
+        norm_topk_prob=False, mlp_only_layers=[1], num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1, head_dim=12,
+        tie_word_embeddings=True, rope_parameters=DEFAULT),
+    # an expert that all tokens share besides
+    "qwen35_moe": dict(
+        model_type="qwen3_5_moe_text", hidden_size=28, moe_intermediate_size=9, shared_expert_intermediate_size=13, num_experts=5,
+        num_experts_per_tok=3, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=7,
+        linear_value_head_dim=6, linear_conv_kernel_dim=4, tie_word_embeddings=False,
+        rope_parameters=dict(DEFAULT, partial_rotary_factor=0.25)),
     # the text part of a multi-modal model, which ends with a recurrent layer
     "qwen35_multimodal": dict(
         model_type="qwen3_5", tie_word_embeddings=True,
@@ -136,7 +152,10 @@ def random_case(rng, family):
             rope_parameters=dict(DEFAULT, rope_theta=rng.choice([1e4, 1e7]), partial_rotary_factor=rng.choice([0.25, 0.5, 1.0])),
             layer_types=[rng.choice(["linear_attention", "full_attention"]) for _ in range(args["num_hidden_layers"])])
         args["layer_types"][rng.randrange(args["num_hidden_layers"])] = "full_attention"    # transformers wants one
-        if family == "qwen3_5":
+        if "moe" in family:
+            args |= random_experts(rng) | dict(shared_expert_intermediate_size=rng.randint(4, 30))
+            del args["intermediate_size"]
+        if family in ("qwen3_5", "qwen3_5_moe"):
             tied = args.pop("tie_word_embeddings")
             del args["model_type"]
             vision = dict(COMMITTED["qwen35_multimodal"]["vision_config"])
@@ -144,7 +163,9 @@ def random_case(rng, family):
         return args
     if family != "qwen2":    # qwen2 has no head_dim of its own
         args["head_dim"] = 2 * rng.randint(3, 12)
-    if family in ("llama", "qwen3"):
+    if family == "qwen3_moe":
+        args |= random_experts(rng) | dict(norm_topk_prob=rng.random() < 0.5, decoder_sparse_step=rng.choice([1, 1, 2]))
+    if family in ("llama", "qwen3", "qwen3_moe"):
         args["attention_bias"] = rng.random() < 0.5
     if family == "llama":
         args["mlp_bias"] = rng.random() < 0.5
@@ -156,12 +177,17 @@ def random_case(rng, family):
     return args
 
 
+def random_experts(rng):
+    experts = rng.randint(1, 12)
+    return dict(num_experts=experts, num_experts_per_tok=rng.randint(1, experts), moe_intermediate_size=rng.randint(4, 30))
+
+
 def random_cases(seed):
     """Name -> (configuration arguments, lengths of the examples, shard size): of each family one model in one file and
     one in several with an index."""
     rng = random.Random(seed)
     cases = {}
-    for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "qwen3_5"):
+    for family in ("llama", "mistral", "qwen2", "qwen3", "qwen3_5_text", "qwen3_5", "qwen3_moe", "qwen3_5_moe_text", "qwen3_5_moe"):
         for n in range(2):
             lengths = [(rng.randint(12, 40), rng.randint(2, 20)), (rng.randint(2, 9), rng.randint(1, 6)), (1, rng.randint(2, 14))]
             if family.startswith("qwen3_5"):
@@ -182,7 +208,7 @@ def build_model(args, seed):
     else:
         args, kind = dict(common, **args), AutoModelForCausalLM
     config = AutoConfig.for_model(model_type, **args)
-    config._attn_implementation = "eager"
+    config._attn_implementation = config._experts_implementation = "eager"
     model = kind.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -206,9 +232,21 @@ def collect(model, logits, decision):
     loss = F.cross_entropy(logits, decision)
     model.zero_grad(set_to_none=True)
     loss.backward()
-    # A vision tower gets none.
+    # A vision tower gets none, and the unchosen experts' are zeros.
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    for name in [name for name in gradients if ".experts." in name]:
+        gradients |= apart(name, gradients.pop(name))
     return dict(loss=loss.detach(), logits=logits.detach().clone(), gradients=gradients)
+
+
+def apart(name, stacked):
+    """The experts' matrices of a stack, by the names that they have in the files."""
+    module, stack = name.rsplit(".", 1)
+    matrices = {}
+    for expert, matrix in enumerate(stacked):
+        parts = zip(("gate", "up"), matrix.chunk(2)) if stack == "gate_up_proj" else [("down", matrix)]
+        matrices |= {f"{module}.{expert}.{part}_proj.weight": rows.clone() for part, rows in parts}
+    return matrices
 
 
 def cached_step(model, context, decision):
@@ -272,13 +310,26 @@ def plain_delta_net(self, hidden_states, **_):
     return self.out_proj(out.reshape(1, length, -1))
 
 
+def plain_experts(self, hidden_states, top_k_index, top_k_weights):
+    """Every expert on every token, times the share that the token gives it: nothing, if it did not choose it."""
+    shares = torch.zeros(len(hidden_states), self.num_experts).scatter(1, top_k_index, top_k_weights)
+    gate, up = torch.einsum("th,ejh->etj", hidden_states, self.gate_up_proj).chunk(2, -1)
+    return torch.einsum("etj,ehj,te->th", F.silu(gate) * up, self.down_proj, shares)
+
+
+PLAIN = [(Qwen3_5GatedDeltaNet, plain_delta_net), (Qwen3_5MoeGatedDeltaNet, plain_delta_net), (Qwen3MoeExperts, plain_experts),
+         (Qwen3_5MoeExperts, plain_experts)]
+
+
 def whole_sequence_step(model, context, decision, frozen):
     """The same step in one pass without a cache; keys and values of the first `frozen` positions are constants."""
     global FROZEN
     text = model.config.get_text_config()
     FROZEN, text._attn_implementation = frozen, "plain"
     sequence = torch.cat([context, decision[:-1]])
-    with mock.patch.object(Qwen3_5GatedDeltaNet, "forward", plain_delta_net):
+    with contextlib.ExitStack() as patches:
+        for kind, forward in PLAIN:
+            patches.enter_context(mock.patch.object(kind, "forward", forward))
         logits = model(input_ids=sequence[None], use_cache=False).logits[0, len(context) - 1:]
     text._attn_implementation = "eager"
     return collect(model, logits, decision)
@@ -301,8 +352,10 @@ def legacy_config(config):
     if "text_config" in config:
         return dict(config, text_config=legacy_config(config["text_config"]))
     # Which layers of a hybrid model are recurrent follows from no other key.
-    dropped = {"rope_parameters", "dtype"} | (set() if config["model_type"] == "qwen3_5_text" else {"layer_types"})
+    dropped = {"rope_parameters", "dtype"} | (set() if config["model_type"].startswith("qwen3_5") else {"layer_types"})
     legacy = {k: v for k, v in config.items() if k not in dropped}
+    if "num_local_experts" in legacy:
+        legacy["num_experts"] = legacy.pop("num_local_experts")
     rope = dict(config["rope_parameters"])
     legacy["torch_dtype"] = config["dtype"]
     legacy["rope_theta"] = rope.pop("rope_theta")
@@ -333,7 +386,7 @@ def write_case(folder, args, lengths, shard_size, seed, draw=1):
         tensors |= {f"{i}.{name}": gradient for name, gradient in step["gradients"].items()}
     case = folder.name
     assert logits_error <= LOGITS_TOLERANCE, f"{case}: logits with and without the cache differ by {logits_error:.1e}"
-    recurrent = any(isinstance(module, Qwen3_5GatedDeltaNet) for module in model.modules())
+    recurrent = any(isinstance(module, (Qwen3_5GatedDeltaNet, Qwen3_5MoeGatedDeltaNet)) for module in model.modules())
     if recurrent and gradient_error > GRADIENT_TOLERANCE and draw < DRAWS_MAX:
         return write_case(folder, args, lengths, shard_size, seed + 1, draw + 1)
     assert gradient_error <= GRADIENT_TOLERANCE, f"{case}: {worst} with and without the cache differ by {gradient_error:.1e}"

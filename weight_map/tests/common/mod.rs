@@ -1,12 +1,14 @@
 //! Decoders, and the lists that servers would give for them.
 
 use proptest::prelude::*;
-use weight_map::{Decoder, DeltaNet, Dtype, Family, ServerTensor};
+use weight_map::{Decoder, DeltaNet, Dtype, Experts, Family, ServerTensor};
 
 /// How a server holds the weights.
 #[derive(Clone, Debug)]
 pub struct Layout {
     pub merge: bool,
+    /// Names of the stacks of all experts' gate and up, and down.
+    pub stacks: Option<[&'static str; 2]>,
     pub prefix: &'static str,
     pub dtype: Dtype,
     pub pad_vocab: bool,
@@ -18,7 +20,7 @@ pub struct Layout {
 
 pub fn decoder() -> impl Strategy<Value = Decoder> {
     let sizes = (1usize..4, 1usize..6, 1usize..6, 1usize..4, 1usize..3, 1usize..5, 2usize..40);
-    (sizes, any::<[bool; 7]>(), delta_net()).prop_map(|(sizes, flags, delta_net)| {
+    (sizes, any::<[bool; 7]>(), delta_net(), experts()).prop_map(|(sizes, flags, delta_net, experts)| {
         let (layers, hidden, intermediate, heads, kv_heads, head_dim, vocab) = sizes;
         Decoder {
             family: Family::Qwen3,
@@ -35,6 +37,7 @@ pub fn decoder() -> impl Strategy<Value = Decoder> {
             qk_norm: flags[3],
             output_gate: flags[5],
             delta_net,
+            experts,
             wrapped: flags[6],
             tied: flags[4],
         }
@@ -56,18 +59,37 @@ fn delta_net() -> impl Strategy<Value = Option<DeltaNet>> {
     })
 }
 
+/// Likewise.
+fn experts() -> impl Strategy<Value = Option<Experts>> {
+    let sizes = (1usize..5, 1usize..7, proptest::option::of(1usize..5));
+    proptest::option::of((sizes, any::<[bool; 3]>())).prop_map(|drawn| {
+        drawn.map(|((count, intermediate, shared), layers)| Experts {
+            count,
+            per_token: 1,
+            intermediate,
+            shared,
+            layers: layers.to_vec(),
+        })
+    })
+}
+
 pub fn layout() -> impl Strategy<Value = Layout> {
     let prefix = prop_oneof![Just("model."), Just("language_model.model."), Just("model.language_model."), Just("")];
     let dtype = prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::BF16)];
-    (prefix, dtype, any::<[bool; 4]>(), 1usize..20).prop_map(|(prefix, dtype, flags, per_allocation)| Layout {
-        merge: flags[0],
-        prefix,
-        dtype,
-        pad_vocab: flags[1],
-        alias_head: flags[2],
-        buffer: flags[3],
-        per_allocation,
-    })
+    let stacks =
+        prop_oneof![Just(None), Just(Some(["gate_up_proj", "down_proj"])), Just(Some(["w13_weight", "w2_weight"])),];
+    (prefix, dtype, stacks, any::<[bool; 4]>(), 1usize..20).prop_map(
+        |(prefix, dtype, stacks, flags, per_allocation)| Layout {
+            merge: flags[0],
+            stacks,
+            prefix,
+            dtype,
+            pad_vocab: flags[1],
+            alias_head: flags[2],
+            buffer: flags[3],
+            per_allocation,
+        },
+    )
 }
 
 pub fn contiguous(shape: &[usize]) -> Vec<usize> {
@@ -87,6 +109,14 @@ fn named(decoder: &Decoder, layout: &Layout) -> Vec<(String, Vec<usize>)> {
             Some(rest) => format!("{}{rest}", layout.prefix),
             None => tensor.name.clone(),
         };
+        if let Some((name, shape)) = layout.stacks.and_then(|stacks| stacked(&name, &shape, stacks)) {
+            match list.iter_mut().find(|(before, _)| *before == name) {
+                Some(_) if tensor.name.ends_with(".up_proj.weight") => {}
+                Some((_, before)) => before[0] += 1,
+                None => list.push((name, shape)),
+            }
+            continue;
+        }
         let merged = [("q_proj", "qkv_proj"), ("k_proj", "qkv_proj"), ("v_proj", "qkv_proj")]
             .into_iter()
             .chain([("gate_proj", "gate_up_proj"), ("up_proj", "gate_up_proj")])
@@ -101,6 +131,16 @@ fn named(decoder: &Decoder, layout: &Layout) -> Vec<(String, Vec<usize>)> {
         }
     }
     list
+}
+
+/// The stack that an expert's matrix is a part of, as if it were the only expert.
+fn stacked(name: &str, shape: &[usize], [gate_up, down]: [&str; 2]) -> Option<(String, Vec<usize>)> {
+    let (module, rest) = name.split_once(".experts.")?;
+    let (_, part) = rest.split_once('.')?;
+    Some(match part {
+        "down_proj.weight" => (format!("{module}.experts.{down}"), vec![1, shape[0], shape[1]]),
+        _ => (format!("{module}.experts.{gate_up}"), vec![1, 2 * shape[0], shape[1]]),
+    })
 }
 
 /// A valid server list.
