@@ -11,6 +11,8 @@ use std::collections::HashMap;
 pub(crate) struct State<D: Device> {
     pub exp_avg: D::Stored,
     pub exp_avg_sq: D::Stored,
+    /// Steps in which the tensor had a gradient: fewer than all, if it is an expert's. Those of a lookup are counted by rows.
+    pub gradients: u64,
     pub lookup: Lookup,
 }
 
@@ -31,7 +33,7 @@ pub(crate) struct Slot {
 impl<D: Device> State<D> {
     pub fn new(device: &D, tensor: &Tensor, settings: &Settings) -> State<D> {
         let zeros = || device.stored(moments_dtype(tensor, settings), moments_len(tensor, settings));
-        State { exp_avg: zeros(), exp_avg_sq: zeros(), lookup: Lookup::default() }
+        State { exp_avg: zeros(), exp_avg_sq: zeros(), gradients: 0, lookup: Lookup::default() }
     }
 
     /// Gives each row a slot of moments: its own, a free one, or that of the row unused for longest.

@@ -1,7 +1,7 @@
 //! One step over all tensors: look at everything, decide, then write.
 //!
-//! t counts applied steps from 1 · P of refresh k = (t-1)/update_proj_gap · step size
-//! lr_t·sqrt(1-b2^t)/(1-b1^t)·alpha/L · see `compute` for the arithmetic of a tensor.
+//! t counts applied steps from 1, g those in which a tensor had a gradient · P of refresh k = (t-1)/update_proj_gap · step size
+//! lr_t·sqrt(1-b2^g)/(1-b1^g)·alpha/L · see `compute` for the arithmetic of a tensor.
 //!
 //! Tensors with the same smaller dimension share a projection: it compresses each of them
 //! independently, and one regenerated matrix serves a whole model.
@@ -412,7 +412,6 @@ impl<D: Device> Optimizer<D> {
     /// Second pass: writes states and weights. Nothing here can fail.
     fn commit_tensors(&mut self, weights: &[D::Weight], ready: &[Ready<D>], lr: f64) {
         let rows = self.rows_to_write(ready, lr);
-        let corrected = lr * self.settings.bias_correction(self.steps);
         let (settings, steps) = (&self.settings, self.steps);
         let write = |tensor: usize, step: f64| Write {
             step: step as f32,
@@ -425,7 +424,10 @@ impl<D: Device> Optimizer<D> {
         for (item, rows) in ready.iter().zip(&rows) {
             let tensor = item.tensor();
             self.written[tensor].add(item, rows);
-            let State { exp_avg, exp_avg_sq, .. } = states.find(|(i, _)| *i == tensor).expect("one state per tensor").1;
+            let state = states.find(|(i, _)| *i == tensor).expect("one state per tensor").1;
+            state.gradients += 1;
+            let corrected = lr * settings.bias_correction(state.gradients);
+            let State { exp_avg, exp_avg_sq, .. } = state;
             let (w, spec) = (&weights[tensor], &self.tensors[tensor]);
             match item {
                 Ready::Apollo { pair, s, .. } => {
@@ -455,7 +457,9 @@ impl<D: Device> Optimizer<D> {
         let step_of = |gradients: u64| (lr * self.settings.bias_correction(gradients)) as f32;
         let rows = |item: &Ready<D>| match item {
             Ready::Apollo { .. } | Ready::Dense { .. } => Vec::new(),
-            Ready::Vector { .. } => vec![AdamRow { row: 0, slot: 0, step: step_of(self.steps) }],
+            Ready::Vector { tensor, .. } => {
+                vec![AdamRow { row: 0, slot: 0, step: step_of(self.states[*tensor].gradients + 1) }]
+            }
             Ready::Lookup { tensor, rows, .. } => {
                 let cols = self.tensors[*tensor].cols;
                 let row_bytes = 2 * self.settings.moments.size() * cols;

@@ -46,6 +46,9 @@ struct Saved {
     #[serde(default)]
     moments: Element,
     norm_bits: u32,
+    /// Steps in which it had a gradient; all of them, where a state does not say.
+    #[serde(default)]
+    gradients: Option<u64>,
     lookup: BTreeMap<u32, Slot>,
 }
 
@@ -107,6 +110,7 @@ impl<D: Device> Optimizer<D> {
             len: self.saved_len(i),
             moments: Element::of(moments_dtype(t, &self.settings)),
             norm_bits: norms[i * NORM_SLOTS + NORM_PREVIOUS].to_bits(),
+            gradients: Some(self.states[i].gradients),
             lookup: self.states[i].lookup.slots.iter().map(|(k, v)| (*k, *v)).collect(),
         });
         let header = Header { steps: self.steps, seed: self.settings.seed, tensors: tensors.collect() };
@@ -150,6 +154,11 @@ impl<D: Device> Optimizer<D> {
             };
             check_norm(saved)?;
             check_lookup(saved, header.steps)?;
+            let gradients = saved.gradients.unwrap_or(header.steps);
+            if gradients > header.steps {
+                let reason = format!("{} had {gradients} gradients in {} steps", saved.name, header.steps);
+                return Err(StateError::Format(reason));
+            }
             let norm = f32::from_bits(saved.norm_bits);
             self.device.write(&mut self.norms, i * NORM_SLOTS + NORM_PREVIOUS, &[norm]);
             let dtype = moments_dtype(&self.tensors[i], &self.settings);
@@ -163,7 +172,7 @@ impl<D: Device> Optimizer<D> {
             let exp_avg = moment(streams[0], |v| v.is_finite())?;
             let exp_avg_sq = moment(streams[1], |v| v.is_finite() && v >= 0.0)?;
             let state = &mut self.states[i];
-            (state.exp_avg, state.exp_avg_sq) = (exp_avg, exp_avg_sq);
+            (state.exp_avg, state.exp_avg_sq, state.gradients) = (exp_avg, exp_avg_sq, gradients);
             state.lookup.slots = saved.lookup.iter().map(|(k, v)| (*k, *v)).collect();
         }
         restored.reset.extend(missing.into_keys());

@@ -16,7 +16,7 @@ use crate::directories;
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
 use crate::generation::{Generation, TensorSum};
-use crate::layout::read_header;
+use crate::layout::{read_header, tensors_of};
 use crate::sums::{self, Sum};
 
 /// Where a repair looks, beside the damaged blocks themselves and `MODEL.generations`.
@@ -201,10 +201,8 @@ impl Copy {
             let header = read_header(disk, &path, bytes).unwrap_or_default();
             // A header that is damaged says nothing; tensors are then looked for where they were recorded.
             let Some(Ok(metadata)) = header.get(8..).map(serde_json::from_slice::<Metadata>) else { continue };
-            for tensor in metadata.offset_keys() {
-                let (start, end) = metadata.info(&tensor).expect("the name is from the metadata").data_offsets;
-                let place = (name.to_owned(), (header.len() + start) as u64, (end - start) as u64);
-                copy.tensors.insert(tensor, place);
+            for tensor in tensors_of(&metadata, header.len(), 0) {
+                copy.tensors.insert(tensor.name, (name.to_owned(), tensor.offset, tensor.bytes));
             }
         }
         Ok(copy)

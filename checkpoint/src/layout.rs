@@ -27,7 +27,7 @@ pub(crate) struct Shard {
     pub(crate) header_blake3: String,
 }
 
-/// One tensor of the files.
+/// One tensor of the files, or one expert's matrix in a stack of them.
 #[derive(Debug)]
 pub(crate) struct Tensor {
     pub(crate) name: String,
@@ -45,6 +45,8 @@ pub(crate) struct Layout {
     pub(crate) shards: Vec<Shard>,
     pub(crate) tensors: Vec<Tensor>,
     by_name: HashMap<String, usize>,
+    /// The shard of each name as the files have it.
+    in_files: HashMap<String, usize>,
 }
 
 #[derive(Deserialize)]
@@ -56,13 +58,13 @@ impl Layout {
     /// Reads the headers of all shards in `dir`.
     pub(crate) fn load(disk: &Disk, dir: &Path) -> Result<Layout> {
         let (files, index) = shard_files(disk, dir)?;
-        let mut layout = Layout { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new() };
+        let mut layout =
+            Layout { shards: Vec::new(), tensors: Vec::new(), by_name: HashMap::new(), in_files: HashMap::new() };
         for file in files {
             layout.add_shard(disk, dir, file)?;
         }
         for (name, file) in index {
-            let found = layout.tensor(&name).map(|i| layout.tensors[i].shard);
-            if found.is_none_or(|shard| layout.shards[shard].file != file) {
+            if layout.in_files.get(&name).is_none_or(|shard| layout.shards[*shard].file != file) {
                 return Err(model(dir, format!("the index says that `{name}` is in {file}, and it is not")));
             }
         }
@@ -87,20 +89,12 @@ impl Layout {
             return Err(model(&path, format!("it has {bytes} bytes and its header describes {want}")));
         }
         let shard = self.shards.len();
-        for name in metadata.offset_keys() {
-            let info = metadata.info(&name).expect("the name is from the metadata");
-            let (start, end) = info.data_offsets;
-            let tensor = Tensor {
-                name: name.clone(),
-                shard,
-                dtype: info.dtype.to_string(),
-                shape: info.shape.clone(),
-                offset: (header.len() + start) as u64,
-                bytes: (end - start) as u64,
-            };
-            if let Some(other) = self.by_name.insert(name.clone(), self.tensors.len()) {
-                let other = &self.shards[self.tensors[other].shard].file;
-                return Err(model(&path, format!("tensor `{name}` is also in {other}")));
+        self.in_files.extend(metadata.offset_keys().into_iter().map(|name| (name, shard)));
+        for tensor in tensors_of(&metadata, header.len(), shard) {
+            if let Some(other) = self.by_name.insert(tensor.name.clone(), self.tensors.len()) {
+                // Of one shard, or of this one.
+                let other = self.shards.get(self.tensors[other].shard).map_or(&file, |shard| &shard.file);
+                return Err(model(&path, format!("tensor `{}` is also in {other}", tensor.name)));
             }
             self.tensors.push(tensor);
         }
@@ -113,6 +107,28 @@ impl Layout {
         });
         Ok(())
     }
+}
+
+/// The tensors of a file in the order of their bytes, after a header of so many bytes with its length.
+pub(crate) fn tensors_of(metadata: &Metadata, header_bytes: usize, shard: usize) -> Vec<Tensor> {
+    let of_one = |name: String| {
+        let info = metadata.info(&name).expect("the name is from the metadata");
+        let (offset, bytes) = ((header_bytes + info.data_offsets.0) as u64, info.data_offsets.1 - info.data_offsets.0);
+        let parts = match weight_map::unstacked(&name, &info.shape) {
+            Some(parts) => parts.into_iter().map(|(name, shape)| (name, shape.to_vec())).collect(),
+            None => vec![(name, info.shape.clone())],
+        };
+        let (dtype, bytes) = (info.dtype.to_string(), (bytes / parts.len()) as u64);
+        parts.into_iter().enumerate().map(move |(i, (name, shape))| Tensor {
+            name,
+            shard,
+            dtype: dtype.clone(),
+            shape,
+            offset: offset + i as u64 * bytes,
+            bytes,
+        })
+    };
+    metadata.offset_keys().into_iter().flat_map(of_one).collect()
 }
 
 fn model(path: &Path, reason: String) -> Error {

@@ -16,7 +16,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
-use weight_map::{Dtype, ServerTensor, UnknownDtype};
+use weight_map::{Dtype, ServerTensor, UnknownDtype, unstacked};
 
 /// The name of an unsharded model's file.
 pub(crate) const SINGLE: &str = "model.safetensors";
@@ -55,10 +55,10 @@ impl Shard {
     }
 }
 
-/// One tensor in a file.
+/// One tensor in a file, or one expert's matrix in a stack of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileTensor {
-    /// Name in the file.
+    /// Name in the file; of an expert's matrix that which it would have alone.
     pub name: String,
     /// Index of the shard.
     pub shard: usize,
@@ -89,6 +89,8 @@ pub struct SafetensorsDir {
     shards: Vec<Shard>,
     tensors: Vec<FileTensor>,
     by_name: HashMap<String, usize>,
+    /// Names as the files have them, each with its shard.
+    in_files: BTreeMap<String, usize>,
 }
 
 impl SafetensorsDir {
@@ -99,7 +101,13 @@ impl SafetensorsDir {
     /// Neither is there; a file is truncated or its header lies; the index and the files disagree; two
     /// files hold the same tensor.
     pub fn open(dir: &Path) -> Result<SafetensorsDir, Error> {
-        let mut this = SafetensorsDir { dir: dir.to_owned(), shards: vec![], tensors: vec![], by_name: HashMap::new() };
+        let mut this = SafetensorsDir {
+            dir: dir.to_owned(),
+            shards: vec![],
+            tensors: vec![],
+            by_name: HashMap::new(),
+            in_files: BTreeMap::new(),
+        };
         if dir.join(SINGLE).exists() {
             this.add_shard(SINGLE)?;
         } else if dir.join(INDEX).exists() {
@@ -221,7 +229,8 @@ impl SafetensorsDir {
         let bytes = file.metadata().map_err(|source| Error::io("inspect", &path, source))?.len();
         let (data_start, entries) = read_header(&file, &path, bytes)?;
         for (name, entry) in entries {
-            let tensor = FileTensor {
+            self.in_files.insert(name.clone(), self.shards.len());
+            let whole = FileTensor {
                 shard: self.shards.len(),
                 offset: data_start + entry.data_offsets.0,
                 bytes: entry.data_offsets.1 - entry.data_offsets.0,
@@ -229,11 +238,7 @@ impl SafetensorsDir {
                 shape: entry.shape,
                 name,
             };
-            if let Some(before) = self.by_name.insert(tensor.name.clone(), self.tensors.len()) {
-                let other = &self.shards[self.tensors[before].shard].file_name;
-                return Err(damaged(&path, format!("tensor `{}` is in {other} as well", tensor.name)));
-            }
-            self.tensors.push(tensor);
+            self.add_tensors(&path, apart(whole))?;
         }
         self.shards.push(Shard {
             path,
@@ -246,22 +251,47 @@ impl SafetensorsDir {
         Ok(())
     }
 
+    fn add_tensors(&mut self, path: &Path, tensors: Vec<FileTensor>) -> Result<(), Error> {
+        for tensor in tensors {
+            if let Some(before) = self.by_name.insert(tensor.name.clone(), self.tensors.len()) {
+                let other = &self.shards[self.tensors[before].shard].file_name;
+                return Err(damaged(path, format!("tensor `{}` is in {other} as well", tensor.name)));
+            }
+            self.tensors.push(tensor);
+        }
+        Ok(())
+    }
+
     fn check_index(&self, index: &BTreeMap<String, String>) -> Result<(), Error> {
         let path = self.dir.join(INDEX);
         for (name, file_name) in index {
-            let held = self.find(name).is_some_and(|tensor| self.shards[tensor.shard].file_name == *file_name);
+            let held = self.in_files.get(name).is_some_and(|shard| self.shards[*shard].file_name == *file_name);
             if !held {
                 return Err(damaged(&path, format!("it places `{name}` in {file_name}, which does not hold it")));
             }
         }
-        match self.tensors.iter().find(|tensor| !index.contains_key(&tensor.name)) {
-            Some(stray) => {
-                let file_name = &self.shards[stray.shard].file_name;
-                Err(damaged(&path, format!("it does not list `{}`, which lies in {file_name}", stray.name)))
+        match self.in_files.iter().find(|(name, _)| !index.contains_key(*name)) {
+            Some((stray, shard)) => {
+                let file_name = &self.shards[*shard].file_name;
+                Err(damaged(&path, format!("it does not list `{stray}`, which lies in {file_name}")))
             }
             None => Ok(()),
         }
     }
+}
+
+/// The experts' matrices of a stack, or the tensor itself.
+fn apart(tensor: FileTensor) -> Vec<FileTensor> {
+    let Some(parts) = unstacked(&tensor.name, &tensor.shape) else { return vec![tensor] };
+    let bytes = tensor.bytes / parts.len() as u64;
+    let part = |(i, (name, shape)): (usize, (String, [usize; 2]))| FileTensor {
+        name,
+        shape: shape.to_vec(),
+        offset: tensor.offset + i as u64 * bytes,
+        bytes,
+        ..tensor.clone()
+    };
+    parts.into_iter().enumerate().map(part).collect()
 }
 
 /// The strides of a tensor without gaps. None if they are too large to count: the size of a tensor bounds them, but not

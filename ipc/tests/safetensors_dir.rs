@@ -103,6 +103,38 @@ fn an_unaligned_or_quantized_tensor_can_be_read_but_not_attached() {
 }
 
 #[test]
+fn the_experts_of_a_stack_are_tensors_of_their_own() {
+    let stack = |name: &str, shape: &str, start: usize, end: usize| {
+        format!(r#""m.mlp.experts.{name}":{{"dtype":"BF16","shape":{shape},"data_offsets":[{start},{end}]}}"#)
+    };
+    let header =
+        format!("{{{},{}}}", stack("gate_up_proj", "[3,4,5]", 0, 120), stack("down_proj", "[3,5,2]", 120, 180));
+    let mut file = with_header(&header, 180);
+    let start = file.len() - 180;
+    (0..180).for_each(|i| file[start + i] = i as u8);
+    let dir = tempfile::tempdir().unwrap();
+    let name = "model-00001-of-00001.safetensors";
+    std::fs::write(dir.path().join(name), &file).unwrap();
+    let index = |names: &[&str]| {
+        let places: Vec<String> = names.iter().map(|stack| format!(r#""m.mlp.experts.{stack}":"{name}""#)).collect();
+        let text = format!(r#"{{"weight_map":{{{}}}}}"#, places.join(","));
+        std::fs::write(dir.path().join("model.safetensors.index.json"), text).unwrap();
+        SafetensorsDir::open(dir.path())
+    };
+    let read = index(&["gate_up_proj", "down_proj"]).unwrap();
+    let bytes = |part: &str| read.bytes(&format!("m.mlp.experts.{part}_proj.weight")).unwrap().to_vec();
+    // gate (2,5) and up (2,5) of each expert in turn, then down (5,2).
+    for (part, first) in [("0.gate", 0), ("0.up", 20), ("1.gate", 40), ("2.up", 100), ("0.down", 120), ("2.down", 160)]
+    {
+        assert_eq!(bytes(part), (first..first + 20).collect::<Vec<u8>>(), "{part}");
+    }
+    assert_eq!(read.tensors().len(), 9);
+    assert_eq!(read.find("m.mlp.experts.1.down_proj.weight").unwrap().shape, [5, 2]);
+    let error = index(&["gate_up_proj"]).unwrap_err().to_string();
+    assert!(error.contains("does not list `m.mlp.experts.down_proj`"), "{error}");
+}
+
+#[test]
 fn an_index_that_disagrees_with_its_files_is_refused() {
     let (dir, _, expected) = model(true);
     let sharded = dir.path().join("sharded");

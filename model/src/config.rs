@@ -6,7 +6,7 @@
 use crate::rope::Rope;
 use serde_json::{Map, Value};
 use std::path::Path;
-use weight_map::{Decoder, DeltaNet, Experts, Family};
+use weight_map::{Decoder, DeltaNet, EXPERTS_MAX, Experts, Family};
 
 /// Everything that decides what the layers compute.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,8 +82,6 @@ const NEUTRAL: [(&str, f64); 9] = [
 const LAYERS_MAX: usize = 4096;
 /// The same of the length of a head.
 const HEAD_DIM_MAX: usize = 65_536;
-/// More experts than any layer has.
-const EXPERTS_MAX: usize = 4096;
 /// The longest head of a Gated DeltaNet, and its widest convolution: as kernels hold them.
 const DELTA_DIM_MAX: usize = 256;
 const CONV_WIDTH_MAX: usize = 16;

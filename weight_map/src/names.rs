@@ -57,6 +57,9 @@ const MERGED: [(&str, &[&str]); 4] = [
     ("in_proj_ba", &["in_proj_b", "in_proj_a"]),
 ];
 
+/// More experts than any layer has.
+pub const EXPERTS_MAX: usize = 4096;
+
 /// How the experts of a layer are stacked, (experts, rows, columns), and what of each lies there: transformers and some files, then
 /// vLLM and SGLang.
 const STACKED: [(&str, &[&str]); 4] = [
@@ -65,6 +68,18 @@ const STACKED: [(&str, &[&str]); 4] = [
     ("w13_weight", &["gate_proj", "up_proj"]),
     ("w2_weight", &["down_proj"]),
 ];
+
+/// The matrices that a stack of this name and shape holds, in the order of its bytes; none if it is no stack. Whoever reads the
+/// files of a model takes them for tensors of their own.
+pub fn unstacked(name: &str, shape: &[usize]) -> Option<Vec<(String, [usize; 2])>> {
+    let &[experts, rows, cols] = shape else { return None };
+    let of_one = stacked_parts(name, 1)?.len();
+    if !(1..=EXPERTS_MAX).contains(&experts) || !rows.is_multiple_of(of_one) {
+        return None;
+    }
+    let parts = stacked_parts(name, experts)?;
+    Some(parts.into_iter().map(|part| (part, [rows / of_one, cols])).collect())
+}
 
 /// The stack of vLLM and SGLang that holds the expert's matrix of this file name, and how many matrices of an expert it holds.
 pub(crate) fn stack_of(name: &str) -> Option<(String, usize)> {
@@ -150,6 +165,28 @@ mod tests {
         ] {
             assert!(!is_other_part(name), "{name}");
         }
+    }
+
+    #[test]
+    fn a_stack_is_its_experts_one_after_the_other() {
+        let part = |name: &str, rows| (format!("model.layers.0.mlp.experts.{name}_proj.weight"), [rows, 5]);
+        let stack = |name: &str, shape: &[usize]| unstacked(&format!("model.layers.0.mlp.experts.{name}"), shape);
+        assert_eq!(
+            stack("gate_up_proj", &[2, 6, 5]),
+            Some(vec![part("0.gate", 3), part("0.up", 3), part("1.gate", 3), part("1.up", 3)])
+        );
+        assert_eq!(stack("down_proj", &[2, 6, 5]), Some(vec![part("0.down", 6), part("1.down", 6)]));
+        for (name, shape) in [
+            ("gate_up_proj", &[2, 7, 5][..]),
+            ("gate_up_proj", &[6, 5]),
+            ("down_proj", &[0, 6, 5]),
+            ("down_proj", &[1 << 40, 6, 5]),
+            ("0.down_proj", &[2, 6, 5]),
+            ("side_proj", &[2, 6, 5]),
+        ] {
+            assert_eq!(stack(name, shape), None, "{name} {shape:?}");
+        }
+        assert_eq!(unstacked("model.layers.0.mlp.gate_up_proj", &[2, 6, 5]), None);
     }
 
     #[test]

@@ -47,6 +47,34 @@ fn lr_and_the_weight_of_an_example_scale_every_move() {
     assert_ratio(&halved, &moved, 0.5, &TRAINED);
 }
 
+/// What an expert needs that few tokens choose: Adam's correction of moments that have seen little.
+#[test]
+fn the_first_gradient_of_a_tensor_moves_it_as_in_the_first_step_however_late_it_comes() {
+    let late = |tensor: usize| {
+        let mut r = Random::new("late");
+        // One projection, so that both steps have the same.
+        let mut rig = Rig::new(tensors(), Settings { update_proj_gap: 100, ..settings() }, Dtype::F32);
+        for _ in 0..9 {
+            let mut g = rig.optimizer.gradients();
+            g.linear(HEAD, &Arc::new(r.normals(48)), &Arc::new(r.normals(60)), 2);
+            rig.apply(&g);
+        }
+        let mut r = Random::new("moves");
+        let all = rig.gradients(&mut r, 3);
+        let moved = rig.apply(&all)[tensor];
+        // A restart does not forget how many there were.
+        let mut again = Rig::new(tensors(), Settings { update_proj_gap: 100, ..settings() }, Dtype::F32);
+        again.optimizer.load(&mut &rig.saved()[..]).expect("what was saved can be loaded");
+        let g = rig.gradients(&mut r, 3);
+        assert_ratio(&again.apply(&g), &rig.apply(&g), 1.0, &[tensor]);
+        moved
+    };
+    let first = first_moves(Settings { update_proj_gap: 100, ..settings() });
+    for tensor in [TALL, WIDE, NORM, TIED] {
+        assert_ratio(&[late(tensor)], &[first[tensor]], 1.0, &[0]);
+    }
+}
+
 #[test]
 fn warm_up_raises_lr_linearly_over_its_steps() {
     let warm = Settings { warmup_steps: 4, ..settings() };

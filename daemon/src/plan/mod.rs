@@ -2,7 +2,7 @@
 //! and the least time of a step on a GPU.
 //!
 //! N elements of the trained matrices · S bytes of the optimizer's state · T decision tokens · k context tokens · V vocabulary ·
-//! H, I hidden and intermediate size
+//! H, I hidden and intermediate size · of a mixture of experts, a step has those that its tokens choose: as many as they can
 
 mod gpus;
 
@@ -43,6 +43,8 @@ pub struct Plan {
     mapped: usize,
     server_tensors: usize,
     parameters: u64,
+    /// Those that a token is multiplied with, if it has experts, and what they are.
+    active: Option<(u64, weight_map::Experts)>,
     trained: u64,
     weights: u64,
     by_apollo: usize,
@@ -98,13 +100,28 @@ impl Plan {
             Some(delta) if delta.layers[layer] => 2 * delta.channels() + 4 * delta.values(),
             _ => 5 * d.heads * d.head_dim,
         };
-        let window: usize =
-            (0..d.layers).map(|layer| 4 * t * (8 * d.hidden + 6 * d.intermediate + of_layer(layer))).sum();
+        let fed = |layer: usize| match d.experts_of(layer) {
+            // Rows of the chosen experts besides, and the router's outputs.
+            Some(e) => e.per_token * (2 * d.hidden + 6 * e.intermediate) + 6 * e.shared.unwrap_or(0) + 2 * e.count,
+            None => 6 * d.intermediate,
+        };
+        let window: usize = (0..d.layers).map(|layer| 4 * t * (8 * d.hidden + fed(layer) + of_layer(layer))).sum();
         let mut smaller: Vec<usize> = is(Rule::Apollo).map(|tensor| tensor.rows.min(tensor.cols)).collect();
         smaller.sort_unstable();
         smaller.dedup();
         let projections: usize = smaller.into_iter().map(|side| 4 * rank.min(side) * side).sum();
-        let moved = 4.0 * (matrices * dtype.size() as u64) as f64 + 2.0 * state as f64;
+        let of_experts: Vec<Tensor> = tensors.iter().filter(|t| t.name.contains(".mlp.experts.")).cloned().collect();
+        let routed: u64 = of_experts.iter().map(elements).sum();
+        // The share of the experts that so many tokens choose at most.
+        let share = |tokens: usize| {
+            let e = d.experts.as_ref();
+            e.map_or(0.0, |e| (tokens * e.per_token).min(e.count) as f64 / e.count as f64)
+        };
+        let touched = |whole: u64, of_experts: u64| (whole - of_experts) as f64 + of_experts as f64 * share(t);
+        let moved = 4.0 * dtype.size() as f64 * touched(matrices, routed)
+            + 2.0 * touched(state, apollo::state_bytes(&of_experts, &settings));
+        let per_token = (matrices - routed) as f64 + routed as f64 * share(1);
+        let active = d.experts.clone().map(|e| ((parameters - routed) + (routed as f64 * share(1)) as u64, e));
         Ok(Plan {
             question,
             model: d.family.to_string(),
@@ -114,6 +131,7 @@ impl Plan {
             mapped: map.views.len(),
             server_tensors: held.len(),
             parameters,
+            active,
             trained: is(Rule::Apollo).chain(is(Rule::AdamW)).map(elements).sum(),
             weights: parameters * dtype.size() as u64,
             by_apollo: is(Rule::Apollo).count(),
@@ -123,8 +141,8 @@ impl Plan {
             window: window as u64,
             logits: (4 * t * d.vocab) as u64,
             projections: projections as u64,
-            prefill_floor: 2.0 * (matrices - head) as f64 * k as f64 / gpu.flops,
-            decision_floor: (6.0 * matrices as f64 * t as f64 / gpu.flops).max(moved / gpu.bandwidth),
+            prefill_floor: 2.0 * (per_token - head as f64) * k as f64 / gpu.flops,
+            decision_floor: (6.0 * per_token * t as f64 / gpu.flops).max(moved / gpu.bandwidth),
         })
     }
 
@@ -144,7 +162,8 @@ impl Plan {
         json!({
             "family": self.model, "layers": self.layers, "recurrent_layers": self.recurrent_layers,
             "tensors": self.tensors, "tensors_mapped": self.mapped, "server_tensors": self.server_tensors,
-            "parameters": self.parameters, "trainable": self.trained, "dtype": dtype.to_string(), "weights_bytes": self.weights,
+            "parameters": self.parameters, "parameters_active": self.active.as_ref().map_or(self.parameters, |(active, _)| *active),
+            "trainable": self.trained, "dtype": dtype.to_string(), "weights_bytes": self.weights,
             "rank": rank, "tensors_by_apollo": self.by_apollo, "tensors_by_adamw": self.by_adamw,
             "optimizer_state_bytes": self.state, "gradient_bytes": 0, "context": context, "decision": decision,
             "context_bytes": self.context, "window_bytes": self.window, "logits_bytes": self.logits,
@@ -179,6 +198,16 @@ impl fmt::Display for Plan {
             }
         };
         writeln!(f, "model      {}, {layers}, {} parameters", self.model, count(self.parameters as f64))?;
+        if let Some((active, e)) = &self.active {
+            let shared = if e.shared.is_some() { " and one that all share" } else { "" };
+            writeln!(
+                f,
+                "experts    {} a layer, {} for each token{shared}: {} parameters for a token; only chosen experts are trained",
+                e.count,
+                e.per_token,
+                count(*active as f64)
+            )?;
+        }
         writeln!(
             f,
             "tensors    {} of {} mapped, in {} that vLLM holds; {} train by APOLLO, {} by AdamW",
@@ -259,6 +288,22 @@ mod tests {
             .sum();
         assert_eq!(plan.state, by_hand as u64);
         assert!(plan.left() > 0.0 && Plan::of(&config, ask(256, "l40s")).unwrap().left() < 0.0);
+    }
+
+    #[test]
+    fn a_mixture_of_experts_moves_what_its_tokens_choose() {
+        let config = config("qwen3_30b_a3b");
+        let plan = Plan::of(&config, ask(256, "b200")).unwrap();
+        // 48 layers of 3 experts' matrices each, router, 6 of attention and 2 norms; vLLM stacks them.
+        assert_eq!((plan.tensors, plan.mapped, plan.server_tensors), (18_867, 18_867, 48 * 9 + 3));
+        // As published: 30.5 billion parameters, 3.3 of them for a token.
+        let (active, _) = plan.active.as_ref().unwrap();
+        assert!((30.4..30.6).contains(&(plan.parameters as f64 / 1e9)), "{plan}");
+        assert!((3.25..3.4).contains(&(*active as f64 / 1e9)), "{plan}");
+        // One token has 8 of 128 experts, 32 tokens may have all.
+        let floor = |decision| Plan::of(&config, Question { decision, ..ask(256, "b200") }).unwrap().decision_floor;
+        assert!(floor(1) < 0.2 * floor(32) && floor(16) == floor(32), "{} {} {}", floor(1), floor(16), floor(32));
+        assert!(plan.to_string().contains("128 a layer, 8 for each token"), "{plan}");
     }
 
     #[test]

@@ -115,7 +115,7 @@ pub fn tensors(model: &ModelConfig, train: &TrainConfig) -> Vec<Tensor> {
     let tensor = |t: weight_map::HfTensor| {
         let (rows, cols) = weight_map::matrix_shape(&t.shape);
         let kind = match t.role {
-            Role::Norm | Role::Bias | Role::Convolution | Role::Decay => TensorKind::Vector,
+            Role::Norm | Role::Bias | Role::Convolution | Role::Decay | Role::Gate => TensorKind::Vector,
             Role::Embedding if !tied => TensorKind::Lookup,
             Role::Embedding | Role::Head | Role::Matrix => TensorKind::Matrix,
         };
