@@ -4,7 +4,7 @@
 usage: check_grads.py APOLLOD [--seed N] [--rounds N] [--committed] [--keep DIR]
 
 Run it with the interpreter of an environment that has torch, transformers and safetensors (ci/setup_transformers.sh
-makes one). Each round makes eight fresh models, two of each family (model/tests/goldens/make.py --random SEED), runs
+makes one). Each round makes fresh models, two of each family (model/tests/goldens/make.py --random SEED), runs
 `apollod grads --dtype f32` on each, and compares the loss and every gradient: relative error at most 1e-4. The seed is
 drawn from the clock and printed; --seed repeats a run. --committed compares the committed cases as well.
 Exit status 0 if all agree, 1 if any does not (the worst are named), 2 if apollod or the reference could not run.

@@ -41,10 +41,14 @@ fn check<D: Backend>(device: Arc<D>, model_dir: &Path) -> Result<()> {
     println!("device   {}", device.describe());
     let (mut failed, mut seen) = (0, Vec::new());
     for (layer, window) in config.windows.iter().enumerate() {
-        let kind = match window {
+        let kind: String = match window {
             _ if decoder.is_delta_net(layer) => "Gated DeltaNet".into(),
             None => "full attention".into(),
             Some(window) => format!("sliding window {window}"),
+        };
+        let kind = match decoder.experts_of(layer) {
+            Some(experts) => format!("{kind}, {} experts", experts.count),
+            None => kind,
         };
         if seen.contains(&kind) {
             continue;
@@ -73,6 +77,9 @@ fn one_layer<D: Backend>(device: &Arc<D>, config: &Config, files: &ModelFiles, l
     small.decoder.vocab = config.decoder.vocab.min(VOCABULARY);
     if let Some(delta) = &mut small.decoder.delta_net {
         delta.layers = vec![config.decoder.is_delta_net(layer)];
+    }
+    if let Some(experts) = &mut small.decoder.experts {
+        experts.layers = vec![config.decoder.experts_of(layer).is_some()];
     }
     let weight = |t: weight_map::HfTensor| {
         let name = t.name.replace(".layers.0.", &format!(".layers.{layer}."));

@@ -18,12 +18,18 @@ fn architecture(config: &Config) -> &'static str {
 /// Refuses models that llama.cpp keeps in another form than the files.
 ///
 /// # Errors
-/// For models with recurrent layers.
-pub fn refuse_recurrent(config: &Config) -> Result<()> {
+/// For models with recurrent layers or with experts.
+pub fn refuse_other_forms(config: &Config) -> Result<()> {
     if config.decoder.family == Family::Qwen35 {
         bail!(
             "a GGUF file of Qwen3.5 is not supported: llama.cpp keeps norms, decay and heads of its recurrent layers in a form of \
              its own, which cannot be trained in place; serve the safetensors with vLLM or transformers"
+        );
+    }
+    if config.decoder.experts.is_some() {
+        bail!(
+            "a GGUF file of a mixture of experts is not supported: llama.cpp stacks the experts in an order of its own; serve the \
+             safetensors with vLLM or transformers"
         );
     }
     Ok(())
@@ -97,7 +103,7 @@ fn scaling(config: &Config) -> Result<Vec<(&'static str, GgufValue)>> {
 /// # Errors
 /// The first key that says something else.
 pub fn check(file: &GgufFile, config: &Config) -> Result<()> {
-    refuse_recurrent(config)?;
+    refuse_other_forms(config)?;
     let place = file.path().display();
     let (found, want) = (file.architecture()?, architecture(config));
     if found != want {

@@ -37,7 +37,7 @@ impl Gguf {
     /// The directory holds no model; llama.cpp does not know what it is; the template is of another model.
     pub fn of(model_dir: &Path, name: &str, template: Option<&Path>) -> Result<Gguf> {
         let config = Config::read(model_dir)?;
-        architecture::refuse_recurrent(&config)?;
+        architecture::refuse_other_forms(&config)?;
         let files = ModelFiles::open(model_dir, &config)?;
         let tensors = tensors::of(&files, &config)?;
         let mut metadata = match template {
