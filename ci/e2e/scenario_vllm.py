@@ -9,7 +9,7 @@
 5. vLLM's engine is killed among steps: 100 ms later the weights' memory no longer changes. Examples that are posted now
    wait. vLLM is started again, the daemon attaches by itself, and every example is trained.
 
-With a model that has recurrent layers (make_hybrid.py) 1, 3 and 4 alone: vLLM holds their projections merged in its own way. The
+With a model that has recurrent layers (make_model.py) 1, 3 and 4 alone: vLLM holds their projections merged in its own way. The
 rest does not depend on the model.
 """
 import json

@@ -210,6 +210,11 @@ impl SafetensorsDir {
             .collect()
     }
 
+    /// A matrix of an expert that the files hold by itself, not in a stack.
+    pub(crate) fn expert_alone(&self) -> Option<&str> {
+        self.in_files.keys().map(String::as_str).find(|name| weight_map::stack_of(name).is_some())
+    }
+
     /// The files, to be looked for in other processes.
     pub(crate) fn files(&self) -> Result<FileSet, Error> {
         let mut files = FileSet::default();

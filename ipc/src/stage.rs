@@ -137,6 +137,13 @@ impl Place {
         let source = SafetensorsDir::open(&model_dir)?;
         let config = read_config(&model_dir)?;
         source.server_tensors()?;
+        if let Some(name) = source.expert_alone() {
+            let reason = format!(
+                "the files hold each expert by itself (`{name}`), and transformers stacks them in memory of its own, where training \
+                 would not reach them: serve from a program that calls apollod.export, or with the embedded engine"
+            );
+            return Err(refusal(live_dir, reason));
+        }
         let left_out: Vec<String> = tied_head_copy(&source, config.tied())?.into_iter().collect();
 
         fs::create_dir_all(live_dir).map_err(|source| Error::io("create", live_dir, source))?;

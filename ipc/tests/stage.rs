@@ -6,7 +6,7 @@ use common::{bf16, content, decoder, model, write_config, write_file, write_mode
 use ipc::{Attachment, Error, STAGE_MARKER, SafetensorsDir, Source, StageMarker, StageReport, stage};
 use safetensors::tensor::Dtype;
 use std::path::Path;
-use weight_map::HfTensor;
+use weight_map::{Decoder, Experts, HfTensor};
 
 fn staged(model: &Path, live: &Path) -> Result<StageReport, Error> {
     stage(model, live, &mut |_, _| {})
@@ -123,6 +123,44 @@ fn a_quantized_model_is_refused_by_name() {
     let error = staged(&model, &live).unwrap_err().to_string();
     assert!(error.contains(&expected[4].name) && error.contains("I16"), "{error}");
     assert!(!live.exists());
+}
+
+/// transformers stacks experts that files hold apart in memory of its own; of stacks it maps the file.
+#[test]
+fn experts_are_staged_in_stacks_only() {
+    let dir = tempfile::tempdir().unwrap();
+    let experts = Experts { count: 3, per_token: 1, intermediate: 6, shared: None, layers: vec![true; 2] };
+    let decoder = Decoder { experts: Some(experts), ..decoder(true) };
+    let (apart, live) = (dir.path().join("apart"), dir.path().join("live"));
+    let expected = write_model(&apart, &decoder);
+    let error = staged(&apart, &live).unwrap_err().to_string();
+    assert!(error.contains("experts.0.down_proj.weight") && error.contains("apollod.export"), "{error}");
+    // The same bytes under other names: 3 experts of one row count each.
+    let stacked = dir.path().join("stacked");
+    write_config_into(&stacked);
+    let mut tensors: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for tensor in &expected {
+        let (name, parts) = weight_map::stack_of(&tensor.name).unwrap_or((tensor.name.clone(), 1));
+        let name = name.replace("w13_weight", "gate_up_proj").replace("w2_weight", "down_proj");
+        let (_, dtype, shape, bytes) = bf16(tensor);
+        match tensors.iter_mut().find(|(before, ..)| *before == name) {
+            Some((.., before)) => before.extend(bytes),
+            None if name == tensor.name => tensors.push((name, dtype, shape, bytes)),
+            None => tensors.push((name, dtype, vec![3, parts * shape[0], shape[1]], bytes)),
+        }
+    }
+    write_file(&stacked.join("model.safetensors"), &tensors);
+    staged(&stacked, &live).unwrap();
+    let attachment = attach(&live, &expected).unwrap();
+    for tensor in &expected {
+        let bytes = tensor.shape.iter().product::<usize>() * 2;
+        assert_eq!(attachment.find(&tensor.name).unwrap().read(), content(&tensor.name, bytes), "{}", tensor.name);
+    }
+}
+
+fn write_config_into(dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    write_config(dir, true);
 }
 
 #[test]

@@ -28,5 +28,5 @@ pub use dtype::{Dtype, UnknownDtype};
 pub use error::Error;
 pub use gguf_names::{gguf_name, hf_name};
 pub use map::{Packing, ServerTensor, View, WeightMap, map, merged_layout};
-pub use names::{EXPERTS_MAX, canonical_name, is_known_buffer, is_other_part, stacked_parts, unstacked};
+pub use names::{EXPERTS_MAX, canonical_name, is_known_buffer, is_other_part, stack_of, stacked_parts, unstacked};
 pub use row_order::RowOrder;

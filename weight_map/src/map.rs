@@ -10,7 +10,7 @@ use crate::names::{
 };
 use crate::{Dtype, Error, HfTensor, Role, RowOrder, matrix_shape};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Servers round the rows of an embedding or a head up to a multiple of this many.
 const VOCAB_MULTIPLE: usize = 64;
@@ -163,7 +163,8 @@ pub fn merged_layout(expected: &[HfTensor], dtype: Dtype) -> Vec<ServerTensor> {
 /// `packing` says what merged tensors hold; for a merged tensor that it does not mention, the default
 /// order of vLLM and SGLang is assumed (q, k, v and gate, up). An embedding or head with more rows than
 /// the vocabulary, rounded up to a multiple of 64, is a padded one: its view covers the first rows. The
-/// head of a tied model may appear as an alias of the embedding. Parts beside the decoder ([`is_other_part`]) get no view.
+/// head of a tied model may appear as an alias of the embedding, and so may any tensor under a name that the model does not know,
+/// as the router does that vLLM's experts hold as well. Parts beside the decoder ([`is_other_part`]) get no view.
 ///
 /// # Errors
 /// Anything that does not fit exactly; see [`Error`].
@@ -171,7 +172,7 @@ pub fn map(expected: &[HfTensor], server: &[ServerTensor], packing: &[Packing]) 
     let mut claims = Claims::new(expected, server)?;
     let packing = packing_by_name(packing, server)?;
     let mut ignored = vec![false; server.len()];
-    let mut tied_head = None;
+    let (mut tied_head, mut unknown) = (None, Vec::new());
     for (index, tensor) in server.iter().enumerate() {
         let name = canonical_name(&tensor.name);
         if let Some(packing) = packing.get(&name) {
@@ -189,14 +190,16 @@ pub fn map(expected: &[HfTensor], server: &[ServerTensor], packing: &[Packing]) 
         } else if is_known_buffer(&name) || is_other_part(&name) {
             ignored[index] = true;
         } else {
-            return Err(Error::Unmapped { name: tensor.name.clone(), shape: tensor.shape.clone() });
+            unknown.push(index);
         }
     }
+    refuse_all_but_aliases(&unknown, server, &claims)?;
     let views = claims.finish()?;
     if let Some(head) = tied_head {
         check_alias(&server[head], &views, server)?;
     }
-    check_overlaps(server, &ignored, tied_head)?;
+    let aliases: Vec<usize> = unknown.into_iter().chain(tied_head).collect();
+    check_overlaps(server, &ignored, &aliases)?;
     Ok(WeightMap { views })
 }
 
@@ -423,6 +426,23 @@ fn span(tensor: &ServerTensor) -> Result<(u64, u64), Error> {
     })
 }
 
+/// A tensor of an unknown name must be one that has a view, under another name.
+fn refuse_all_but_aliases(unknown: &[usize], server: &[ServerTensor], claims: &Claims) -> Result<(), Error> {
+    let mapped: HashSet<usize> = claims.views.iter().flatten().map(|view| view.server_tensor).collect();
+    for tensor in unknown.iter().map(|&index| &server[index]) {
+        if !mapped.iter().any(|&other| same_place(tensor, &server[other])) {
+            return Err(Error::Unmapped { name: tensor.name.clone(), shape: tensor.shape.clone() });
+        }
+    }
+    Ok(())
+}
+
+/// Whether two tensors are the same elements in the same order.
+fn same_place(a: &ServerTensor, b: &ServerTensor) -> bool {
+    (a.allocation, a.offset, a.dtype) == (b.allocation, b.offset, b.dtype)
+        && (&a.shape, &a.strides) == (&b.shape, &b.strides)
+}
+
 /// The head of a tied model must be the embedding itself.
 fn check_alias(head: &ServerTensor, views: &[View], server: &[ServerTensor]) -> Result<(), Error> {
     let embedding = views
@@ -430,12 +450,7 @@ fn check_alias(head: &ServerTensor, views: &[View], server: &[ServerTensor]) -> 
         .find(|view| view.role == Role::Embedding)
         .map(|view| &server[view.server_tensor])
         .expect("a tied head is only noted when an embedding is expected, and every expected tensor has a view");
-    let same = head.allocation == embedding.allocation
-        && head.offset == embedding.offset
-        && head.shape == embedding.shape
-        && head.strides == embedding.strides
-        && head.dtype == embedding.dtype;
-    if same {
+    if same_place(head, embedding) {
         return Ok(());
     }
     Err(Error::TiedCopy {
@@ -447,14 +462,14 @@ fn check_alias(head: &ServerTensor, views: &[View], server: &[ServerTensor]) -> 
 }
 
 /// No byte of a mapped tensor belongs to another tensor. Ignored buffers may share among themselves.
-fn check_overlaps(server: &[ServerTensor], ignored: &[bool], tied_head: Option<usize>) -> Result<(), Error> {
+fn check_overlaps(server: &[ServerTensor], ignored: &[bool], aliases: &[usize]) -> Result<(), Error> {
     struct Span {
         index: usize,
         start: u64,
         end: u64,
     }
     let mut spans = Vec::with_capacity(server.len());
-    for (index, tensor) in server.iter().enumerate().filter(|(index, _)| Some(*index) != tied_head) {
+    for (index, tensor) in server.iter().enumerate().filter(|(index, _)| !aliases.contains(index)) {
         let (start, end) = span(tensor)?;
         if start < end {
             spans.push(Span { index, start, end });

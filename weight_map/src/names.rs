@@ -19,7 +19,9 @@ pub fn canonical_name(name: &str) -> String {
     loop {
         let (head, tail) = rest.split_once('.').unwrap_or((rest, ""));
         match head {
-            "layers" | "embed_tokens" | "norm" => return format!("model.{rest}"),
+            // vLLM has a module of its own around the stacks.
+            "layers" => return format!("model.{}", rest.replacen(".experts.routed_experts.", ".experts.", 1)),
+            "embed_tokens" | "norm" => return format!("model.{rest}"),
             "lm_head" => return rest.to_owned(),
             _ if WRAPPERS.contains(&head) && !tail.is_empty() => rest = tail,
             _ => return name.to_owned(),
@@ -82,7 +84,7 @@ pub fn unstacked(name: &str, shape: &[usize]) -> Option<Vec<(String, [usize; 2])
 }
 
 /// The stack of vLLM and SGLang that holds the expert's matrix of this file name, and how many matrices of an expert it holds.
-pub(crate) fn stack_of(name: &str) -> Option<(String, usize)> {
+pub fn stack_of(name: &str) -> Option<(String, usize)> {
     let module = name.strip_suffix(".weight")?;
     let (parent, part) = module.rsplit_once('.')?;
     let (experts, number) = parent.rsplit_once('.')?;
@@ -136,6 +138,7 @@ mod tests {
             ("model.language_model.embed_tokens.weight", "model.embed_tokens.weight"),
             ("layers.0.self_attn.qkv_proj.weight", "model.layers.0.self_attn.qkv_proj.weight"),
             ("language_model.lm_head.weight", "lm_head.weight"),
+            ("model.layers.1.mlp.experts.routed_experts.w13_weight", "model.layers.1.mlp.experts.w13_weight"),
             ("model.norm.weight", "model.norm.weight"),
             ("blk.3.attn_q.weight", "model.layers.3.self_attn.q_proj.weight"),
             ("output.weight", "lm_head.weight"),

@@ -215,6 +215,28 @@ fn a_tensor_parallel_shard_is_recognised() {
 }
 
 #[test]
+fn an_unknown_name_is_taken_for_another_one_of_a_tensor_that_is_mapped_and_of_nothing_else() {
+    let decoder = sample();
+    let list = server(&decoder, &plain());
+    let at = list.iter().position(|tensor| tensor.name.contains("down_proj")).unwrap();
+    let with = |change: &dyn Fn(&mut ServerTensor)| {
+        let mut alias = ServerTensor { name: "model.layers.0.mlp.experts.down.weight".into(), ..list[at].clone() };
+        change(&mut alias);
+        map(&decoder.tensors(), &[&list[..], &[alias]].concat(), &[])
+    };
+    let found = with(&|_| {}).unwrap();
+    assert_eq!(found, map(&decoder.tensors(), &list, &[]).unwrap());
+    let changes: [&dyn Fn(&mut ServerTensor); 4] =
+        [&|alias| alias.offset += 2, &|alias| alias.allocation += 50, &|alias| alias.shape.reverse(), &|alias| {
+            alias.dtype = weight_map::Dtype::F16
+        }];
+    for change in changes {
+        let error = with(change).unwrap_err();
+        assert!(matches!(&error, Error::Unmapped { name, .. } if name.contains("experts.down")), "{error}");
+    }
+}
+
+#[test]
 fn a_separate_head_in_a_tied_model_is_refused_by_name() {
     let decoder = sample();
     let mut list = server(&decoder, &plain());

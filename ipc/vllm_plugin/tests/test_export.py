@@ -3,6 +3,7 @@ import copy
 import io
 import os
 import tempfile
+import types
 import unittest
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import apollod
 from apollod.errors import ExportError
 from apollod.manifest import validate
 from apollod.memory import SharedMemory
+from apollod.vllm_worker import refuse_transformed
 from client import Client, Mapped
 
 
@@ -54,6 +56,32 @@ class Exported(unittest.TestCase):
         client = Client(handle.socket)
         self.addCleanup(client.close)
         return client.ask({"hello": 1})
+
+
+class PackedExperts(unittest.TestCase):
+    """vLLM's kernels keep the names and often the shapes of what they pack."""
+
+    def model(self, backend):
+        experts = torch.nn.Module()
+        experts.w13_weight = torch.nn.Parameter(torch.zeros(2, 8, 4))
+        if backend:
+            method = type("UnquantizedFusedMoEMethod", (), {"unquantized_backend": types.SimpleNamespace(name=backend)})
+            experts.quant_method = method()
+        model = torch.nn.Module()
+        model.experts = experts
+        config = types.SimpleNamespace(
+            model_config=types.SimpleNamespace(quantization=None),
+            compilation_config=types.SimpleNamespace(inductor_compile_config={}),
+        )
+        return model, config
+
+    def test_what_a_kernel_has_packed_is_refused_with_what_to_do(self):
+        for backend, advice in [("CPU", "transformers"), ("FLASHINFER_CUTLASS", "--moe-backend triton"), (None, "unknown")]:
+            with self.assertRaisesRegex(ExportError, f"`experts` .*{advice}"):
+                refuse_transformed(*self.model(backend))
+
+    def test_what_is_as_the_files_have_it_is_not(self):
+        refuse_transformed(*self.model("TRITON"))
 
 
 class Memory(Exported):

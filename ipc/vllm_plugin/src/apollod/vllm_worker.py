@@ -67,9 +67,20 @@ def refuse_transformed(model: torch.nn.Module, vllm_config: Any) -> None:
             raise ExportError(f"module `{name}` is quantized ({method}); serve the unquantized model")
         if hasattr(module, "_cpu_unpacked_conv_weight"):
             raise ExportError(f"tensor `{name}.weight` was packed for vLLM's CPU convolution")
+        if hasattr(module, "w13_weight"):
+            _refuse_packed_experts(name, module)
     on_cpu = next(model.parameters()).device.type == "cpu"
     if on_cpu and vllm_config.compilation_config.inductor_compile_config.get("max_autotune"):
         raise ExportError("max_autotune freezes the weights into the compiled model; do not set it")
+
+
+def _refuse_packed_experts(name: str, module: torch.nn.Module) -> None:
+    """Most kernels want the experts' weights in an order of their own, under the same names and often in the same shape."""
+    backend = getattr(getattr(getattr(module, "quant_method", None), "unquantized_backend", None), "name", "unknown")
+    if backend in ("TRITON", "BATCHED_TRITON"):
+        return
+    advice = "serve it with transformers" if backend == "CPU" else "start vLLM with --moe-backend triton"
+    raise ExportError(f"the experts of `{name}` are packed for vLLM's {backend} kernel; {advice}")
 
 
 def packing_of(model: torch.nn.Module, check_sizes: bool) -> Iterator[dict[str, Any]]:
