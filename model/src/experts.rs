@@ -146,7 +146,7 @@ impl<D: Device> Model<D> {
         if let (Some(shared), Some(run)) = (&l.shared, &saved.shared) {
             self.device.add(&mut dx, &self.shared_backward(shared, run, x, dy, t, sink), t * hidden);
         }
-        let dlogits = Arc::new(self.from_host(&saved.routing.backward(&dshares)));
+        let dlogits = Arc::new(self.upload(&saved.routing.backward(&dshares)));
         let of_router = self.linear_backward(x, [(l.router, &dlogits)], t, sink);
         self.device.add(&mut dx, &of_router, t * hidden);
         dx
@@ -164,7 +164,7 @@ impl<D: Device> Model<D> {
         let hidden = self.config().decoder.hidden;
         let dots = self.device.row_dots(dy, &run.y, t, hidden);
         let of_gate: Vec<f32> = dots.iter().zip(&run.shares).map(|(dot, share)| dot * share * (1.0 - share)).collect();
-        let of_gate = self.from_host(&of_gate);
+        let of_gate = self.upload(&of_gate);
         if sink.wants(l.gate) {
             let mut g = self.device.zeros(hidden);
             self.device.outer_accumulate(&mut g, &Factors { x, dy: &of_gate, t, m: 1, n: hidden });
@@ -183,7 +183,7 @@ impl<D: Device> Model<D> {
         values
     }
 
-    fn from_host(&self, values: &[f32]) -> D::Buffer {
+    fn upload(&self, values: &[f32]) -> D::Buffer {
         let mut buffer = self.device.uninit(values.len());
         self.device.write(&mut buffer, 0, values);
         buffer

@@ -16,36 +16,32 @@ fn words<const N: usize>(group: Group) -> [[__m512i; 4]; N] {
     let (step, tensor) = (_mm512_set1_epi64(group.step as i64), _mm512_set1_epi64(group.tensor as i64));
     // Eight counters in a vector, words in the lower halves of 64 bits.
     let mut halves = [[[_mm512_setzero_si512(); 4]; 2]; N];
-    for n in 0..N {
-        for h in 0..2 {
-            let first = (group.index + n as u64) * LANES as u64 + 8 * h as u64;
-            let index = _mm512_add_epi64(_mm512_set1_epi64(first as i64), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
-            halves[n][h] = [index, _mm512_srli_epi64::<32>(index), step, tensor];
-        }
+    let mut first = group.index * LANES as u64;
+    for counters in halves.as_flattened_mut() {
+        let index = _mm512_add_epi64(_mm512_set1_epi64(first as i64), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
+        *counters = [index, _mm512_srli_epi64::<32>(index), step, tensor];
+        first += 8;
     }
     let mut key = group.key;
     for _ in 0..10 {
         let keys = [_mm512_set1_epi64(key[0] as i64), _mm512_set1_epi64(key[1] as i64)];
-        for n in 0..N {
-            for h in 0..2 {
-                let c = halves[n][h];
-                let a = _mm512_mul_epu32(multipliers[0], c[0]);
-                let b = _mm512_mul_epu32(multipliers[1], c[2]);
-                halves[n][h] = [
-                    _mm512_ternarylogic_epi64::<XOR>(_mm512_srli_epi64::<32>(b), c[1], keys[0]),
-                    b,
-                    _mm512_ternarylogic_epi64::<XOR>(_mm512_srli_epi64::<32>(a), c[3], keys[1]),
-                    a,
-                ];
-            }
+        for c in halves.as_flattened_mut() {
+            let a = _mm512_mul_epu32(multipliers[0], c[0]);
+            let b = _mm512_mul_epu32(multipliers[1], c[2]);
+            *c = [
+                _mm512_ternarylogic_epi64::<XOR>(_mm512_srli_epi64::<32>(b), c[1], keys[0]),
+                b,
+                _mm512_ternarylogic_epi64::<XOR>(_mm512_srli_epi64::<32>(a), c[3], keys[1]),
+                a,
+            ];
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     let mut words = [[_mm512_setzero_si512(); 4]; N];
-    for n in 0..N {
-        for w in 0..4 {
-            words[n][w] = _mm512_permutex2var_epi32(halves[n][0][w], even, halves[n][1][w]);
+    for (words, [low, high]) in words.iter_mut().zip(&halves) {
+        for (word, (low, high)) in words.iter_mut().zip(low.iter().zip(high)) {
+            *word = _mm512_permutex2var_epi32(*low, even, *high);
         }
     }
     words

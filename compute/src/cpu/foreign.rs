@@ -763,9 +763,8 @@ mod tests {
             let mut want = start.clone();
             let mut random = vec![0; ROWS * COLS];
             stream.fill_u16(0, &mut random);
-            for i in 0..len {
-                let at = COLS + col + i;
-                let rounded = rounded_bf16((want[at] - factor * u[i]) * keep, random[at]);
+            for (at, u) in (COLS + col..).zip(&u[..len]) {
+                let rounded = rounded_bf16((want[at] - factor * u) * keep, random[at]);
                 want[at] = f32::from_bits((rounded as u32) << 16);
             }
             assert_eq!(w.values(), want, "{len} elements from {col} on");
