@@ -177,6 +177,15 @@ fn mapped_files(dir: &SafetensorsDir, expected: &[HfTensor]) -> Result<(Vec<Serv
         dir.server_tensors()?.into_iter().filter(|tensor| copy.as_ref() != Some(&tensor.name)).collect();
     let map = weight_map::map(expected, &files, &[])
         .map_err(|reason| Error::Map { origin: dir.dir().display().to_string(), reason: Box::new(reason) })?;
+    // What holds several of them is how servers have it, not what loaders of files look for.
+    if let Some(view) =
+        map.views.iter().find(|view| files[view.server_tensor].shape.iter().product::<usize>() != view.elements())
+    {
+        let held = &files[view.server_tensor];
+        let reason =
+            format!("tensor `{}` is not `{}` alone; save the model again with save_pretrained", held.name, view.name);
+        return Err(Error::Unsuitable { path: dir.shards()[held.allocation].path.clone(), reason });
+    }
     Ok((files, map))
 }
 

@@ -89,8 +89,8 @@ pub struct SafetensorsDir {
     shards: Vec<Shard>,
     tensors: Vec<FileTensor>,
     by_name: HashMap<String, usize>,
-    /// Names as the files have them, each with its shard.
-    in_files: BTreeMap<String, usize>,
+    /// Those of the files, stacks as a whole.
+    in_files: Vec<FileTensor>,
 }
 
 impl SafetensorsDir {
@@ -106,7 +106,7 @@ impl SafetensorsDir {
             shards: vec![],
             tensors: vec![],
             by_name: HashMap::new(),
-            in_files: BTreeMap::new(),
+            in_files: Vec::new(),
         };
         if dir.join(SINGLE).exists() {
             this.add_shard(SINGLE)?;
@@ -138,6 +138,11 @@ impl SafetensorsDir {
     /// The tensors, file by file in order of their offsets.
     pub fn tensors(&self) -> &[FileTensor] {
         &self.tensors
+    }
+
+    /// As the files have them: the experts of a stack as one tensor.
+    pub(crate) fn in_files(&self) -> &[FileTensor] {
+        &self.in_files
     }
 
     /// The tensor of this name.
@@ -212,7 +217,8 @@ impl SafetensorsDir {
 
     /// A matrix of an expert that the files hold by itself, not in a stack.
     pub(crate) fn expert_alone(&self) -> Option<&str> {
-        self.in_files.keys().map(String::as_str).find(|name| weight_map::stack_of(name).is_some())
+        let names = self.in_files.iter().map(|tensor| tensor.name.as_str());
+        names.filter(|name| !weight_map::is_other_part(name)).find(|name| weight_map::stack_of(name).is_some())
     }
 
     /// The files, to be looked for in other processes.
@@ -234,7 +240,6 @@ impl SafetensorsDir {
         let bytes = file.metadata().map_err(|source| Error::io("inspect", &path, source))?.len();
         let (data_start, entries) = read_header(&file, &path, bytes)?;
         for (name, entry) in entries {
-            self.in_files.insert(name.clone(), self.shards.len());
             let whole = FileTensor {
                 shard: self.shards.len(),
                 offset: data_start + entry.data_offsets.0,
@@ -243,7 +248,8 @@ impl SafetensorsDir {
                 shape: entry.shape,
                 name,
             };
-            self.add_tensors(&path, apart(whole))?;
+            self.in_files.push(whole.clone());
+            self.add_tensors(&path, file_name, apart(whole))?;
         }
         self.shards.push(Shard {
             path,
@@ -256,10 +262,11 @@ impl SafetensorsDir {
         Ok(())
     }
 
-    fn add_tensors(&mut self, path: &Path, tensors: Vec<FileTensor>) -> Result<(), Error> {
+    fn add_tensors(&mut self, path: &Path, file_name: &str, tensors: Vec<FileTensor>) -> Result<(), Error> {
         for tensor in tensors {
             if let Some(before) = self.by_name.insert(tensor.name.clone(), self.tensors.len()) {
-                let other = &self.shards[self.tensors[before].shard].file_name;
+                // Of a shard before, or of this one.
+                let other = self.shards.get(self.tensors[before].shard).map_or(file_name, |shard| &shard.file_name);
                 return Err(damaged(path, format!("tensor `{}` is in {other} as well", tensor.name)));
             }
             self.tensors.push(tensor);
@@ -269,16 +276,17 @@ impl SafetensorsDir {
 
     fn check_index(&self, index: &BTreeMap<String, String>) -> Result<(), Error> {
         let path = self.dir.join(INDEX);
+        let shards: HashMap<&str, usize> = self.in_files.iter().map(|tensor| (&*tensor.name, tensor.shard)).collect();
         for (name, file_name) in index {
-            let held = self.in_files.get(name).is_some_and(|shard| self.shards[*shard].file_name == *file_name);
+            let held = shards.get(name.as_str()).is_some_and(|shard| self.shards[*shard].file_name == *file_name);
             if !held {
                 return Err(damaged(&path, format!("it places `{name}` in {file_name}, which does not hold it")));
             }
         }
-        match self.in_files.iter().find(|(name, _)| !index.contains_key(*name)) {
-            Some((stray, shard)) => {
-                let file_name = &self.shards[*shard].file_name;
-                Err(damaged(&path, format!("it does not list `{stray}`, which lies in {file_name}")))
+        match self.in_files.iter().find(|tensor| !index.contains_key(&tensor.name)) {
+            Some(stray) => {
+                let file_name = &self.shards[stray.shard].file_name;
+                Err(damaged(&path, format!("it does not list `{}`, which lies in {file_name}", stray.name)))
             }
             None => Ok(()),
         }

@@ -23,11 +23,11 @@ pub(crate) fn copy_weights(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<(), Error> {
     let keeps = |tensor: &&FileTensor| !left_out.contains(&tensor.name);
-    let total: u64 = source.tensors().iter().filter(keeps).map(|tensor| tensor.bytes).sum();
+    let total: u64 = source.in_files().iter().filter(keeps).map(|tensor| tensor.bytes).sum();
     let mut done = 0;
     progress(done, total);
     for (index, shard) in source.shards().iter().enumerate() {
-        let held: Vec<&FileTensor> = source.tensors().iter().filter(|tensor| tensor.shard == index).collect();
+        let held: Vec<&FileTensor> = source.in_files().iter().filter(|tensor| tensor.shard == index).collect();
         let kept: Vec<&FileTensor> = held.iter().copied().filter(keeps).collect();
         if kept.is_empty() {
             continue;

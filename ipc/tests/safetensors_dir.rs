@@ -130,6 +130,11 @@ fn the_experts_of_a_stack_are_tensors_of_their_own() {
     }
     assert_eq!(read.tensors().len(), 9);
     assert_eq!(read.find("m.mlp.experts.1.down_proj.weight").unwrap().shape, [5, 2]);
+    // A stack, and an expert of it by itself.
+    let alone = r#""m.mlp.experts.1.down_proj.weight":{"dtype":"BF16","shape":[5,2],"data_offsets":[180,200]}"#;
+    let twice = with_header(&format!("{},{alone}}}", &header[..header.len() - 1]), 200);
+    let error = open(&twice).unwrap_err().to_string();
+    assert!(error.contains("`m.mlp.experts.1.down_proj.weight` is in model.safetensors as well"), "{error}");
     let error = index(&["gate_up_proj"]).unwrap_err().to_string();
     assert!(error.contains("does not list `m.mlp.experts.down_proj`"), "{error}");
 }

@@ -149,8 +149,13 @@ fn experts_are_staged_in_stacks_only() {
             None => tensors.push((name, dtype, vec![3, parts * shape[0], shape[1]], bytes)),
         }
     }
+    // A head that copies the embedding is left out of the copy, and experts that predict further tokens stay alone.
+    let head = (String::from("lm_head.weight"), tensors[0].1, tensors[0].2.clone(), tensors[0].3.clone());
+    let further = String::from("mtp.layers.0.mlp.experts.0.down_proj.weight");
+    tensors.extend([head, (further, Dtype::BF16, vec![2, 2], vec![0; 8])]);
     write_file(&stacked.join("model.safetensors"), &tensors);
-    staged(&stacked, &live).unwrap();
+    let report = staged(&stacked, &live).unwrap();
+    assert_eq!(report.left_out, ["lm_head.weight"]);
     let attachment = attach(&live, &expected).unwrap();
     for tensor in &expected {
         let bytes = tensor.shape.iter().product::<usize>() * 2;

@@ -82,6 +82,8 @@ const NEUTRAL: [(&str, f64); 9] = [
 const LAYERS_MAX: usize = 4096;
 /// The same of the length of a head.
 const HEAD_DIM_MAX: usize = 65_536;
+/// More experts than any model has.
+const ALL_EXPERTS_MAX: usize = 1 << 18;
 /// The longest head of a Gated DeltaNet, and its widest convolution: as kernels hold them.
 const DELTA_DIM_MAX: usize = 256;
 const CONV_WIDTH_MAX: usize = 16;
@@ -119,7 +121,7 @@ impl Config {
             rms_norm_eps: keys.not_negative_or("rms_norm_eps", 1e-6)? as f32,
             norm_offset: if family == Family::Qwen35 { 1.0 } else { 0.0 },
             rope: Rope::parse(&keys, rotated, max_position_embeddings)?,
-            windows: windows(&keys, family, decoder.layers)?,
+            windows: windows(&keys, family, experts, decoder.layers)?,
             shares_normalised: family == Family::Qwen35 || keys.flag("norm_topk_prob")?,
             eos_token_ids: eos(&keys)?,
             max_position_embeddings,
@@ -167,8 +169,9 @@ fn architecture(keys: &Keys) -> Result<Architecture, ConfigError> {
 
 /// The experts of an architecture that has them. Others must have none.
 fn experts(keys: &Keys, family: Family, wanted: bool, layers: usize) -> Result<Option<Experts>, ConfigError> {
-    // transformers 5 writes the second name for Qwen3-MoE.
-    let count = ["num_experts", "num_local_experts"].into_iter().find(|key| keys.get(key).is_some());
+    // transformers 5 writes the first name for Qwen3-MoE, reads both, and takes the first if they differ.
+    let names = if family == Family::Qwen35 { &["num_experts"][..] } else { &["num_local_experts", "num_experts"] };
+    let count = names.iter().copied().find(|key| keys.get(key).is_some());
     if !wanted {
         return match count.and_then(|key| keys.get(key).map(|found| (key, found))) {
             Some((key, found)) if found.as_u64() != Some(0) => Err(ConfigError::Unsupported {
@@ -193,6 +196,10 @@ fn experts(keys: &Keys, family: Family, wanted: bool, layers: usize) -> Result<O
     };
     if experts.count > EXPERTS_MAX {
         return keys.wrong(key, "at most 4096");
+    }
+    // A length of lists, as the number of layers.
+    if experts.count * layers > ALL_EXPERTS_MAX {
+        return keys.wrong(key, "at most 262144 in all layers together");
     }
     if experts.per_token > experts.count {
         return keys.wrong("num_experts_per_tok", "at most the number of experts");
@@ -376,8 +383,8 @@ fn layer_types<'a>(keys: &Keys<'a>, layers: usize) -> Result<Option<Vec<&'a str>
     }
 }
 
-/// Mistral slides everywhere; the others where `layer_types` says so, or from `max_window_layers` on.
-fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
+/// Mistral and Qwen3 with experts slide everywhere; the others where `layer_types` says so, or from `max_window_layers` on.
+fn windows(keys: &Keys, family: Family, experts: bool, layers: usize) -> Result<Vec<Option<usize>>, ConfigError> {
     let slides = match family {
         Family::Mistral => true,
         Family::Llama | Family::Qwen35 => false,
@@ -390,6 +397,9 @@ fn windows(keys: &Keys, family: Family, layers: usize) -> Result<Vec<Option<usiz
         Some(Value::Null) => None,
         Some(_) => Some(keys.size("sliding_window")?),
     };
+    if family == Family::Qwen3 && experts {
+        return Ok(vec![window; layers]);
+    }
     let Some(names) = layer_types(keys, layers)? else {
         let first = if family == Family::Mistral { 0 } else { keys.count_or("max_window_layers", 28)? };
         return Ok((0..layers).map(|i| window.filter(|_| i >= first)).collect());
@@ -524,6 +534,11 @@ mod tests {
         assert_eq!(sparse(serde_json::json!({"decoder_sparse_step": 10, "mlp_only_layers": [9]})), [19]);
         assert_eq!(sparse(serde_json::json!({"decoder_sparse_step": 29})), Vec::<usize>::new());
         assert!(!parse(serde_json::json!({})).unwrap().shares_normalised);
+        // As transformers 5.23 was seen to read them.
+        let both = parse(serde_json::json!({"num_experts": 8, "num_local_experts": 4})).unwrap();
+        assert_eq!(both.decoder.experts.unwrap().count, 4);
+        let slides = serde_json::json!({"use_sliding_window": true, "sliding_window": 64, "max_window_layers": 20});
+        assert_eq!(parse(slides).unwrap().windows, [Some(64); 28]);
         assert!(
             parse(serde_json::json!({"norm_topk_prob": true, "intermediate_size": null})).unwrap().shares_normalised
         );
@@ -534,6 +549,7 @@ mod tests {
             (serde_json::json!({"moe_intermediate_size": null}), "moe_intermediate_size"),
             (serde_json::json!({"mlp_only_layers": [3], "intermediate_size": null}), "intermediate_size"),
             (serde_json::json!({"mlp_only_layers": 3}), "mlp_only_layers"),
+            (serde_json::json!({"num_experts": 4096, "num_hidden_layers": 65}), "num_experts"),
         ] {
             let error = parse(changes.clone()).expect_err(named).to_string();
             assert!(error.contains(named), "{changes}: {error}");

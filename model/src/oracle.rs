@@ -77,16 +77,23 @@ pub fn compare_layer<D: Device>(model: &Model<D>, layer: usize, probe: Probe) ->
     let (output, _) = reference.layer(layer, x_var.as_tensor(), &left.detach(), probe.context)?;
     let gradients = (&output * matrix(&dy, t, probe.precision)?)?.sum_all()?.backward()?;
 
-    let mut differences = vec![difference("output", &download(&**device, &y), &host(&output)?)];
-    let reference_dx = gradients.get(&x_var).expect("the output depends on the input");
-    differences.push(difference("input gradient", &download(&**device, &dx), &host(reference_dx)?));
+    let mut differences = vec![difference("output", &download(&**device, &y), &host(&output)?, 0.0)];
+    let reference_dx = host(gradients.get(&x_var).expect("the output depends on the input"))?;
+    // A router whose shares depend on nothing has a gradient of rounding alone: it is measured beside that of the input.
+    let router = match &model.layers[layer].feed {
+        Feed::Experts(l) => Some(l.router.weight),
+        Feed::Mlp(_) => None,
+    };
+    let of_input = norm(reference_dx.iter().copied());
+    differences.push(difference("input gradient", &download(&**device, &dx), &reference_dx, 0.0));
     for (tensor, var) in &reference.vars {
         // None is that of an expert which no token chose.
         let chosen = sink.gradients.get(tensor).map(|gradient| download(&**device, gradient));
         let ours = chosen.or_else(|| model.config().decoder.experts_of(layer).map(|_| vec![0.0; var.elem_count()]));
         let ours = ours.expect("every tensor of the layer got a gradient");
         let theirs = gradients.get(var).expect("the output depends on every tensor of the layer");
-        differences.push(difference(&model.tensors()[*tensor].name, &ours, &host(theirs)?));
+        let least = if router == Some(*tensor) { of_input } else { 0.0 };
+        differences.push(difference(&model.tensors()[*tensor].name, &ours, &host(theirs)?, least));
     }
     Ok(differences)
 }
@@ -116,13 +123,13 @@ pub fn compare_head<D: Device>(model: &Model<D>, probe: Probe) -> Result<Vec<Dif
     let each = (log_sum - chosen)?;
     let gradients = (each.sum_all()? * scale as f64)?.backward()?;
 
-    let mut differences = vec![difference("loss", &download(&**device, &losses), &host(&each)?)];
+    let mut differences = vec![difference("loss", &download(&**device, &losses), &host(&each)?, 0.0)];
     let reference_dx = gradients.get(&x_var).expect("the loss depends on the input");
-    differences.push(difference("input gradient", &download(&**device, &dx), &host(reference_dx)?));
+    differences.push(difference("input gradient", &download(&**device, &dx), &host(reference_dx)?, 0.0));
     for (tensor, var) in &reference.vars {
         let ours = download(&**device, &sink.gradients[tensor]);
         let theirs = gradients.get(var).expect("the loss depends on norm and head");
-        differences.push(difference(&model.tensors()[*tensor].name, &ours, &host(theirs)?));
+        differences.push(difference(&model.tensors()[*tensor].name, &ours, &host(theirs)?, 0.0));
     }
     Ok(differences)
 }
@@ -459,10 +466,14 @@ fn download<D: Device>(device: &D, buffer: &D::Buffer) -> Vec<f32> {
     values
 }
 
-fn difference(what: &str, ours: &[f32], reference: &[f64]) -> Difference {
+fn norm(v: impl Iterator<Item = f64>) -> f64 {
+    v.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// Relative to the reference, or to `least` if that is larger.
+fn difference(what: &str, ours: &[f32], reference: &[f64], least: f64) -> Difference {
     assert_eq!(ours.len(), reference.len(), "{what}");
-    let norm = |v: &mut dyn Iterator<Item = f64>| v.map(|x| x * x).sum::<f64>().sqrt();
-    let apart = norm(&mut ours.iter().zip(reference).map(|(a, b)| *a as f64 - b));
-    let size = norm(&mut reference.iter().copied());
+    let apart = norm(ours.iter().zip(reference).map(|(a, b)| *a as f64 - b));
+    let size = norm(reference.iter().copied()).max(least);
     Difference { what: what.into(), relative: if size > 0.0 { apart / size } else { apart } }
 }

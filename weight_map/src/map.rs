@@ -249,7 +249,10 @@ impl<'a> Claims<'a> {
 
     /// The experts' matrices that a stack of this name and shape holds, if they are this model's.
     fn stacked_parts(&self, name: &str, shape: &[usize]) -> Option<Vec<String>> {
-        let &experts = shape.first().filter(|&&experts| (1..=self.expected.len()).contains(&experts))?;
+        let &[experts, _, _] = shape else { return None };
+        if !(1..=self.expected.len()).contains(&experts) {
+            return None;
+        }
         stacked_parts(name, experts).filter(|parts| self.know_all(parts))
     }
 

@@ -76,7 +76,8 @@ const STACKED: [(&str, &[&str]); 4] = [
 pub fn unstacked(name: &str, shape: &[usize]) -> Option<Vec<(String, [usize; 2])>> {
     let &[experts, rows, cols] = shape else { return None };
     let of_one = stacked_parts(name, 1)?.len();
-    if !(1..=EXPERTS_MAX).contains(&experts) || !rows.is_multiple_of(of_one) {
+    // Of nothing there could be any number.
+    if !(1..=EXPERTS_MAX).contains(&experts) || rows == 0 || cols == 0 || !rows.is_multiple_of(of_one) {
         return None;
     }
     let parts = stacked_parts(name, experts)?;
@@ -183,6 +184,8 @@ mod tests {
             ("gate_up_proj", &[2, 7, 5][..]),
             ("gate_up_proj", &[6, 5]),
             ("down_proj", &[0, 6, 5]),
+            ("down_proj", &[4096, 0, 5]),
+            ("gate_up_proj", &[4096, 2, 0]),
             ("down_proj", &[1 << 40, 6, 5]),
             ("0.down_proj", &[2, 6, 5]),
             ("side_proj", &[2, 6, 5]),

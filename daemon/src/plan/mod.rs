@@ -66,7 +66,7 @@ impl Plan {
     pub fn of(config: &Config, question: Question) -> Result<Plan> {
         let d = &config.decoder;
         let Question { rank, dtype, context: k, decision: t, tensor_parallel, gpu } = question;
-        if k + t > config.max_position_embeddings {
+        if k.saturating_add(t) > config.max_position_embeddings {
             bail!(
                 "{k} tokens of context and {t} of decision are more than the model's {}",
                 config.max_position_embeddings
