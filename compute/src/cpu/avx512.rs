@@ -4,18 +4,22 @@
 use crate::random::{GROUP, Group, LANES, MULTIPLIERS, WEYL};
 use std::arch::x86_64::*;
 
-/// The random words of N groups from `group` on, each of 16 blocks: word w holds numbers 32w + lane in its lower halves and
-/// 32w + 16 + lane in its upper ones. The rounds of one group wait for each other, those of several do not.
+/// Groups that are rounded at a time: the rounds of one wait for each other, those of several do not.
+pub const AT_ONCE: usize = 2;
+/// Vectors of their elements.
+const VECTORS: usize = AT_ONCE * GROUP / LANES;
+
+/// The random words of [`AT_ONCE`] groups from `group` on, of which each holds the numbers of two vectors of elements: see [`number`].
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
-fn words<const N: usize>(group: Group) -> [[__m512i; 4]; N] {
+fn words(group: Group) -> [__m512i; VECTORS / 2] {
     /// a ^ b ^ c.
     const XOR: i32 = 0x96;
     // No closures in here: they would be functions of their own, without these features.
     let multipliers = [_mm512_set1_epi64(MULTIPLIERS[0] as i64), _mm512_set1_epi64(MULTIPLIERS[1] as i64)];
     let (step, tensor) = (_mm512_set1_epi64(group.step as i64), _mm512_set1_epi64(group.tensor as i64));
     // Eight counters in a vector, words in the lower halves of 64 bits.
-    let mut halves = [[[_mm512_setzero_si512(); 4]; 2]; N];
+    let mut halves = [[[_mm512_setzero_si512(); 4]; 2]; AT_ONCE];
     let mut first = group.index * LANES as u64;
     for counters in halves.as_flattened_mut() {
         let index = _mm512_add_epi64(_mm512_set1_epi64(first as i64), _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7));
@@ -38,8 +42,8 @@ fn words<const N: usize>(group: Group) -> [[__m512i; 4]; N] {
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }
     let even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    let mut words = [[_mm512_setzero_si512(); 4]; N];
-    for (words, [low, high]) in words.iter_mut().zip(&halves) {
+    let mut words = [_mm512_setzero_si512(); VECTORS / 2];
+    for (words, [low, high]) in words.as_chunks_mut::<4>().0.iter_mut().zip(&halves) {
         for (word, (low, high)) in words.iter_mut().zip(low.iter().zip(high)) {
             *word = _mm512_permutex2var_epi32(*low, even, *high);
         }
@@ -47,8 +51,15 @@ fn words<const N: usize>(group: Group) -> [[__m512i; 4]; N] {
     words
 }
 
-/// Groups that are rounded at a time.
-pub const AT_ONCE: usize = 2;
+/// The random numbers of vector `i`: lower halves of a word, then the upper ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+fn number(words: &[__m512i; VECTORS / 2], i: usize) -> __m512i {
+    match i % 2 {
+        0 => _mm512_and_si512(words[i / 2], _mm512_set1_epi32(0xFFFF)),
+        _ => _mm512_srli_epi32::<16>(words[i / 2]),
+    }
+}
 
 /// Values to bf16, rounded with the numbers of their groups.
 ///
@@ -56,16 +67,12 @@ pub const AT_ONCE: usize = 2;
 /// The processor has what [`super::simd::has_avx512`] looks for.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub unsafe fn round(values: &[f32; AT_ONCE * GROUP], group: Group, out: &mut [u16; AT_ONCE * GROUP]) {
-    let words = words::<AT_ONCE>(group);
-    for (i, &word) in words.as_flattened().iter().enumerate() {
-        let halves = [_mm512_and_si512(word, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32::<16>(word)];
-        for (half, random) in halves.into_iter().enumerate() {
-            let at = (2 * i + half) * LANES;
-            // SAFETY: elements at..at + 16 of both.
-            unsafe {
-                let value = _mm512_loadu_ps(values.as_ptr().add(at));
-                _mm256_storeu_si256(out.as_mut_ptr().add(at).cast(), rounded_bf16(value, random));
-            }
+    let words = words(group);
+    for i in 0..VECTORS {
+        // SAFETY: elements 16i.. of both.
+        unsafe {
+            let value = _mm512_loadu_ps(values.as_ptr().add(i * LANES));
+            _mm256_storeu_si256(out.as_mut_ptr().add(i * LANES).cast(), rounded_bf16(value, number(&words, i)));
         }
     }
 }
@@ -77,18 +84,14 @@ pub unsafe fn round(values: &[f32; AT_ONCE * GROUP], group: Group, out: &mut [u1
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
 pub unsafe fn subtract(w: *mut u16, u: &[f32; AT_ONCE * GROUP], factor: f32, keep: f32, group: Group) {
     let (factor, keep) = (_mm512_set1_ps(factor), _mm512_set1_ps(keep));
-    let words = words::<AT_ONCE>(group);
-    for (i, &word) in words.as_flattened().iter().enumerate() {
-        let halves = [_mm512_and_si512(word, _mm512_set1_epi32(0xFFFF)), _mm512_srli_epi32::<16>(word)];
-        for (half, random) in halves.into_iter().enumerate() {
-            let at = (2 * i + half) * LANES;
-            // SAFETY: elements at..at + 16 of 128.
-            unsafe {
-                let (w, u) = (w.add(at).cast::<__m256i>(), _mm512_loadu_ps(u.as_ptr().add(at)));
-                let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(w)));
-                let value = _mm512_sub_ps(_mm512_castsi512_ps(wide), _mm512_mul_ps(factor, u));
-                _mm256_storeu_si256(w, rounded_bf16(_mm512_mul_ps(value, keep), random));
-            }
+    let words = words(group);
+    for i in 0..VECTORS {
+        // SAFETY: elements 16i.. of both.
+        unsafe {
+            let (w, u) = (w.add(i * LANES).cast::<__m256i>(), _mm512_loadu_ps(u.as_ptr().add(i * LANES)));
+            let wide = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(w)));
+            let value = _mm512_sub_ps(_mm512_castsi512_ps(wide), _mm512_mul_ps(factor, u));
+            _mm256_storeu_si256(w, rounded_bf16(_mm512_mul_ps(value, keep), number(&words, i)));
         }
     }
 }

@@ -20,8 +20,8 @@ use rayon::prelude::*;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-/// Most rows of a tile.
-pub const ROWS: usize = 12;
+/// Rows of a tile.
+pub const ROWS: usize = 6;
 
 /// A vector of f32.
 ///
@@ -30,8 +30,6 @@ pub const ROWS: usize = 12;
 unsafe trait Lanes: Copy {
     /// Elements.
     const N: usize;
-    /// Rows of a tile, at most [`ROWS`].
-    const ROWS: usize;
     /// N elements.
     ///
     /// # Safety
@@ -61,7 +59,6 @@ struct Portable([f32; 8]);
 // SAFETY: ordinary loads and stores of 8 elements.
 unsafe impl Lanes for Portable {
     const N: usize = 8;
-    const ROWS: usize = 6;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -95,7 +92,6 @@ struct PortablePairs(Portable);
 // SAFETY: loads and stores as of Portable.
 unsafe impl Lanes for PortablePairs {
     const N: usize = Portable::N;
-    const ROWS: usize = Portable::ROWS;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -127,12 +123,11 @@ unsafe impl Lanes for PortablePairs {
 /// A vector of x86 by its intrinsics.
 #[cfg(target_arch = "x86_64")]
 macro_rules! x86_lanes {
-    ($vector:ident, $n:literal, $rows:literal, $load:ident, $splat:ident, $mul_add:ident, $store:ident) => {
+    ($vector:ident, $n:literal, $load:ident, $splat:ident, $mul_add:ident, $store:ident) => {
         use std::arch::x86_64::{$load, $mul_add, $splat, $store, $vector};
         // SAFETY: the intrinsics read and write as many elements as they are called for.
         unsafe impl Lanes for $vector {
             const N: usize = $n;
-            const ROWS: usize = $rows;
             #[inline(always)]
             unsafe fn load(from: *const f32) -> Self {
                 // SAFETY: the caller's promise.
@@ -157,9 +152,9 @@ macro_rules! x86_lanes {
     };
 }
 #[cfg(target_arch = "x86_64")]
-x86_lanes!(__m256, 8, 6, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
+x86_lanes!(__m256, 8, _mm256_loadu_ps, _mm256_set1_ps, _mm256_fmadd_ps, _mm256_storeu_ps);
 #[cfg(target_arch = "x86_64")]
-x86_lanes!(__m512, 16, 12, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
+x86_lanes!(__m512, 16, _mm512_loadu_ps, _mm512_set1_ps, _mm512_fmadd_ps, _mm512_storeu_ps);
 
 /// 16 sums of products of bf16, of which an element of A and of B holds two: the lower half that of the even k.
 #[cfg(target_arch = "x86_64")]
@@ -170,7 +165,6 @@ struct Pairs(__m512);
 #[cfg(target_arch = "x86_64")]
 unsafe impl Lanes for Pairs {
     const N: usize = 16;
-    const ROWS: usize = 12;
     #[inline(always)]
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: the caller's promise.
@@ -501,7 +495,7 @@ impl Work<'_> {
     /// The processor has what V needs; C, rows and panels hold what [`product`] asserts.
     #[inline(always)]
     unsafe fn run<V: Lanes>(self) {
-        let tiles = self.a.rows.div_ceil(V::ROWS);
+        let tiles = self.a.rows.div_ceil(ROWS);
         let width = self.b.width();
         for column in (0..self.b.columns).step_by(width) {
             let columns = width.min(self.b.columns - column);
@@ -573,24 +567,12 @@ impl Block {
                 (4, 2) => self.sums::<V, 4, 2>(c, stride, accumulate),
                 (5, 2) => self.sums::<V, 5, 2>(c, stride, accumulate),
                 (6, 2) => self.sums::<V, 6, 2>(c, stride, accumulate),
-                (7, 2) => self.sums::<V, 7, 2>(c, stride, accumulate),
-                (8, 2) => self.sums::<V, 8, 2>(c, stride, accumulate),
-                (9, 2) => self.sums::<V, 9, 2>(c, stride, accumulate),
-                (10, 2) => self.sums::<V, 10, 2>(c, stride, accumulate),
-                (11, 2) => self.sums::<V, 11, 2>(c, stride, accumulate),
-                (12, 2) => self.sums::<V, 12, 2>(c, stride, accumulate),
                 (1, 1) => self.sums::<V, 1, 1>(c, stride, accumulate),
                 (2, 1) => self.sums::<V, 2, 1>(c, stride, accumulate),
                 (3, 1) => self.sums::<V, 3, 1>(c, stride, accumulate),
                 (4, 1) => self.sums::<V, 4, 1>(c, stride, accumulate),
                 (5, 1) => self.sums::<V, 5, 1>(c, stride, accumulate),
                 (6, 1) => self.sums::<V, 6, 1>(c, stride, accumulate),
-                (7, 1) => self.sums::<V, 7, 1>(c, stride, accumulate),
-                (8, 1) => self.sums::<V, 8, 1>(c, stride, accumulate),
-                (9, 1) => self.sums::<V, 9, 1>(c, stride, accumulate),
-                (10, 1) => self.sums::<V, 10, 1>(c, stride, accumulate),
-                (11, 1) => self.sums::<V, 11, 1>(c, stride, accumulate),
-                (12, 1) => self.sums::<V, 12, 1>(c, stride, accumulate),
                 _ => unreachable!("a tile has 1 to {ROWS} rows of one or two vectors"),
             }
         }

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Rows of W in one task of `linear`.
-const ROWS: usize = 8 * kernel::ROWS;
+const ROWS: usize = 16 * kernel::ROWS;
 /// Tokens that are many.
 const MANY: usize = 128;
 /// Columns of W in one piece for many tokens; half of them for few, where twelve rows and 16 tokens then fill the
@@ -86,7 +86,7 @@ fn products(
     let (n, t, tokens) = (tokens.k, tokens.columns, tokens.padded());
     let width = tokens.columns;
     // What is widened for few tokens is used little and has to stay in the first-level cache; for many, the tokens do.
-    let (at_once, deep) = if t < MANY { (kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
+    let (at_once, deep) = if t < MANY { (2 * kernel::ROWS, COLS / 2) } else { (ROWS, COLS) };
     let blocks = |rows: usize| (0..rows).step_by(ROWS);
     let places: Vec<_> = outputs
         .iter_mut()

@@ -23,10 +23,10 @@ use rayon::prelude::*;
 use std::ops::Range;
 
 /// Channels of the compressed step at a time, so few that R of them stays in the first-level cache.
-const CHANNELS: usize = 2 * kernel::ROWS;
+const CHANNELS: usize = 4 * kernel::ROWS;
 /// Rows of G in one task, and rows and columns of it formed at a time: whole panels, so few that they stay in the first-level cache.
-const TASK_ROWS: usize = 4 * kernel::ROWS;
-const PIECE_ROWS: usize = kernel::ROWS;
+const TASK_ROWS: usize = 8 * kernel::ROWS;
+const PIECE_ROWS: usize = 2 * kernel::ROWS;
 const PIECE_COLUMNS: usize = 256;
 const _: () = assert!(PIECE_COLUMNS.is_multiple_of(32), "whole panels of every width");
 
@@ -108,7 +108,7 @@ impl Along {
 
 /// small Pᵀ (t,r) in panels, computed as P smallᵀ, some ranks per task.
 fn project(f: &Factors<Buffer>, c: &Compressed<Buffer>, along: Along) -> (Panels, Buffer) {
-    const RANKS: usize = 16 * kernel::ROWS;
+    const RANKS: usize = 32 * kernel::ROWS;
     let (_, d) = channels_of(f);
     let tokens = Panels::new(d, f.t);
     let small = tokens.of_columns(&f.small()[..f.t * d], d);

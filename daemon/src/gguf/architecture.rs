@@ -29,7 +29,7 @@ pub fn refuse_other_forms(config: &Config) -> Result<()> {
     if config.decoder.experts.is_some() {
         bail!(
             "a GGUF file of a mixture of experts is not supported: llama.cpp stacks the experts in an order of its own; serve the \
-             safetensors with vLLM or transformers"
+             safetensors with transformers or the embedded engine"
         );
     }
     Ok(())

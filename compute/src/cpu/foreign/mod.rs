@@ -2,17 +2,19 @@
 //!
 //! Another process reads these bytes while we write them (HOGWILD). Rust has no data race there as
 //! long as we touch them by atomics, vector intrinsics or raw copies that the compiler cannot assume
-//! anything about; that is what [`load`], [`store`] and `widen_avx2` are for, and nothing else in this crate
+//! anything about; that is what [`load`], [`store`] and `widen_avx2` are for, with AVX-512 `subtract` and `interleave`
+//! (`avx512.rs`), and for rows that are multiplied where they lie the loads of `kernel`; nothing else in this crate
 //! dereferences a foreign pointer. An element is written whole: a reader sees its old or its new
 //! value, never half of each (naturally aligned stores of 2 and 4 bytes, and vector stores, which
 //! x86 and Arm split at element boundaries at worst).
 
+mod pairs;
+
 #[cfg(target_arch = "x86_64")]
 use super::avx512;
-use super::kernel::{Ahead, Rows};
 use super::simd::{self, multiversion};
 use super::stored::{round_bf16, rounded_bf16};
-use crate::random::{GROUP, LANES};
+use crate::random::GROUP;
 use crate::{Dtype, RowOrder, Stream};
 use half::slice::HalfFloatSliceExt;
 use std::cell::UnsafeCell;
@@ -240,114 +242,16 @@ impl Weight {
         self.parts(row, col, len, |base, _| self.read_part(base, len, out, piece, step));
     }
 
-    /// Rows `row..row + rows` of a bf16 matrix as they lie, two elements in the place of each f32, if they lie one after the other.
-    pub(super) fn rows_of_pairs(&self, row: usize, rows: usize) -> Option<Rows<'_>> {
-        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
-        assert!(row <= self.rows && rows <= self.rows - row, "{row}+{rows} outside {} rows", self.rows);
-        (self.order == RowOrder::AsFiles && self.cols.is_multiple_of(2)).then(|| {
-            // SAFETY: these rows are in the memory promised to `new` as long as self lives.
-            unsafe { Rows::foreign(self.data.add(row * self.cols * 2).as_ptr().cast(), rows, self.cols / 2) }
-        })
-    }
-
-    /// Row `row` of a bf16 matrix from column `col` on as it lies, two elements in the place of each f32.
-    pub(super) fn read_pairs(&self, row: usize, col: usize, out: &mut [f32]) {
-        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
-        self.parts(row, col, 2 * out.len(), |base, _| {
-            // SAFETY: f32 holds two u16 without padding.
-            let halves = unsafe { std::slice::from_raw_parts_mut(out.as_mut_ptr().cast::<u16>(), 2 * out.len()) };
-            // SAFETY: `parts` gives a whole row's range for a matrix.
-            unsafe { load::<u16>(base, halves) };
-        });
-    }
-
-    /// `len` elements of rows `row` and `row + 1` of a bf16 matrix from column `col` on, the two of a column in the place of one
-    /// f32, the first in its lower half; in pieces as of [`Weight::read_pieces`].
-    pub(super) fn read_pairs_of_rows(
-        &self,
-        row: usize,
-        col: usize,
-        len: usize,
-        out: &mut [f32],
-        piece: usize,
-        step: usize,
-    ) {
-        assert!(self.dtype == Dtype::BF16 && self.rows > 1, "pairs are those of a bf16 matrix");
-        assert!((1..=CHUNK).contains(&piece), "pieces of {piece}, not of 1 to {CHUNK}");
-        let whole = self.interleave_pieces(row, col, len, out, piece, step);
-        let (col, len) = (col + whole * piece, len - whole * piece);
-        let out = if len > 0 { &mut out[whole * step..] } else { return };
-        let (mut first, mut second) = ([0u16; CHUNK], [0u16; CHUNK]);
-        // Whole pieces at a time.
-        let most = CHUNK / piece * piece;
-        for at in (0..len).step_by(most) {
-            let n = most.min(len - at);
-            for (row, half) in [(row, &mut first), (row + 1, &mut second)] {
-                // SAFETY: `parts` gives a whole row's range for a matrix.
-                self.parts(row, col + at, n, |base, _| unsafe { load::<u16>(base, &mut half[..n]) });
-            }
-            let pieces = first[..n].chunks(piece).zip(second[..n].chunks(piece));
-            for (i, (first, second)) in pieces.enumerate() {
-                interleave(first, second, &mut out[(at / piece + i) * step..][..first.len()]);
-            }
-        }
-    }
-
-    /// The whole pieces of [`Weight::read_pairs_of_rows`] that AVX-512 interleaves at once; how many they were.
-    fn interleave_pieces(
-        &self,
-        row: usize,
-        col: usize,
-        len: usize,
-        out: &mut [f32],
-        piece: usize,
-        step: usize,
-    ) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if piece == 2 * LANES && len >= piece && simd::has_avx512() {
-            let pieces = len / piece;
-            assert!(
-                (pieces - 1) * step + piece <= out.len(),
-                "{pieces} pieces of {piece}, {step} apart, outside {}",
-                out.len()
-            );
-            let mut rows = [std::ptr::null(); 2];
-            for (i, at) in rows.iter_mut().enumerate() {
-                self.parts(row + i, col, len, |base, _| *at = base.as_ptr().cast_const().cast::<u16>());
-            }
-            for i in 0..pieces {
-                // SAFETY: `parts` gives a whole row's range for a matrix, of which this is a part, and the piece is in `out`, as
-                // asserted; the features were detected.
-                unsafe {
-                    avx512::interleave(rows[0].add(i * piece), rows[1].add(i * piece), out.as_mut_ptr().add(i * step));
-                }
-            }
-            return pieces;
-        }
-        0
-    }
-
     /// Asks for the cache lines of `len` elements of row `row` from column `col` on, which are read soon. Rows that
     /// there are not are nobody's mistake.
     pub(super) fn prefetch(&self, row: usize, col: usize, len: usize) {
-        #[cfg(target_arch = "x86_64")]
+        const LINE: usize = 64;
         if row < self.rows {
-            use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
-            const LINE: usize = 64;
             self.parts(row, col, len, |base, range| {
-                for at in (0..range.len() * self.dtype.size()).step_by(LINE) {
-                    // SAFETY: a prefetch never faults, and this address is in the weight.
-                    unsafe { _mm_prefetch(base.as_ptr().add(at).cast::<i8>(), _MM_HINT_T1) };
-                }
+                let lines = (0..range.len() * self.dtype.size()).step_by(LINE);
+                lines.for_each(|at| simd::prefetch(base.as_ptr().wrapping_add(at)));
             });
         }
-    }
-
-    /// Asks for rows `row..` from column `col` on, a line of each.
-    pub(super) fn ahead(&self, row: usize, col: usize) -> Ahead {
-        let at = |row: usize| row * self.cols * self.dtype.size();
-        let address = self.data.as_ptr().wrapping_add(at(row) + col * self.dtype.size());
-        Ahead { address, of_row: 0, of_column: self.dtype.size(), step: at(1) }
     }
 
     /// `base` is in the weight, and so are the `len` elements from there.
@@ -447,14 +351,6 @@ fn bits(values: &[f32]) -> &[u32] {
 fn bits_mut(values: &mut [f32]) -> &mut [u32] {
     // SAFETY: as in `bits`.
     unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast(), values.len()) }
-}
-
-multiversion! {
-    fn interleave(first: &[u16], second: &[u16], out: &mut [f32]) {
-        for ((o, &a), &b) in out.iter_mut().zip(first).zip(second) {
-            *o = f32::from_bits(a as u32 | (b as u32) << 16);
-        }
-    }
 }
 
 multiversion! {
@@ -643,183 +539,4 @@ unsafe fn copy_avx2(src: *const u8, dst: *mut u8, len: usize) -> usize {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_value_on_the_grid_survives_a_write_and_a_read() {
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
-            let w = Weight::zeros(dtype, 3, 1037);
-            let values: Vec<f32> = (0..1037).map(|i| (i as f32 % 64.0 - 32.0) / 8.0).collect();
-            w.write(1, 0, &values, &Stream::rounding(1, 2, 3));
-            let mut back = vec![0.0; 1037];
-            w.read(1, 0, &mut back);
-            assert_eq!(back, values, "{dtype}");
-            w.read(2, 0, &mut back);
-            assert!(back.iter().all(|&v| v == 0.0), "{dtype}: a neighbouring row was written");
-        }
-    }
-
-    #[test]
-    fn stochastic_rounding_is_unbiased() {
-        // n draws of one value: the mean's standard error is at most ulp / (2 sqrt n).
-        let n = 1 << 16;
-        let subnormal_f16 = 3.3e-6;
-        for (dtype, mantissa) in [(Dtype::BF16, 7), (Dtype::F16, 10)] {
-            for value in [1.001_f32, -3.3337, 0.1, 1e-3, -1.0 - 1e-4, subnormal_f16] {
-                let w = Weight::zeros(dtype, 1, n);
-                w.write(0, 0, &vec![value; n], &Stream::rounding(99, 5, 1));
-                let mut back = vec![0.0; n];
-                w.read(0, 0, &mut back);
-                let mean = back.iter().map(|&v| v as f64).sum::<f64>() / n as f64;
-                let floor = if dtype == Dtype::F16 { -14.0 } else { -126.0 };
-                let ulp = 2f64.powf((value.abs() as f64).log2().floor().max(floor) - mantissa as f64);
-                let error = (mean - value as f64).abs() / ulp;
-                println!("{dtype} {value}: mean of {n} writes off by {error:.1e} ulp");
-                assert!(error < 5.0 * 0.5 / (n as f64).sqrt(), "{dtype} {value}: off by {error} ulp");
-                let mut kinds = back.clone();
-                kinds.sort_by(f32::total_cmp);
-                kinds.dedup();
-                assert_eq!(kinds.len(), 2, "{dtype} {value} became {kinds:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_finite_value_never_rounds_to_infinity() {
-        for (dtype, largest) in [(Dtype::BF16, 3.3895314e38_f32), (Dtype::F16, 65504.0)] {
-            let w = Weight::zeros(dtype, 1, 128);
-            w.write(0, 0, &[f32::MAX; 128], &Stream::rounding(1, 1, 1));
-            let mut back = [0.0; 128];
-            w.read(0, 0, &mut back);
-            assert!(back.iter().all(|&v| v == largest), "{dtype}: {back:?}");
-        }
-    }
-
-    #[test]
-    fn pieces_are_those_of_the_row_and_nothing_beside_them_is_written() {
-        for dtype in [Dtype::F32, Dtype::F16, Dtype::BF16] {
-            let w = Weight::zeros(dtype, 3, 101);
-            let values: Vec<f32> = (0..101).map(|i| i as f32 - 50.0).collect();
-            w.write(1, 0, &values, &Stream::rounding(1, 2, 3));
-            for (col, len, piece, step) in
-                [(0, 101, 16, 16), (3, 90, 16, 21), (5, 32, 32, 40), (7, 1, 8, 9), (0, 50, 7, 11)]
-            {
-                // Not one element more than is needed.
-                let mut out = vec![f32::NAN; (len - 1) / piece * step + (len - 1) % piece + 1];
-                w.read_pieces(1, col, len, &mut out, piece, step);
-                for (i, v) in out.iter().enumerate() {
-                    match (i / step * piece + i % step, i % step < piece) {
-                        (at, true) => assert_eq!(*v, values[col + at], "{dtype} ({col},{len},{piece},{step}) at {i}"),
-                        (_, false) => assert!(v.is_nan(), "{dtype} ({col},{len},{piece},{step}): wrote {i}"),
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn pairs_of_rows_are_those_of_the_two_rows_and_nothing_beside_them_is_written() {
-        let w = Weight::zeros(Dtype::BF16, 3, 701);
-        let stream = Stream::rounding(1, 2, 3);
-        // On the grid of bf16, so that rounding changes nothing.
-        let row = |sign: f32| (0..701).map(|i| sign * (i % 128) as f32).collect::<Vec<f32>>();
-        let rows = [row(1.0), row(-1.0)];
-        rows.iter().enumerate().for_each(|(i, values)| w.write(1 + i, 0, values, &stream));
-        for (col, len, piece, step) in [
-            (0, 701, 32, 40),
-            (1, 96, 32, 32),
-            (4, 31, 32, 40),
-            (3, 600, 48, 48),
-            (5, 7, 16, 21),
-            (1, 300, 256, 300),
-            (0, 9, 1, 2),
-        ] {
-            let mut out = vec![f32::NAN; (len - 1) / piece * step + (len - 1) % piece + 1];
-            w.read_pairs_of_rows(1, col, len, &mut out, piece, step);
-            for (i, pair) in out.iter().enumerate() {
-                let halves = [pair.to_bits() << 16, pair.to_bits() & 0xFFFF_0000].map(f32::from_bits);
-                match (i / step * piece + i % step, i % step < piece) {
-                    (at, true) => {
-                        assert_eq!(halves, [rows[0][col + at], rows[1][col + at]], "({col},{len},{piece}) at {i}")
-                    }
-                    (_, false) => assert!(pair.is_nan(), "({col},{len},{piece}): wrote {i}"),
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_step_of_many_elements_is_that_of_each() {
-        const ROWS: usize = 3;
-        const COLS: usize = 1301;
-        let (stream, factor, keep) = (Stream::rounding(3, 5, 7), 0.37, 0.99);
-        let start: Vec<f32> = (0..ROWS * COLS).map(|i| (i % 251) as f32 - 125.0).collect();
-        let u: Vec<f32> = (0..COLS).map(|i| (i as f32 * 0.7).sin() * 3.0).collect();
-        // Row 1 begins at element 1301: the first whole group of random numbers is that from its element 107 on.
-        for (col, len) in [(0, COLS), (107, 256), (107, 1000), (106, 700), (235, 255), (3, 1), (1300, 1), (50, 0)] {
-            let w = Weight::from_values(Dtype::BF16, ROWS, COLS, &start);
-            w.subtract(1, col, &u[..len], factor, keep, &stream);
-            let mut want = start.clone();
-            let mut random = vec![0; ROWS * COLS];
-            stream.fill_u16(0, &mut random);
-            for (at, u) in (COLS + col..).zip(&u[..len]) {
-                let rounded = rounded_bf16((want[at] - factor * u) * keep, random[at]);
-                want[at] = f32::from_bits((rounded as u32) << 16);
-            }
-            assert_eq!(w.values(), want, "{len} elements from {col} on");
-        }
-    }
-
-    #[test]
-    fn a_step_of_what_is_no_number_leaves_what_each_would() {
-        let values = [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, f32::MAX, f32::MIN, -0.0, 1e-45, 1.0];
-        let u: Vec<f32> = (0..512).map(|i| values[i % values.len()]).collect();
-        let stream = Stream::rounding(3, 5, 7);
-        let mut random = [0; 512];
-        stream.fill_u16(0, &mut random);
-        for factor in [0.0, 1.0, -1.0] {
-            let w = Weight::from_values(Dtype::BF16, 1, 512, &[1.0; 512]);
-            w.subtract(0, 0, &u, factor, 1.0, &stream);
-            for (i, v) in w.values().iter().enumerate() {
-                let want = (rounded_bf16(1.0 - factor * u[i], random[i]) as u32) << 16;
-                assert_eq!(v.to_bits(), want, "1 - {factor}·{} at {i}", u[i]);
-            }
-        }
-    }
-
-    #[test]
-    fn rows_of_pairs_are_those_that_the_files_have() {
-        let values: Vec<f32> = (0..12 * 6).map(|i| i as f32).collect();
-        let even = Weight::from_values(Dtype::BF16, 12, 6, &values);
-        assert!(even.rows_of_pairs(2, 10).is_some() && even.rows_of_pairs(12, 0).is_some());
-        let odd = Weight::from_values(Dtype::BF16, 24, 3, &values);
-        assert!(odd.rows_of_pairs(0, 24).is_none(), "a pair would lie across two rows");
-        let mixed = Weight::zeros(Dtype::BF16, 12, 6).ordered(RowOrder::Interleaved { head_dim: 4 });
-        assert!(mixed.rows_of_pairs(0, 12).is_none(), "the rows lie in another order");
-    }
-
-    #[test]
-    #[should_panic(expected = "2+11 outside 12 rows")]
-    fn rows_of_pairs_beyond_the_last_are_refused() {
-        Weight::zeros(Dtype::BF16, 12, 6).rows_of_pairs(2, 11);
-    }
-
-    #[test]
-    #[should_panic(expected = "outside 31")]
-    fn pieces_that_do_not_fit_are_refused() {
-        Weight::zeros(Dtype::BF16, 2, 64).read_pieces(0, 0, 32, &mut [0.0; 31], 16, 16);
-    }
-
-    #[test]
-    #[should_panic(expected = "outside (2,8)")]
-    fn a_place_that_no_sum_can_hold_is_refused() {
-        Weight::zeros(Dtype::F32, 2, 8).read(0, usize::MAX, &mut [0.0; 1]);
-    }
-
-    #[test]
-    #[should_panic(expected = "outside (2,8)")]
-    fn a_write_outside_the_tensor_is_refused() {
-        Weight::zeros(Dtype::F32, 2, 8).write(1, 4, &[0.0; 5], &Stream::rounding(1, 1, 1));
-    }
-}
+mod tests;
