@@ -13,7 +13,7 @@ import apollod
 from apollod.errors import ExportError
 from apollod.manifest import validate
 from apollod.memory import SharedMemory
-from apollod.vllm_worker import refuse_transformed
+from apollod.vllm_worker import refuse_transformed, unpacked
 from client import Client, Mapped
 
 
@@ -82,6 +82,16 @@ class PackedExperts(unittest.TestCase):
 
     def test_what_is_as_the_files_have_it_is_not(self):
         refuse_transformed(*self.model("TRITON"))
+
+
+class Convolutions(unittest.TestCase):
+    """Where vLLM has kernels for them, it says that the weight is packed."""
+
+    def test_a_convolution_is_told_that_its_weight_is_as_the_model_has_it(self):
+        weight, told = torch.arange(12.0).reshape(3, 1, 4), {}
+        unpacked(lambda **given: told.update(given))(x="x", weight=weight, is_weight_packed=True)
+        self.assertEqual((told["x"], told["is_weight_packed"], told["weight"].shape), ("x", False, (3, 4)))
+        self.assertEqual(told["weight"].data_ptr(), weight.data_ptr(), "a copy would not be trained")
 
 
 class Memory(Exported):

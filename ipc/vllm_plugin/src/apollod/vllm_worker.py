@@ -1,5 +1,6 @@
 """vLLM's worker, which holds the weights: keeps them live, shares them and says what merged ones hold."""
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,10 +32,33 @@ def keep_weights_live(pack: Callable[..., None]) -> Callable[..., None]:
     def use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.is_meta or layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
+        elif layer.weight.ndim == 3 and layer.weight.size(1) == 1:
+            _convolve_with_weights_themselves()
         else:
             pack(layer, remove_weight)  # Its kernel wants it packed; `share` refuses it.
 
     return use_weight_itself
+
+
+def _convolve_with_weights_themselves() -> None:
+    """Tells vLLM's convolutions, where they are kernels of AVX-512 or Arm, that the weight is not packed."""
+    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+
+    for name in ("_causal_conv1d_fwd_cpu", "_causal_conv1d_update_cpu"):
+        convolve = getattr(gdn_attention, name)
+        if not hasattr(convolve, "of_apollod"):
+            setattr(gdn_attention, name, unpacked(convolve))
+
+
+def unpacked(convolve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``convolve``, given a weight of [channels, 1, width] as the model has it."""
+
+    @functools.wraps(convolve)
+    def convolve_unpacked(*, weight: torch.Tensor, is_weight_packed: bool, **rest: Any) -> torch.Tensor:
+        return convolve(weight=weight.flatten(1), is_weight_packed=False, **rest)
+
+    convolve_unpacked.of_apollod = True  # type: ignore[attr-defined]
+    return convolve_unpacked
 
 
 def share(wrapper: Any) -> Shared | None:
