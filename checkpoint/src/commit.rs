@@ -193,11 +193,13 @@ fn fill(
         let write_blocks = |segment| segments::write_blocks(segment, &mut shards, &spare);
         pipeline::behind(draft.threads, write_blocks, compare_and_journal)
     })?;
-    shards.sync()?;
-    let tensors = new_tensors(&draft, current, &segments)?;
-    // Also where there is none: what a sync that failed has removed must not be back beside this generation.
-    disk.sync_dir(&paths.root.join("state"))?;
-    let sums_blake3 = write_sums(disk, paths, number, &segments.sums)?;
+    let sync_shards = || shards.sync(draft.threads);
+    let ((), (tensors, sums_blake3)) = pipeline::both(draft.threads, sync_shards, || {
+        let tensors = new_tensors(&draft, current, &segments)?;
+        // Also where there is none: what a sync that failed has removed must not be back beside this generation.
+        disk.sync_dir(&paths.root.join("state"))?;
+        Ok((tensors, write_sums(disk, paths, number, &segments.sums)?))
+    })?;
     let created_unix = disk.now_unix();
     let Segments { writer, quick, blocks_total, blocks_changed, bytes_changed, .. } = segments;
     let mut generation = Generation {

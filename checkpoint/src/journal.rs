@@ -1,9 +1,11 @@
 //! Writing and reading journals; the byte layout is in the crate's documentation.
 
+use std::hash::Hasher;
 use std::io::{BufReader, BufWriter, ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use twox_hash::XxHash3_64;
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::{Error, Result};
@@ -112,11 +114,11 @@ impl Writer {
 }
 
 fn frame_sum(tag: &[u8; 4], n: u32, body: &[u8]) -> [u8; 8] {
-    let mut hasher = xxhash_rust::xxh3::Xxh3::new();
-    hasher.update(tag);
-    hasher.update(&n.to_le_bytes());
-    hasher.update(body);
-    hasher.digest().to_le_bytes()
+    let mut hasher = XxHash3_64::new();
+    hasher.write(tag);
+    hasher.write(&n.to_le_bytes());
+    hasher.write(body);
+    hasher.finish().to_le_bytes()
 }
 
 /// Reads a journal or a delta from its start to its end.

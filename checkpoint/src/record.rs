@@ -17,7 +17,7 @@ const SAMPLE: usize = STEP / 64;
 
 /// The checksum of a sector's content: against torn writes, decay and strangers, not against forgery.
 fn sector_sum(sector: &[u8]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(sector)
+    twox_hash::XxHash3_64::oneshot(sector)
 }
 
 /// What changed in a piece.

@@ -143,7 +143,7 @@ fn take_back(disk: &Disk, paths: &Paths, current: &Generation) -> Result<(u64, S
             return Err(foreign(paths.model.join(&current.shards[shard].file), &record, offset, current));
         }
     };
-    shards.sync()?;
+    shards.sync(1)?;
     Ok((records, reason))
 }
 

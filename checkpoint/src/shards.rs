@@ -1,6 +1,8 @@
 //! The model's files as they are written in place: each opened when it is first needed, all made durable together.
 
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::thread;
 
 use crate::disk::{Disk, DiskFile};
 use crate::error::Result;
@@ -27,8 +29,16 @@ impl<'a> Shards<'a> {
         })
     }
 
-    /// Makes durable what was written.
-    pub(crate) fn sync(&self) -> Result<()> {
-        self.files.iter().try_for_each(|(_, file)| file.as_ref().map_or(Ok(()), DiskFile::sync))
+    /// Makes durable what was written: all files at once, or one after the other with one thread.
+    pub(crate) fn sync(&self, threads: usize) -> Result<()> {
+        let mut open = self.files.iter().filter_map(|(_, file)| file.as_ref());
+        if threads <= 1 {
+            return open.try_for_each(DiskFile::sync);
+        }
+        thread::scope(|scope| {
+            let syncs: Vec<_> = open.map(|file| scope.spawn(|| file.sync())).collect();
+            let mut ended = syncs.into_iter().map(|sync| sync.join().unwrap_or_else(|panic| resume_unwind(panic)));
+            ended.try_for_each(|synced| synced)
+        })
     }
 }

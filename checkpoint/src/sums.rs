@@ -42,7 +42,7 @@ impl Quick {
 
 /// The quick sum of a block.
 pub(crate) fn quick_sum(block: &[u8]) -> u64 {
-    xxhash_rust::xxh3::xxh3_64(block)
+    twox_hash::XxHash3_64::oneshot(block)
 }
 
 /// The blocks of a tensor that lies at `range` of its file.

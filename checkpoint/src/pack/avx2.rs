@@ -21,10 +21,10 @@ const APPENDED: usize = 8;
 /// Adds as many whole groups as there are, if the processor can; gives what is left.
 pub(super) fn add_groups<'a>(packer: &mut Packer, numbers: &'a [u16]) -> &'a [u16] {
     let (groups, rest) = numbers.as_chunks();
-    if !is_x86_feature_detected!("avx2") {
+    if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2")) {
         return numbers;
     }
-    // SAFETY: the processor has AVX2.
+    // SAFETY: the processor has AVX2, BMI1 and BMI2.
     unsafe { add(packer, groups) };
     rest
 }
@@ -36,7 +36,7 @@ fn vector<T: Copy, const N: usize>(from: &[T; N]) -> __m256i {
     unsafe { std::mem::transmute_copy(from) }
 }
 
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,bmi1,bmi2")]
 fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
     let twice = |table: [u8; 16]| vector(&[table, table]);
     let codes = twice(packer.code.codes);
@@ -48,6 +48,7 @@ fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
 
     let mut at = packer.bytes.len();
     packer.bytes.resize(at + groups.len() * GROUP_BYTES + 8, 0);
+    let out = packer.bytes.as_mut_slice();
     let (mut rest, mut rest_bits) = (packer.rest, packer.rest_bits);
     for group in groups {
         let halves = group.as_chunks::<16>().0;
@@ -74,7 +75,7 @@ fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
         let [eight, eight_length] = [eight, eight_length].map(words);
         for (codes, bits) in eight.into_iter().zip(eight_length) {
             rest |= codes << rest_bits;
-            packer.bytes[at..at + 8].copy_from_slice(&rest.to_le_bytes());
+            out[at..at + 8].copy_from_slice(&rest.to_le_bytes());
             rest_bits += bits as u32;
             at += (rest_bits / 8) as usize;
             rest >>= rest_bits & !7;

@@ -244,4 +244,14 @@ mod tests {
         lock(&path).unwrap();
         letting_go.join().unwrap();
     }
+
+    #[test]
+    fn a_recurrent_state_is_not_kept_for_other_contexts() {
+        let mut config = Config::default();
+        config.model.dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../model/tests/goldens/qwen35_untied");
+        check(&config).unwrap();
+        config.train.prefix_cache_tokens = 1024;
+        let error = check(&config).unwrap_err().to_string();
+        assert!(error.starts_with("train.prefix_cache_tokens: this model has recurrent layers"), "{error}");
+    }
 }

@@ -20,16 +20,16 @@ fn architecture(config: &Config) -> &'static str {
 /// # Errors
 /// For models with recurrent layers or with experts.
 pub fn refuse_other_forms(config: &Config) -> Result<()> {
+    if config.decoder.experts.is_some() {
+        bail!(
+            "a GGUF file of a mixture of experts is not supported: llama.cpp stacks the experts in an order of its own; serve the \
+             safetensors from a program that calls apollod.export, or with the embedded engine"
+        );
+    }
     if config.decoder.family == Family::Qwen35 {
         bail!(
             "a GGUF file of Qwen3.5 is not supported: llama.cpp keeps norms, decay and heads of its recurrent layers in a form of \
              its own, which cannot be trained in place; serve the safetensors with vLLM or transformers"
-        );
-    }
-    if config.decoder.experts.is_some() {
-        bail!(
-            "a GGUF file of a mixture of experts is not supported: llama.cpp stacks the experts in an order of its own; serve the \
-             safetensors with transformers or the embedded engine"
         );
     }
     Ok(())

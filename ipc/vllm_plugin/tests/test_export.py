@@ -76,7 +76,7 @@ class PackedExperts(unittest.TestCase):
         return model, config
 
     def test_what_a_kernel_has_packed_is_refused_with_what_to_do(self):
-        for backend, advice in [("CPU", "transformers"), ("FLASHINFER_CUTLASS", "--moe-backend triton"), (None, "unknown")]:
+        for backend, advice in [("CPU", "apollod.export"), ("FLASHINFER_CUTLASS", "--moe-backend triton"), (None, "unknown")]:
             with self.assertRaisesRegex(ExportError, f"`experts` .*{advice}"):
                 refuse_transformed(*self.model(backend))
 

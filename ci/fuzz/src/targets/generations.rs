@@ -161,7 +161,7 @@ fn with_sums(frames: &[u8]) -> Vec<u8> {
         let wanted = u32::from_le_bytes(*head.last_chunk().expect("4 of 8 bytes")) as usize;
         let (body, later) = body.split_at(wanted.min(body.len()));
         let frame = [&head[..4], &(body.len() as u32).to_le_bytes(), body].concat();
-        let sum = xxhash_rust::xxh3::xxh3_64(&frame).to_le_bytes();
+        let sum = twox_hash::XxHash3_64::oneshot(&frame).to_le_bytes();
         out.extend(&frame);
         out.extend(sum);
         total.update(&sum);

@@ -103,7 +103,8 @@ def _refuse_packed_experts(name: str, module: torch.nn.Module) -> None:
     backend = getattr(getattr(getattr(module, "quant_method", None), "unquantized_backend", None), "name", "unknown")
     if backend in ("TRITON", "BATCHED_TRITON"):
         return
-    advice = "serve it with transformers" if backend == "CPU" else "start vLLM with --moe-backend triton"
+    on_cpu = "serve it from a program that calls apollod.export, or with `apollod engine`"
+    advice = on_cpu if backend == "CPU" else "start vLLM with --moe-backend triton"
     raise ExportError(f"the experts of `{name}` are packed for vLLM's {backend} kernel; {advice}")
 
 
