@@ -2,9 +2,11 @@ import contextlib
 import copy
 import io
 import os
+import sys
 import tempfile
 import types
 import unittest
+import unittest.mock
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ import apollod
 from apollod.errors import ExportError
 from apollod.manifest import validate
 from apollod.memory import SharedMemory
-from apollod.vllm_worker import refuse_transformed, unpacked
+from apollod.vllm_worker import keep_weights_live, refuse_transformed, unpacked
 from client import Client, Mapped
 
 
@@ -92,6 +94,13 @@ class Convolutions(unittest.TestCase):
         unpacked(lambda **given: told.update(given))(x="x", weight=weight, is_weight_packed=True)
         self.assertEqual((told["x"], told["is_weight_packed"], told["weight"].shape), ("x", False, (3, 4)))
         self.assertEqual(told["weight"].data_ptr(), weight.data_ptr(), "a copy would not be trained")
+
+    def test_a_vllm_with_other_convolutions_gets_what_it_wants_and_goes_on(self):
+        packed, layer = [], torch.nn.Conv1d(3, 3, 4, groups=3)
+        folder = "vllm.model_executor.layers.mamba.ops.cpu"
+        with unittest.mock.patch.dict(sys.modules, {folder: types.ModuleType(folder)}):
+            keep_weights_live(lambda layer, remove_weight: packed.append(layer))(layer, True)
+        self.assertEqual(packed, [layer])
 
 
 class Memory(Exported):

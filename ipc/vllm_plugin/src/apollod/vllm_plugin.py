@@ -19,7 +19,7 @@ from .manifest import Weights, document
 from .reading import reading
 from .server import WeightServer
 from .vllm_engine import EngineControl
-from .vllm_worker import Shared, keep_weights_live, share
+from .vllm_worker import Shared, keep_weights_live, marked, share
 
 logger = logging.getLogger("vllm.apollod")
 
@@ -72,15 +72,15 @@ def _hook_loader() -> None:
         with reading(model_config.model):
             yield from iterate(loader, model_config, *args, **kwargs)
 
-    BaseModelLoader.load_model = _marked(load_whole)
-    DefaultModelLoader.get_all_weights = _marked(iterate_whole)
+    BaseModelLoader.load_model = marked(load_whole)
+    DefaultModelLoader.get_all_weights = marked(iterate_whole)
 
 
 def _hook_worker() -> None:
     from vllm.model_executor.layers import utils
 
     if not getattr(utils.dispatch_cpu_unquantized_gemm, "of_apollod", False):
-        utils.dispatch_cpu_unquantized_gemm = _marked(keep_weights_live(utils.dispatch_cpu_unquantized_gemm))
+        utils.dispatch_cpu_unquantized_gemm = marked(keep_weights_live(utils.dispatch_cpu_unquantized_gemm))
 
 
 def _hook_engine(socket: str) -> None:
@@ -99,7 +99,7 @@ def _hook_engine(socket: str) -> None:
             _guarded(exporter.offer)
         return result
 
-    EngineCore._initialize_kv_caches = _marked(initialize_and_offer)
+    EngineCore._initialize_kv_caches = marked(initialize_and_offer)
 
 
 class EngineExport:
@@ -201,9 +201,3 @@ def _guarded(function: Callable[..., Any], *args: Any) -> Any:
     except Exception:
         logger.exception("apollod: the weights are not offered")
     return None
-
-
-def _marked(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a hook as set, since vLLM may load a plugin more than once in a process."""
-    function.of_apollod = True  # type: ignore[attr-defined]
-    return function

@@ -32,22 +32,29 @@ def keep_weights_live(pack: Callable[..., None]) -> Callable[..., None]:
     def use_weight_itself(layer: torch.nn.Module, remove_weight: bool) -> None:
         if layer.weight.is_meta or layer.weight.ndim == 2:
             layer.cpu_linear = torch.nn.functional.linear
-        elif layer.weight.ndim == 3 and layer.weight.size(1) == 1:
-            _convolve_with_weights_themselves()
+        elif layer.weight.ndim == 3 and layer.weight.size(1) == 1 and _convolve_with_weights_themselves():
+            pass
         else:
             pack(layer, remove_weight)  # Its kernel wants it packed; `share` refuses it.
 
     return use_weight_itself
 
 
-def _convolve_with_weights_themselves() -> None:
-    """Tells vLLM's convolutions, where they are kernels of AVX-512 or Arm, that the weight is not packed."""
-    from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+def _convolve_with_weights_themselves() -> bool:
+    """Tells vLLM's convolutions, where they are kernels of AVX-512 or Arm, that the weight is not packed.
 
-    for name in ("_causal_conv1d_fwd_cpu", "_causal_conv1d_update_cpu"):
-        convolve = getattr(gdn_attention, name)
+    False if this version of vLLM has others: they get what they want, and the server goes on.
+    """
+    try:
+        from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
+
+        kernels = {name: getattr(gdn_attention, name) for name in ("_causal_conv1d_fwd_cpu", "_causal_conv1d_update_cpu")}
+    except (ImportError, AttributeError):
+        return False
+    for name, convolve in kernels.items():
         if not hasattr(convolve, "of_apollod"):
-            setattr(gdn_attention, name, unpacked(convolve))
+            setattr(gdn_attention, name, marked(unpacked(convolve)))
+    return True
 
 
 def unpacked(convolve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -57,8 +64,13 @@ def unpacked(convolve: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
     def convolve_unpacked(*, weight: torch.Tensor, is_weight_packed: bool, **rest: Any) -> torch.Tensor:
         return convolve(weight=weight.flatten(1), is_weight_packed=False, **rest)
 
-    convolve_unpacked.of_apollod = True  # type: ignore[attr-defined]
     return convolve_unpacked
+
+
+def marked(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a hook as set, since vLLM may load a plugin more than once in a process."""
+    function.of_apollod = True  # type: ignore[attr-defined]
+    return function
 
 
 def share(wrapper: Any) -> Shared | None:
