@@ -346,6 +346,32 @@ fn a_file_system_without_hints_gets_the_same_bytes_by_the_same_syncs() {
     }
 }
 
+/// The simulation takes one thread, in which everything happens in one order.
+#[test]
+fn with_any_number_of_threads_a_sync_makes_every_shard_durable_or_fails() {
+    for threads in [1, 2, 5] {
+        let dir = tempfile::tempdir().unwrap();
+        let base = make_model(dir.path(), true, 0, 70);
+        let storage = Failing::new();
+        let open = || Checkpoint::open_on(storage.clone(), dir.path(), Options { threads, ..options() }).unwrap().0;
+        let syncs_of = |shard: &str| storage.synced().iter().filter(|path| path.ends_with(shard)).count();
+        sync(&mut open(), &trained(&base, 71), 1);
+        for shard in ["model-00001-of-00002.safetensors", SECOND] {
+            assert_eq!(syncs_of(shard), 1, "{threads} threads, {shard}");
+        }
+        for shard in ["model-00001-of-00002.safetensors", SECOND] {
+            let mut checkpoint = open();
+            storage.fail(Operation::Sync, shard, EIO);
+            let error = try_sync(&mut checkpoint, &trained(&base, 72), 2).unwrap_err();
+            assert!(matches!(error, Error::Interrupted { generation: 2, .. }), "{threads} threads: {error}");
+            let told = error.to_string();
+            assert!(told.contains("cannot sync") && told.contains(shard), "{threads} threads: {told}");
+            assert_eq!(checkpoint::current(dir.path()).unwrap().unwrap().generation, 1);
+            storage.mend();
+        }
+    }
+}
+
 #[test]
 fn a_clock_that_jumps_keeps_generations_in_order_and_costs_a_few_of_the_oldest() {
     const DAY: u64 = 86_400;
