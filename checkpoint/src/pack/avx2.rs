@@ -15,16 +15,22 @@ use super::code::{ESCAPE, LONGEST};
 const GROUP: usize = 32;
 /// Bytes that their codes take at most.
 const GROUP_BYTES: usize = GROUP * LONGEST as usize / 8;
-/// Codes that are appended at once.
+/// Codes that are appended at once, and the bytes that are written for them.
 const APPENDED: usize = 8;
+const WORD: usize = 8;
+/// Escapes that are taken from a group without asking whether it has any: a branch that is foreseen wrongly costs more than
+/// the whole group, and most groups of trained weights have one or none.
+const FEW: u32 = 2;
 
 /// Adds as many whole groups as there are, if the processor can; gives what is left.
 pub(super) fn add_groups<'a>(packer: &mut Packer, numbers: &'a [u16]) -> &'a [u16] {
     let (groups, rest) = numbers.as_chunks();
-    if !(is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2")) {
+    let bits =
+        is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("popcnt");
+    if !(bits && is_x86_feature_detected!("avx2")) {
         return numbers;
     }
-    // SAFETY: the processor has AVX2, BMI1 and BMI2.
+    // SAFETY: the processor has AVX2, BMI1, BMI2 and POPCNT.
     unsafe { add(packer, groups) };
     rest
 }
@@ -36,7 +42,7 @@ fn vector<T: Copy, const N: usize>(from: &[T; N]) -> __m256i {
     unsafe { std::mem::transmute_copy(from) }
 }
 
-#[target_feature(enable = "avx2,bmi1,bmi2")]
+#[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
 fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
     let twice = |table: [u8; 16]| vector(&[table, table]);
     let codes = twice(packer.code.codes);
@@ -46,10 +52,11 @@ fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
     let [low_byte, low_half] = [_mm256_set1_epi16(0xff), _mm256_set1_epi64x(0xffff_ffff)];
     let [ones_8, ones_16] = [_mm256_set1_epi8(1), _mm256_set1_epi16(1)];
 
-    let mut at = packer.bytes.len();
-    packer.bytes.resize(at + groups.len() * GROUP_BYTES + 8, 0);
-    let out = packer.bytes.as_mut_slice();
-    let (mut rest, mut rest_bits) = (packer.rest, packer.rest_bits);
+    let (mut bytes, mut escaped) = (packer.bytes.len(), packer.escapes.len());
+    packer.bytes.reserve(groups.len() * GROUP_BYTES + WORD);
+    packer.escapes.reserve(groups.len() * GROUP + FEW as usize);
+    let (bytes_out, escapes_out) = (packer.bytes.as_mut_ptr(), packer.escapes.as_mut_ptr());
+    let (mut rest, mut rest_bits) = (packer.rest, u64::from(packer.rest_bits));
     for group in groups {
         let halves = group.as_chunks::<16>().0;
         let [a, b] = [0, 1].map(|half| _mm256_min_epu16(vector(&halves[half]), escape));
@@ -75,20 +82,30 @@ fn add(packer: &mut Packer, groups: &[[u16; GROUP]]) {
         let [eight, eight_length] = [eight, eight_length].map(words);
         for (codes, bits) in eight.into_iter().zip(eight_length) {
             rest |= codes << rest_bits;
-            out[at..at + 8].copy_from_slice(&rest.to_le_bytes());
-            rest_bits += bits as u32;
-            at += (rest_bits / 8) as usize;
+            debug_assert!(bytes + WORD <= packer.bytes.capacity());
+            // SAFETY: what comes before is of the groups before and a part of this one, each of GROUP_BYTES at most; room was
+            // made for all groups and a word.
+            unsafe { bytes_out.add(bytes).cast::<[u8; WORD]>().write(rest.to_le_bytes()) };
+            rest_bits += bits;
+            bytes += (rest_bits / 8) as usize;
             rest >>= rest_bits & !7;
             rest_bits %= 8;
         }
         let mut escapes = _mm256_movemask_epi8(_mm256_cmpeq_epi8(symbols, _mm256_set1_epi8(ESCAPE as i8))) as u32;
-        while escapes != 0 {
-            packer.escapes.push(group[escapes.trailing_zeros() as usize]);
-            escapes &= escapes - 1;
+        for _ in 0..escapes.count_ones().max(FEW) {
+            debug_assert!(escaped < packer.escapes.capacity());
+            // SAFETY: there are GROUP escapes in a group at most; room was made for all groups and FEW more.
+            unsafe { escapes_out.add(escaped).write(group[escapes.trailing_zeros() as usize % GROUP]) };
+            escaped += usize::from(escapes != 0);
+            escapes &= escapes.wrapping_sub(1);
         }
     }
-    packer.bytes.truncate(at);
-    (packer.rest, packer.rest_bits) = (rest, rest_bits);
+    // SAFETY: so many were written, one after the other.
+    unsafe {
+        packer.bytes.set_len(bytes);
+        packer.escapes.set_len(escaped);
+    }
+    (packer.rest, packer.rest_bits) = (rest, rest_bits as u32);
 }
 
 /// The four words of a vector.

@@ -11,7 +11,7 @@
 //!
 //! Differences of trained weights do not repeat each other, so how often each value occurs is all that a code can use. zstd
 //! looks for repetitions first and codes bytes where values are wanted: of the weights of `apollod bench sync` it
-//! leaves 0.156 of the bytes at 1.1 GB/s a core; this code leaves 0.154 at 3 to 4 (research/LOG.md).
+//! leaves 0.156 of the bytes at 1.1 GB/s a core; this code leaves 0.154 at 4 (research/LOG.md).
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
