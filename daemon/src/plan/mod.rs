@@ -29,7 +29,20 @@ pub struct Question {
     pub decision: usize,
     /// GPUs that the server splits the model over.
     pub tensor_parallel: usize,
-    pub gpu: Gpu,
+    /// None for a CPU.
+    pub gpu: Option<Gpu>,
+}
+
+impl Question {
+    /// What the device stores moments in, by `train.moments = "auto"`.
+    fn moments(&self) -> Dtype {
+        if self.gpu.is_some() { Dtype::F32 } else { Dtype::BF16 }
+    }
+
+    /// What it stores keys and values of a context in.
+    fn keys(&self) -> Dtype {
+        if self.gpu.is_none() && self.dtype == Dtype::BF16 { Dtype::BF16 } else { Dtype::F32 }
+    }
 }
 
 /// The answer. Bytes are of the whole model; what one GPU holds is a `tensor_parallel`-th of the weights.
@@ -54,8 +67,8 @@ pub struct Plan {
     window: u64,
     logits: u64,
     projections: u64,
-    prefill_floor: f64,
-    decision_floor: f64,
+    /// Seconds that a context and a decision take at least on the GPU.
+    floor: Option<(f64, f64)>,
 }
 
 impl Plan {
@@ -79,8 +92,7 @@ impl Plan {
         let held = weight_map::merged_layout(&expected, dtype);
         let map = weight_map::map(&expected, &held, &[])?;
         let tensors = trainer::tensors(config, &TrainConfig::default());
-        // On a GPU moments are f32.
-        let settings = Settings { rank, moments: Dtype::F32, ..Settings::default() };
+        let settings = Settings { rank, moments: question.moments(), ..Settings::default() };
         let state = apollo::state_bytes(&tensors, &settings);
         let elements = |tensor: &Tensor| (tensor.rows * tensor.cols) as u64;
         let is = |rule: Rule| tensors.iter().filter(move |tensor| tensor.effective_rule() == rule);
@@ -90,7 +102,7 @@ impl Plan {
         let head = (d.vocab * d.hidden) as u64;
         let recurrent_layers = (0..d.layers).filter(|layer| d.is_delta_net(*layer)).count();
         let attention_layers = d.layers - recurrent_layers;
-        let keys = 2 * 4 * k * attention_layers * d.kv_heads * d.head_dim;
+        let keys = 2 * question.keys().size() * k * attention_layers * d.kv_heads * d.head_dim;
         let recurrent = d.delta_net.as_ref().map_or(0, |delta| {
             let state = delta.value_heads * delta.key_dim * delta.value_dim;
             4 * recurrent_layers * (state + (delta.conv_width - 1) * delta.channels())
@@ -121,6 +133,10 @@ impl Plan {
         let moved = 4.0 * dtype.size() as f64 * touched(matrices, routed)
             + 2.0 * touched(state, apollo::state_bytes(&of_experts, &settings));
         let per_token = (matrices - routed) as f64 + routed as f64 * share(1);
+        let floor = gpu.map(|gpu| {
+            let prefill = 2.0 * (per_token - head as f64) * k as f64 / gpu.flops;
+            (prefill, (6.0 * per_token * t as f64 / gpu.flops).max(moved / gpu.bandwidth))
+        });
         let active = d.experts.clone().map(|e| ((parameters - routed) + (routed as f64 * share(1)) as u64, e));
         Ok(Plan {
             question,
@@ -141,8 +157,7 @@ impl Plan {
             window: window as u64,
             logits: (4 * t * d.vocab) as u64,
             projections: projections as u64,
-            prefill_floor: 2.0 * (per_token - head as f64) * k as f64 / gpu.flops,
-            decision_floor: (6.0 * per_token * t as f64 / gpu.flops).max(moved / gpu.bandwidth),
+            floor,
         })
     }
 
@@ -151,25 +166,27 @@ impl Plan {
         self.state + self.context + self.window + self.logits + self.projections
     }
 
-    /// Bytes on one GPU that are left for the server's own keys and values, and whether there are any.
-    fn left(&self) -> f64 {
-        self.question.gpu.memory - (self.weights / self.question.tensor_parallel as u64 + self.extra()) as f64
+    /// Bytes on one such GPU that are left for the server's own keys and values, if there are any.
+    fn left(&self, gpu: Gpu) -> f64 {
+        gpu.memory - (self.weights / self.question.tensor_parallel as u64 + self.extra()) as f64
     }
 
     /// As an object.
     pub fn json(&self) -> Value {
         let Question { rank, dtype, context, decision, tensor_parallel, gpu } = self.question;
+        let left = gpu.map(|gpu| self.left(gpu));
         json!({
             "family": self.model, "layers": self.layers, "recurrent_layers": self.recurrent_layers,
             "tensors": self.tensors, "tensors_mapped": self.mapped, "server_tensors": self.server_tensors,
             "parameters": self.parameters, "parameters_active": self.active.as_ref().map_or(self.parameters, |(active, _)| *active),
             "trainable": self.trained, "dtype": dtype.to_string(), "weights_bytes": self.weights,
             "rank": rank, "tensors_by_apollo": self.by_apollo, "tensors_by_adamw": self.by_adamw,
-            "optimizer_state_bytes": self.state, "gradient_bytes": 0, "context": context, "decision": decision,
+            "moments": self.question.moments().to_string(), "optimizer_state_bytes": self.state, "gradient_bytes": 0, "context": context, "decision": decision,
             "context_bytes": self.context, "window_bytes": self.window, "logits_bytes": self.logits,
             "projection_bytes": self.projections, "extra_bytes": self.extra(), "tensor_parallel": tensor_parallel,
-            "gpu": gpu.name, "gpu_memory_bytes": gpu.memory, "left_bytes": self.left(), "fits": self.left() > 0.0,
-            "floor_prefill_ms": self.prefill_floor * 1e3, "floor_decision_ms": self.decision_floor * 1e3,
+            "gpu": gpu.map(|gpu| gpu.name), "gpu_memory_bytes": gpu.map(|gpu| gpu.memory), "left_bytes": left,
+            "fits": left.map(|left| left > 0.0), "floor_prefill_ms": self.floor.map(|(prefill, _)| prefill * 1e3),
+            "floor_decision_ms": self.floor.map(|(_, decision)| decision * 1e3),
         })
     }
 }
@@ -220,7 +237,8 @@ impl fmt::Display for Plan {
         };
         writeln!(f, "weights    {} in {dtype}{split}: the server's, trained where they lie", gb(weights))?;
         writeln!(f, "gradients  0: never stored (a trainer that stores them in {dtype}: {})", gb(weights))?;
-        writeln!(f, "state      {} at rank {rank}, moments in f32", gb(self.state as f64))?;
+        let moments = self.question.moments();
+        writeln!(f, "state      {} at rank {rank}, moments in {moments}", gb(self.state as f64))?;
         writeln!(
             f,
             "step       {}: context of {context} tokens {}, window of {decision} {}, logits {}, projections {}",
@@ -230,24 +248,38 @@ impl fmt::Display for Plan {
             gb(self.logits as f64),
             gb(self.projections as f64)
         )?;
-        let left = self.left();
+        match gpu {
+            Some(gpu) => self.fmt_gpu(gpu, f)?,
+            None => write!(
+                f,
+                "CPU        {} beside the server's weights; `apollod bench step --shape config.json` measures a step",
+                gb(self.extra() as f64)
+            )?,
+        }
+        if tensor_parallel > 1 {
+            write!(f, "\nnote       apollod attaches to servers with tensor parallel size 1 only, for now")?;
+        }
+        Ok(())
+    }
+}
+
+impl Plan {
+    fn fmt_gpu(&self, gpu: Gpu, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let left = self.left(gpu);
         let verdict = if left > 0.0 {
             format!("fits, {} left for the server's keys and values", gb(left))
         } else {
             format!("does not fit: {} too much; lower --rank, or a larger GPU", gb(-left))
         };
         writeln!(f, "{:10} {}, {}: {verdict}", gpu.name, gpu.title, gb(gpu.memory))?;
+        let (prefill, decision) = self.floor.expect("a GPU has a floor");
         write!(
             f,
             "floor      {:.0} ms a step: context {:.0}, decision {:.0} (memory traffic or arithmetic, whichever takes longer)",
-            (self.prefill_floor + self.decision_floor) * 1e3,
-            self.prefill_floor * 1e3,
-            self.decision_floor * 1e3
-        )?;
-        if tensor_parallel > 1 {
-            write!(f, "\nnote       apollod attaches to servers with tensor parallel size 1 only, for now")?;
-        }
-        Ok(())
+            (prefill + decision) * 1e3,
+            prefill * 1e3,
+            decision * 1e3
+        )
     }
 }
 
@@ -256,7 +288,7 @@ mod tests {
     use super::*;
 
     fn ask(rank: usize, gpu: &str) -> Question {
-        let gpu = named(gpu).unwrap();
+        let gpu = Some(named(gpu).unwrap());
         Question { rank, dtype: Dtype::BF16, context: 4096, decision: 32, tensor_parallel: 1, gpu }
     }
 
@@ -287,7 +319,8 @@ mod tests {
             })
             .sum();
         assert_eq!(plan.state, by_hand as u64);
-        assert!(plan.left() > 0.0 && Plan::of(&config, ask(256, "l40s")).unwrap().left() < 0.0);
+        let left = |gpu| Plan::of(&config, ask(256, gpu)).unwrap().left(named(gpu).unwrap());
+        assert!(left("b200") > 0.0 && left("l40s") < 0.0);
     }
 
     #[test]
@@ -301,9 +334,22 @@ mod tests {
         assert!((30.4..30.6).contains(&(plan.parameters as f64 / 1e9)), "{plan}");
         assert!((3.25..3.4).contains(&(*active as f64 / 1e9)), "{plan}");
         // One token has 8 of 128 experts, 32 tokens may have all.
-        let floor = |decision| Plan::of(&config, Question { decision, ..ask(256, "b200") }).unwrap().decision_floor;
+        let floor = |decision| Plan::of(&config, Question { decision, ..ask(256, "b200") }).unwrap().floor.unwrap().1;
         assert!(floor(1) < 0.2 * floor(32) && floor(16) == floor(32), "{} {} {}", floor(1), floor(16), floor(32));
         assert!(plan.to_string().contains("128 a layer, 8 for each token"), "{plan}");
+    }
+
+    #[test]
+    fn on_a_cpu_moments_and_the_keys_of_bf16_weights_take_half() {
+        let config = config("qwen3_30b_a3b");
+        let gpu = Plan::of(&config, ask(256, "h200")).unwrap();
+        let on_cpu = |dtype| Plan::of(&config, Question { gpu: None, dtype, ..ask(256, "h200") }).unwrap();
+        let (half, full) = (on_cpu(Dtype::BF16), on_cpu(Dtype::F32));
+        assert_eq!((2 * half.context, full.context), (gpu.context, gpu.context));
+        // Moments of norms, which AdamW trains, are f32 everywhere.
+        assert!((0.5..0.501).contains(&(half.state as f64 / gpu.state as f64)), "{half}");
+        assert_eq!((half.state, half.floor), (full.state, None));
+        assert!(half.to_string().contains("moments in BF16") && half.json()["fits"].is_null(), "{half}");
     }
 
     #[test]
