@@ -1,7 +1,7 @@
 //! `apollod grads`: loss and full gradients of examples, to compare with another implementation.
 
 use crate::backend::{Backend, DeviceChoice, OnDevice};
-use crate::examples::Templates;
+use crate::examples;
 use crate::reading::reading;
 use crate::weights;
 use anyhow::{Context, Result, bail};
@@ -47,7 +47,8 @@ fn write<D: Backend>(device: Arc<D>, model_dir: &Path, examples: &Path, out: &Pa
         bail!("--out {}: there is no folder {}", out.display(), folder.display());
     }
     let config = Config::read(model_dir)?;
-    let examples = read(model_dir, &config, examples)?;
+    let examples = examples::read(model_dir, config.max_position_embeddings, examples)?;
+    let examples: Vec<Example> = examples.into_iter().map(|(_, example)| example).collect();
     let longest = examples.iter().map(|e| e.ids().len()).max().unwrap_or(1);
     let weights = reading(model_dir, || weights::load(&device, model_dir, &config, widen))?;
     let model = Model::new(device.clone(), config.clone(), weights, longest);
@@ -74,37 +75,4 @@ fn write<D: Backend>(device: Arc<D>, model_dir: &Path, examples: &Path, out: &Pa
     safetensors::serialize_to_file(views, None, out).with_context(|| format!("cannot write {}", out.display()))?;
     println!("{}", json!({"examples": reports}));
     Ok(())
-}
-
-/// Token examples need no tokenizer; others use the model's.
-fn read(model_dir: &Path, config: &Config, path: &Path) -> Result<Vec<Example>> {
-    let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let mut templates = None;
-    let mut examples = Vec::new();
-    for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let place = || format!("{}, line {}", path.display(), number + 1);
-        let json: serde_json::Value = serde_json::from_str(line).with_context(place)?;
-        let (ids, spans) = if json.get("context_ids").is_some() {
-            let ids = |key: &str| -> Result<Vec<u32>> {
-                serde_json::from_value(json[key].clone()).with_context(|| format!("{}: {key}", place()))
-            };
-            let (mut all, decision) = (ids("context_ids")?, ids("decision_ids")?);
-            let start = all.len();
-            all.extend(decision);
-            let end = all.len();
-            (all, vec![start..end])
-        } else {
-            if templates.is_none() {
-                crate::cli::need_tokenizer(model_dir)?;
-                templates = Some(Templates::load(model_dir, config.max_position_embeddings)?);
-            }
-            let (_, prepared) = templates.as_ref().expect("just loaded").prepare(&json).with_context(place)?;
-            (prepared.ids, prepared.spans)
-        };
-        examples.push(Example::new(ids, spans).with_context(place)?);
-    }
-    if examples.is_empty() {
-        bail!("{} holds no examples", path.display());
-    }
-    Ok(examples)
 }

@@ -13,10 +13,10 @@
 //!    | request | answer |
 //!    |---|---|
 //!    | [`ToTrainer::Train`] | `Trained` (a gated or non-finite step too: `skipped` says why) or `Failed` |
-//!    | [`ToTrainer::Sync`] | `Synced` or `Failed` |
+//!    | [`ToTrainer::Sync`] | `Synced`, `Harmed` (by the guard: everything is as the last sync left it) or `Failed` |
 //!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed`; none, but `Dying`, where only the files are rolled back |
 //!    | [`ToTrainer::Repair`] | `Repaired`, also when not everything could be, or `Failed` |
-//!    | [`ToTrainer::Shutdown`] with `sync` | `Synced` or `Failed`, then the child exits with status 0 |
+//!    | [`ToTrainer::Shutdown`] with `sync` | `Synced`, `Harmed` or `Failed`, then the child exits with status 0 |
 //!    | [`ToTrainer::Shutdown`] without `sync` | none: the child exits with status 0 |
 //!
 //! 4. `ServerGone` may come at any time. It takes the place of all answers that were due, nothing follows it, and the
@@ -239,6 +239,53 @@ pub struct Synced {
     /// Why the generation got no directory of its own, where it was to get one.
     #[serde(default)]
     pub directory_failed: Option<String>,
+    /// How the probes do, where there are any.
+    #[serde(default)]
+    pub probed: Option<Box<Probed>>,
+}
+
+/// How the guard's probes do. Losses are in nats a decision token; `None` is one that is not finite.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Probed {
+    /// How many there are.
+    pub probes: u64,
+    /// Their mean loss.
+    pub loss: Option<f64>,
+    /// What it was when the guard first saw them.
+    pub reference: f64,
+    /// The generation of then.
+    pub reference_generation: u64,
+    /// The mean of what each rose by.
+    pub rise: Option<f64>,
+    /// The standard error of that mean.
+    pub error: Option<f64>,
+    /// How far it may rise.
+    pub limit: f64,
+    /// The probe that rose most.
+    pub worst: WorstProbe,
+}
+
+/// One probe.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WorstProbe {
+    /// Its line in the file of the probes.
+    pub line: u64,
+    /// Its loss.
+    pub loss: Option<f64>,
+    /// What that was when the guard first saw it.
+    pub reference: f64,
+}
+
+/// The answer to [`ToTrainer::Sync`] where the guard found the live weights harmed: they, the files and the optimizer are those
+/// of the last generation again.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Harmed {
+    /// What is wrong, in words.
+    pub reason: String,
+    /// What the probes said.
+    pub probed: Probed,
+    /// Where everything is again.
+    pub restored: RolledBack,
 }
 
 /// The answer to [`ToTrainer::Rollback`].
@@ -318,6 +365,9 @@ pub struct Ready {
     /// What it takes of the machine.
     #[serde(default)]
     pub budget: Option<Budget>,
+    /// How the probes do, where there are any.
+    #[serde(default)]
+    pub probed: Option<Box<Probed>>,
 }
 
 /// What the trainer takes of the machine.
@@ -343,6 +393,8 @@ pub enum FromTrainer {
     Trained(Trained),
     /// The files are a new generation.
     Synced(Synced),
+    /// What was trained since the last sync harmed the model and was taken back.
+    Harmed(Box<Harmed>),
     /// Files and live weights are back at an earlier generation.
     RolledBack(RolledBack),
     /// What was damaged in the files is right again, as far as possible.

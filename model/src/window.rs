@@ -138,6 +138,10 @@ impl Example {
     pub fn ids(&self) -> &[u32] {
         &self.ids
     }
+    /// The decision spans within them.
+    pub fn spans(&self) -> &[Range<usize>] {
+        &self.spans
+    }
     /// Decision tokens.
     pub fn tokens(&self) -> usize {
         self.spans.iter().map(|s| s.len()).sum()

@@ -132,8 +132,14 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         }
         // A stale address would send the next command to whoever listens there then.
         let _ = std::fs::remove_file(&address_file);
-        if let Some(reason) = handle.status().last_sync.filter(|s| s.reason == "shutdown").and_then(|s| s.failed) {
-            bail!("the last sync failed, what was not synced is trained again at the next start: {reason}");
+        let status = handle.status();
+        if let Some(reason) = status.last_sync.filter(|s| s.reason == "shutdown").and_then(|s| s.failed) {
+            match status.guard.is_some_and(|last| last.harmed.is_some()) {
+                true => bail!("the last sync was not made, and what it would have written is quarantined: {reason}"),
+                false => {
+                    bail!("the last sync failed, what was not synced is trained again at the next start: {reason}")
+                }
+            }
         }
         tracing::info!("stopped");
         Ok(ExitCode::SUCCESS)
@@ -160,6 +166,7 @@ fn check(config: &Config) -> Result<usize> {
     if !unmatched.is_empty() {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
     }
+    trainer::probes(config, &model)?;
     Ok(trainer::longest(&model, &config.train))
 }
 

@@ -9,11 +9,19 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
-use super::{Config, HttpConfig, ModelConfig, QueueConfig, ServerConfig, SyncConfig, TensorRule, TrainConfig};
+use super::{
+    Config, GuardConfig, HttpConfig, ModelConfig, QueueConfig, ServerConfig, SyncConfig, TensorRule, TrainConfig,
+};
 
 /// Keys that are paths; in a file they are relative to the file's folder, elsewhere to the working directory.
-const PATHS: [(&str, &str); 5] =
-    [("model", "dir"), ("server", "socket"), ("server", "manifest"), ("server", "live"), ("queue", "path")];
+const PATHS: [(&str, &str); 6] = [
+    ("model", "dir"),
+    ("server", "socket"),
+    ("server", "manifest"),
+    ("server", "live"),
+    ("queue", "path"),
+    ("guard", "probes"),
+];
 
 /// Environment variables with the prefix that are not configuration keys.
 const OTHER_VARIABLES: [&str; 6] =
@@ -200,7 +208,7 @@ fn check_keys(document: &DeTable<'_>, at: &dyn Fn(usize) -> String) -> Result<()
 }
 
 /// Every section with its keys.
-pub fn sections() -> [(&'static str, &'static [&'static str]); 6] {
+pub fn sections() -> [(&'static str, &'static [&'static str]); 7] {
     [
         ("model", fields_of::<ModelConfig>()),
         ("server", fields_of::<ServerConfig>()),
@@ -208,6 +216,7 @@ pub fn sections() -> [(&'static str, &'static [&'static str]); 6] {
         ("train", fields_of::<TrainConfig>()),
         ("queue", fields_of::<QueueConfig>()),
         ("sync", fields_of::<SyncConfig>()),
+        ("guard", fields_of::<GuardConfig>()),
     ]
 }
 

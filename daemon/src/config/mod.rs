@@ -38,6 +38,8 @@ pub struct Config {
     pub queue: QueueConfig,
     /// Writing the live weights back into the model directory.
     pub sync: SyncConfig,
+    /// Noticing harm.
+    pub guard: GuardConfig,
 }
 
 /// `[model]`
@@ -223,6 +225,26 @@ impl Default for SyncConfig {
     }
 }
 
+/// `[guard]`
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GuardConfig {
+    /// What the model must still know: examples as `POST /v1/examples` takes them, one JSON object a line, which are never
+    /// trained. No default: nothing is guarded. Their loss is measured when a trainer starts and before each sync, which
+    /// takes as long as to read them once.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub probes: Option<PathBuf>,
+    /// How far that loss may rise in the mean over the probes, in nats a token, above what it was when the guard first saw
+    /// them. Default 0.1. Beyond it what was trained since the last sync is taken back, and training pauses.
+    pub max_rise: f64,
+}
+
+impl Default for GuardConfig {
+    fn default() -> Self {
+        Self { probes: None, max_rise: 0.1 }
+    }
+}
+
 impl Config {
     /// The daemon's own folder in the model directory.
     pub fn state_dir(&self) -> PathBuf {
@@ -239,8 +261,8 @@ impl Config {
     /// # Errors
     /// When there is no working directory.
     pub fn absolute(mut self) -> std::io::Result<Self> {
-        let Self { model, server, queue, .. } = &mut self;
-        let set = [&mut server.socket, &mut server.manifest, &mut server.live, &mut queue.path];
+        let Self { model, server, queue, guard, .. } = &mut self;
+        let set = [&mut server.socket, &mut server.manifest, &mut server.live, &mut queue.path, &mut guard.probes];
         for path in set.into_iter().flatten().chain([&mut model.dir]) {
             if !path.as_os_str().is_empty() {
                 *path = std::path::absolute(&*path)?;

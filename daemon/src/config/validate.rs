@@ -26,6 +26,9 @@ impl Config {
         check((0.0..=36_500.0).contains(&self.sync.keep_days), "sync.keep_days", || {
             range("[0, 36500] days", self.sync.keep_days)
         })?;
+        check((1e-6..=100.0).contains(&self.guard.max_rise), "guard.max_rise", || {
+            range("[1e-6, 100] nats a token", self.guard.max_rise)
+        })?;
         Schedule::parse(&self.sync.schedule, &self.sync.timezone).map_err(|error| {
             let key = if matches!(error, ScheduleError::Zone(_)) { "sync.timezone" } else { "sync.schedule" };
             invalid(key, error.to_string())

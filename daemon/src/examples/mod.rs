@@ -5,6 +5,7 @@
 //! learned; every other token is context and gets no gradient.
 
 mod chat;
+mod file;
 mod input;
 mod template;
 mod tokens;
@@ -19,6 +20,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
+pub use file::read;
 pub use input::Example;
 pub use template::source as chat_template;
 pub use tokens::{Decoder, read_json, token_text};

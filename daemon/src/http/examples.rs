@@ -1,22 +1,24 @@
-//! `POST /v1/examples` and `GET /v1/examples/{id}`.
+//! `POST /v1/examples`, `GET /v1/examples/{id}` and `GET /v1/examples?state=S`.
 
 use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
-use axum::extract::{Path, State};
+use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::body::{Item, items};
 use super::{App, Problem, blocking, json_text};
 use crate::examples::{Refusal, Templates};
-use crate::queue::{Added, Idempotency, NewExample, QueueError};
+use crate::queue::{self, Added, Idempotency, NewExample, QueueError};
 use crate::supervisor::Status;
 
 /// Longest Idempotency-Key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
+/// Examples in one list.
+const LISTED_MAX: u64 = 1000;
 
 #[derive(Serialize)]
 struct Accepted {
@@ -82,6 +84,31 @@ pub async fn get(State(app): State<App>, Path(id): Path<String>) -> Result<Respo
         None => Err(Problem::new(404, "unknown-example", format!("no example {id:?}, or it finished long ago"))),
     })
     .await
+}
+
+/// What `GET /v1/examples` takes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listed {
+    state: String,
+    #[serde(default = "listed_by_default")]
+    limit: u64,
+}
+
+fn listed_by_default() -> u64 {
+    100
+}
+
+/// `GET /v1/examples?state=S`: those in a state, the newest first.
+pub async fn list(State(app): State<App>, Query(Listed { state, limit }): Query<Listed>) -> Result<Response, Problem> {
+    let state = state.parse().map_err(|()| {
+        let known = queue::State::ALL.map(queue::State::name).join(", ");
+        Problem::new(400, "state", format!("{state:?} is no state of an example; there are {known}"))
+    })?;
+    if !(1..=LISTED_MAX).contains(&limit) {
+        return Err(Problem::new(400, "limit", format!("is {limit}, must lie in [1, {LISTED_MAX}]")));
+    }
+    blocking(move || Ok(Json(json!({ "examples": app.queue.in_state(state, limit)? })).into_response())).await
 }
 
 fn answer(taken: &[(Item, NewExample)], ids: &[String], refused: &[Refused]) -> serde_json::Value {

@@ -51,6 +51,16 @@ fn text(status: &Status) -> String {
     out.gauge("staleness_updates_max", "The most of any step since the daemon's start.", counts.staleness_max);
     let outcomes = [("done", counts.syncs), ("failed", counts.syncs_failed)];
     out.family("syncs_total", "counter", "Syncs since the daemon's start.", "outcome", &outcomes);
+    if let Some(guard) = &status.guard {
+        // As Prometheus writes what is not finite.
+        let nats = |value: Option<f64>| value.map_or_else(|| "+Inf".to_owned(), |value| value.to_string());
+        let help = "Mean loss of the guard's probes at its last look, in nats a token.";
+        out.gauge("probe_loss", help, nats(guard.probed.loss));
+        let help = "How far that has risen since the guard first saw them.";
+        out.gauge("probe_rise", help, nats(guard.probed.rise));
+    }
+    let help = "Times that the guard took back what was trained since the last sync.";
+    out.family("harmed_total", "counter", help, "", &[("", counts.harmed)]);
     let outcomes = [("done", counts.invalidations), ("failed", counts.invalidations_failed)];
     let help = "Invalidations of the server's prefix cache since the daemon's start.";
     out.family("invalidations_total", "counter", help, "outcome", &outcomes);
@@ -91,7 +101,8 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::supervisor::{State, StepLoss, Timings};
+    use crate::protocol::{Probed, WorstProbe};
+    use crate::supervisor::{LastProbed, State, StepLoss, Timings};
 
     #[test]
     fn a_status_is_a_page_of_samples_each_with_help_and_type() {
@@ -101,8 +112,24 @@ mod tests {
         status.timings = Some(Timings { update_ms: 12.5, ..Timings::default() });
         (status.counts.holds, status.counts.holds_overrun, status.restarts) = (3, 1, 4);
         (status.counts.staleness_sum, status.counts.staleness_max) = (6, 2);
+        let worst = WorstProbe { line: 1, loss: None, reference: 1.0 };
+        let probed = Probed {
+            probes: 1,
+            loss: None,
+            reference: 1.0,
+            reference_generation: 0,
+            rise: Some(0.25),
+            error: None,
+            limit: 0.1,
+            worst,
+        };
+        status.guard = Some(LastProbed { at: "t".into(), probed, harmed: None });
+        status.counts.harmed = 3;
         let page = text(&status);
         for line in [
+            "apollod_probe_loss +Inf",
+            "apollod_probe_rise 0.25",
+            "apollod_harmed_total 3",
             "apollod_ready 1",
             "apollod_weight_version 7",
             "apollod_examples{state=\"trained\"} 5",

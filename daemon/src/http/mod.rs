@@ -4,11 +4,11 @@
 //! asked for; what protects the model there is that a web page cannot reach it: a request whose `Host` or `Origin` is
 //! not this machine is refused (DNS rebinding, cross-site requests).
 
+mod access;
 mod body;
 mod control;
 mod events;
 mod examples;
-mod guard;
 mod legacy;
 mod metrics;
 mod problem;
@@ -49,7 +49,7 @@ pub struct App {
 /// All routes.
 pub fn router(app: App) -> Router {
     Router::new()
-        .route("/v1/examples", post(examples::post))
+        .route("/v1/examples", post(examples::post).get(examples::list))
         .route("/v1/examples/{id}", get(examples::get))
         .route("/v1/status", get(control::status))
         .route("/v1/events", get(events::events))
@@ -63,12 +63,12 @@ pub fn router(app: App) -> Router {
         .route("/train", post(legacy::train))
         .route("/status/{job}", get(legacy::status))
         .route("/checkpoints", get(control::checkpoints))
-        .layer(axum::middleware::from_fn_with_state(app.clone(), guard::key))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), access::key))
         .route("/health", get(control::health))
         .route("/ready", get(control::ready))
         .fallback(|| async { Problem::new(404, "not-found", "there is nothing at this path") })
         .method_not_allowed_fallback(|| async { Problem::new(405, "method", "this path does not take this method") })
-        .layer(axum::middleware::from_fn_with_state(app.clone(), guard::same_machine))
+        .layer(axum::middleware::from_fn_with_state(app.clone(), access::same_machine))
         .layer(DefaultBodyLimit::max(app.config.max_body_bytes))
         .with_state(app)
 }

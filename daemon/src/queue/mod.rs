@@ -3,7 +3,7 @@
 //! An example is `queued` until it is handed out; then it gets its `seq` and its step number, in one transaction, and
 //! is `training` until the trainer's answer makes it `trained`, `skipped` (a gate) or `failed`. `refused` is an
 //! example that became impossible while it waited (`max_tokens` was lowered). `rolled_back` is one whose effect was
-//! taken back on request.
+//! taken back on request, `quarantined` one of those whose effect was taken back by the guard.
 //!
 //! What the files hold is said by the checkpoint's cursor alone. After a trainer's restart, [`Queue::replay`] gives
 //! what was handed out after that cursor, in the same order, in the same batches, with the same step numbers.
@@ -375,6 +375,27 @@ impl Queue {
         self.write(|transaction| Ok(roll_back(transaction, generation, cursor)?))
     }
 
+    /// Records that what was handed out after a cursor harmed the model and was taken back; gives how many examples.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_quarantined(&self, cursor: u64, reason: &str) -> Result<u64, QueueError> {
+        self.write(|transaction| Ok(take_back(transaction, cursor, State::Quarantined, reason)?))
+    }
+
+    /// Examples in a state, those that came last first, at most `limit`.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn in_state(&self, state: State, limit: u64) -> Result<Vec<Record>, QueueError> {
+        self.read(|connection| {
+            let cursor = number(connection, "synced_cursor")?;
+            let sql = format!("SELECT {RECORD} FROM examples WHERE state = ?1 ORDER BY number DESC LIMIT ?2");
+            let mut statement = connection.prepare_cached(&sql)?;
+            statement.query_map(params![state.name(), limit as i64], |row| record(row, cursor))?.collect()
+        })
+    }
+
     /// Takes in what a trainer says at its start, and gives the number of examples rolled back.
     ///
     /// A cursor behind the one that a generation has already reached means that somebody rolled the files back while
@@ -405,9 +426,15 @@ impl Queue {
 
 fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rusqlite::Result<u64> {
     let reason = format!("rolled back to generation {generation}");
+    take_back(transaction, cursor, State::RolledBack, &reason)
+}
+
+/// What was handed out after a cursor gets this state, with the reason, and is not replayed; gives how many.
+fn take_back(transaction: &Transaction<'_>, cursor: u64, state: State, reason: &str) -> rusqlite::Result<u64> {
     let changed = transaction.execute(
-        "UPDATE examples SET state = 'rolled_back', reason = ?2 WHERE seq > ?1 AND state NOT IN ('failed', 'refused')",
-        params![cursor as i64, reason],
+        "UPDATE examples SET state = ?2, reason = ?3
+         WHERE seq > ?1 AND state NOT IN ('failed', 'refused', 'quarantined')",
+        params![cursor as i64, state.name(), reason],
     )?;
     set_number(transaction, "synced_cursor", cursor as i64)?;
     Ok(changed as u64)

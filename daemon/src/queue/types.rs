@@ -26,12 +26,22 @@ pub enum State {
     Failed,
     /// Its effect was taken back by a rollback.
     RolledBack,
+    /// It is one of those that harmed the model, and their effect was taken back by the guard.
+    Quarantined,
 }
 
 impl State {
     /// All states, in the order of an example's life.
-    pub const ALL: [Self; 7] =
-        [Self::Queued, Self::Training, Self::Trained, Self::Skipped, Self::Refused, Self::Failed, Self::RolledBack];
+    pub const ALL: [Self; 8] = [
+        Self::Queued,
+        Self::Training,
+        Self::Trained,
+        Self::Skipped,
+        Self::Refused,
+        Self::Failed,
+        Self::RolledBack,
+        Self::Quarantined,
+    ];
 
     /// Its name, as the file and the API write it.
     pub fn name(self) -> &'static str {
@@ -43,6 +53,7 @@ impl State {
             Self::Refused => "refused",
             Self::Failed => "failed",
             Self::RolledBack => "rolled_back",
+            Self::Quarantined => "quarantined",
         }
     }
 
@@ -114,7 +125,7 @@ pub struct Record {
     pub loss: Option<f32>,
     /// The live weights' version after its step.
     pub weight_version: Option<u64>,
-    /// Why it was skipped, refused, failed or rolled back.
+    /// Why it was skipped, refused, failed, rolled back or quarantined.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Whether the model directory's files hold its effect.

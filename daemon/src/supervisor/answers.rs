@@ -8,10 +8,12 @@ use chrono::Utc;
 use super::child::Output;
 use super::events::What;
 use super::run::{InFlight, Sent, Supervisor, answer, now};
-use super::status::{LOSSES_KEPT, LastInvalidation, LastPublished, LastRollback, LastSync, StepLoss, Timings};
+use super::status::{
+    LOSSES_KEPT, LastInvalidation, LastProbed, LastPublished, LastRollback, LastSync, StepLoss, Timings,
+};
 use super::{ControlError, FAILURES_MAX, Reply, State};
 use crate::protocol::{
-    Cause, FromTrainer, Invalidated, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
+    Cause, FromTrainer, Harmed, Invalidated, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
 };
 
 impl Supervisor {
@@ -36,6 +38,13 @@ impl Supervisor {
             (FromTrainer::Synced(synced), Some(InFlight::Shutdown)) => {
                 self.in_flight = Some(InFlight::Shutdown);
                 self.on_synced("shutdown".into(), Vec::new(), synced)
+            }
+            (FromTrainer::Harmed(harmed), Some(InFlight::Sync { reason, waiting })) => {
+                self.on_harmed(reason, waiting, *harmed)
+            }
+            (FromTrainer::Harmed(harmed), Some(InFlight::Shutdown)) => {
+                self.in_flight = Some(InFlight::Shutdown);
+                self.on_harmed("shutdown".into(), Vec::new(), *harmed)
             }
             (FromTrainer::RolledBack(done), Some(InFlight::Rollback { reply })) => self.on_rolled_back(done, reply),
             (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => on_repaired(repaired, reply),
@@ -98,6 +107,7 @@ impl Supervisor {
             status.weight_version = ready.weight_version;
             (status.generation, status.cursor, status.step) = (Some(ready.generation), Some(ready.cursor), ready.step);
             (status.parameters, status.trainable) = (Some(ready.parameters), Some(ready.trainable));
+            status.guard = ready.probed.map(|probed| LastProbed { at: now(), probed: *probed, harmed: None });
             status.recovery = ready.recovery;
         });
         self.tell(attached);
@@ -206,12 +216,44 @@ impl Supervisor {
         self.update(|status| {
             (status.generation, status.cursor) = (Some(synced.generation), Some(synced.cursor));
             status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
+            if let Some(probed) = synced.probed.as_deref().cloned() {
+                status.guard = Some(LastProbed { at: now(), probed, harmed: None });
+            }
             status.counts.syncs += u64::from(!synced.unchanged);
         });
         if !synced.unchanged {
             self.tell(What::Sync(synced.clone()));
         }
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
+    }
+
+    /// The guard has taken back what was trained since the last sync. Nobody knows which of those examples did the harm, so
+    /// all of them are put aside, and somebody is to look before more are trained.
+    fn on_harmed(&mut self, why: String, waiting: Vec<Reply<Synced>>, harmed: Harmed) {
+        let Harmed { reason, probed, restored: RolledBack { generation, cursor, step, weight_version, .. } } = harmed;
+        let said = reason.clone();
+        self.record(move |queue| {
+            let count = queue.record_quarantined(cursor, &said)?;
+            tracing::error!(
+                "the guard went back to generation {generation}: {said}. {count} examples are quarantined, training is paused"
+            );
+            Ok(())
+        });
+        (self.unsynced, self.replay_from, self.deaths_in_a_row) = (false, None, 0);
+        self.next_sync = self.options.schedule.next_after(Utc::now());
+        self.paused = Some(format!(
+            "the guard took back what was trained since generation {generation}: {reason}. GET \
+             /v1/examples?state=quarantined lists the examples; resume to train what waits"
+        ));
+        self.update(|status| {
+            (status.generation, status.cursor) = (Some(generation), Some(cursor));
+            (status.weight_version, status.step) = (weight_version, step);
+            status.guard = Some(LastProbed { at: now(), probed, harmed: Some(reason.clone()) });
+            status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
+            status.counts.harmed += 1;
+        });
+        self.tell(What::Harmed { generation, reason: reason.clone() });
+        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Harmed(reason.clone()))));
     }
 
     fn on_rolled_back(&mut self, done: RolledBack, reply: Reply<RolledBack>) {

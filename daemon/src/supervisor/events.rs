@@ -55,6 +55,13 @@ pub enum What {
         /// The generation that now holds its content.
         generation: u64,
     },
+    /// What was trained since the last sync harmed the model and was taken back; training is paused.
+    Harmed {
+        /// The generation that everything is at again.
+        generation: u64,
+        /// What is wrong.
+        reason: String,
+    },
     /// The inference server is gone.
     ServerGone {
         /// What was seen.
@@ -79,6 +86,7 @@ impl What {
             Self::Step { .. } => "step",
             Self::Sync(_) => "sync",
             Self::Rollback { .. } => "rollback",
+            Self::Harmed { .. } => "harmed",
             Self::ServerGone { .. } => "server_gone",
             Self::Invalidated { .. } => "invalidated",
             Self::Stopped => "stopped",

@@ -33,9 +33,9 @@ use tokio::sync::{broadcast, oneshot};
 
 pub use child::ChildCommand;
 pub use events::{Happening, What};
-pub use status::{State, Status};
 #[cfg(test)]
-pub use status::{StepLoss, Timings};
+pub use status::{LastProbed, StepLoss, Timings};
+pub use status::{State, Status};
 
 use crate::protocol::{Repaired, RolledBack, Synced};
 use crate::queue::Queue;
@@ -108,6 +108,9 @@ pub enum ControlError {
     /// The same, and it may be done when another program has loaded the model.
     #[error("{0}")]
     Readers(String),
+    /// The guard found the model harmed, and what was trained since the last sync was taken back.
+    #[error("not synced: {0}")]
+    Harmed(String),
     /// The trainer died, or lost its server, before it answered.
     #[error("the trainer did not answer: {0}; whether it was done will show in the generations")]
     Lost(String),

@@ -5,7 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::protocol::{Budget, Invalidated, Published, RolledBack, Synced};
+use crate::protocol::{Budget, Invalidated, Probed, Published, RolledBack, Synced};
 
 /// Steps whose losses are kept.
 pub const LOSSES_KEPT: usize = 32;
@@ -118,6 +118,18 @@ pub struct LastRollback {
     pub done: RolledBack,
 }
 
+/// The last time that the guard looked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastProbed {
+    /// When, RFC 3339.
+    pub at: String,
+    /// What it found.
+    #[serde(flatten)]
+    pub probed: Probed,
+    /// What was wrong, if the model was harmed.
+    pub harmed: Option<String>,
+}
+
 /// The last time that the server was told of moved weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LastInvalidation {
@@ -157,6 +169,9 @@ pub struct Counts {
     pub syncs: u64,
     /// Syncs that failed.
     pub syncs_failed: u64,
+    /// Times that the guard took back what was trained.
+    #[serde(default)]
+    pub harmed: u64,
     /// Invalidations of the server's prefix cache.
     pub invalidations: u64,
     /// Those that failed.
@@ -246,6 +261,9 @@ pub struct Status {
     /// The last rollback since the daemon's start.
     #[serde(default)]
     pub last_rollback: Option<LastRollback>,
+    /// The guard's last look at its probes; `None` where nothing is guarded.
+    #[serde(default)]
+    pub guard: Option<LastProbed>,
     /// The directory of the last generation, with `sync.mode = "generation"`.
     #[serde(default)]
     pub directory: Option<LastPublished>,
@@ -382,6 +400,17 @@ impl fmt::Display for Status {
         if let Some(LastPublished { at, published }) = &self.directory {
             let what = published.directory.as_deref().unwrap_or("none");
             writeln!(f, "  directory   {what} at {at}, generation {}", published.generation)?;
+        }
+        if let Some(LastProbed { at, probed, harmed }) = &self.guard {
+            let nats = |value: Option<f64>| value.map_or_else(|| "not finite".into(), |value| format!("{value:.3}"));
+            let Probed { probes, loss, rise, limit, reference_generation, .. } = probed;
+            let (loss, rise) = (nats(*loss), nats(*rise));
+            let verdict = if harmed.is_some() { "; taken back" } else { "" };
+            writeln!(
+                f,
+                "  guard       {probes} probes, loss {loss}, {rise} above generation {reference_generation}'s (limit \
+                 {limit}) at {at}{verdict}"
+            )?;
         }
         if let Some(LastRollback { at, done: RolledBack { generation, to, .. } }) = &self.last_rollback {
             writeln!(f, "  rollback    last {at}: generation {generation} has the content of {to}")?;

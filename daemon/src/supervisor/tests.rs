@@ -464,6 +464,54 @@ fn a_rollback_takes_its_examples_back_and_one_that_fails_changes_nothing() {
 }
 
 #[test]
+fn what_harmed_the_model_is_put_aside_and_nothing_more_is_trained_until_somebody_looked() {
+    let stand = Stand::start(&[]);
+    let good = stand.add(1);
+    stand.wait_for(&good, ExampleState::Trained);
+    block_on(stand.handle.sync("test")).unwrap();
+    stand.order("fail_step", "3");
+    let bad = stand.add(1);
+    stand.wait_for(&bad, ExampleState::Trained);
+    let failed = stand.add(1);
+    stand.wait_for(&failed, ExampleState::Failed);
+    stand.order("harm", "");
+    let error = block_on(stand.handle.sync("test")).unwrap_err();
+    assert_eq!(error, ControlError::Harmed("the loss rose".into()));
+    stand.until_state(State::Paused);
+    let waiting = stand.add(1);
+    let status = stand.handle.status();
+    assert!(status.detail.as_ref().unwrap().contains("since generation 1: the loss rose"), "{status}");
+    assert_eq!((status.generation, status.cursor, status.step, status.weight_version), (Some(1), Some(1), 1, 9));
+    assert_eq!((status.counts.harmed, status.to_replay), (1, 0));
+    let guard = status.guard.as_ref().unwrap();
+    assert_eq!((guard.harmed.as_deref(), guard.probed.rise), (Some("the loss rose"), None));
+    assert!(status.to_string().contains("2 probes, loss not finite"), "{status}");
+    let record = stand.get(&bad[0]);
+    assert_eq!((record.state, record.reason.as_deref()), (ExampleState::Quarantined, Some("the loss rose")));
+    assert_eq!(stand.get(&good[0]).state, ExampleState::Trained);
+    assert_eq!(stand.get(&failed[0]).state, ExampleState::Failed, "it had no effect");
+    // Neither a rollback nor a new trainer makes anything else of it.
+    block_on(stand.handle.rollback(0)).unwrap();
+    assert_eq!(stand.get(&bad[0]).state, ExampleState::Quarantined);
+    assert_eq!(stand.get(&waiting[0]).state, ExampleState::Queued);
+    stand.handle.pause(false);
+    stand.wait_for(&waiting, ExampleState::Trained);
+    assert_eq!(stand.requests("train").len(), 4, "each once:\n{}", stand.log());
+}
+
+#[test]
+fn harm_at_the_end_is_put_aside_too() {
+    let mut stand = Stand::start(&[]);
+    let ids = stand.add(1);
+    stand.wait_for(&ids, ExampleState::Trained);
+    stand.order("harm", "");
+    stand.stop();
+    assert_eq!(stand.get(&ids[0]).state, ExampleState::Quarantined);
+    let status = stand.handle.status();
+    assert_eq!(status.last_sync.unwrap().failed.as_deref(), Some("the loss rose"));
+}
+
+#[test]
 fn a_trainer_that_cannot_start_is_said_and_tried_again() {
     let dir = tempfile::tempdir().unwrap();
     let queue = Arc::new(Queue::open(&queue_path(dir.path()), 1).unwrap());

@@ -7,6 +7,7 @@
 mod hold;
 mod live;
 mod prefix_cache;
+mod probes;
 mod repair;
 mod restore;
 mod session;
@@ -30,6 +31,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use workers::{Line, Step};
 
+pub use probes::read as probes;
 pub use repair::{files as repair_files, told as repaired};
 pub use settings::{longest, optimizer_settings, tensors, unmatched_rules};
 
@@ -148,7 +150,7 @@ fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbo
             Err(RecvTimeoutError::Timeout) => lock().look().err().map(|reason| FromTrainer::ServerGone { reason }),
         };
         if let Some(mut answer) = answer {
-            if matches!(answer, FromTrainer::Synced(_) | FromTrainer::RolledBack(_)) {
+            if matches!(answer, FromTrainer::Synced(_) | FromTrainer::RolledBack(_) | FromTrainer::Harmed(_)) {
                 // A replay from this generation begins without keys and values, and is to end with the same bytes.
                 line.forget();
                 // Who hears of a generation finds its directory.

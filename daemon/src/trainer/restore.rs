@@ -9,14 +9,14 @@
 //! - another epoch: the server has loaded its weights itself. They must equal the files; where they do
 //!   not, this is another model or another version, and nothing is written.
 
+use crate::durable;
 use crate::weights::widened;
 use anyhow::{Context, Result, bail};
 use checkpoint::Checkpoint;
 use compute::{Device, Dtype};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
-use std::fs::{self, File};
-use std::io::Write;
+use std::fs;
 use std::path::Path;
 
 /// Bytes compared at a time.
@@ -48,15 +48,8 @@ pub fn known_epoch(state_dir: &Path, epoch: &str) -> Result<Option<Attached>> {
 
 /// Notes, before the first write, that weights of this epoch are about to be written.
 pub fn remember_epoch(state_dir: &Path, attached: &Attached) -> Result<()> {
-    let write = || -> std::io::Result<()> {
-        let temporary = state_dir.join("attached.json.tmp");
-        let mut file = File::create(&temporary)?;
-        file.write_all(&serde_json::to_vec(attached)?)?;
-        file.sync_all()?;
-        fs::rename(&temporary, state_dir.join("attached.json"))?;
-        File::open(state_dir)?.sync_all()
-    };
-    write().with_context(|| format!("cannot note the server's epoch in {}", state_dir.display()))
+    durable::replace(state_dir, "attached.json", &serde_json::to_vec(attached)?)
+        .with_context(|| format!("cannot note the server's epoch in {}", state_dir.display()))
 }
 
 /// Fails at the first tensor whose live bytes differ from the files.

@@ -3,6 +3,7 @@
 use super::hold::{hold, released};
 use super::live::Live;
 use super::prefix_cache::PrefixCache;
+use super::probes::Watched;
 use super::restore::Attached;
 use super::shadow::{self, Finding};
 use super::start::{self, Start, StartError};
@@ -11,8 +12,8 @@ use super::{repair, restore, settings};
 use crate::backend::Backend;
 use crate::config::{Activations, SyncMode, Update};
 use crate::protocol::{
-    Budget, Cause, ExampleResult, FromTrainer, Invalidated, Published, Ready, Request, RolledBack, Synced, ToTrainer,
-    Trained, Work,
+    Budget, Cause, ExampleResult, FromTrainer, Harmed, Invalidated, Probed, Published, Ready, Request, RolledBack,
+    Synced, ToTrainer, Trained, Work,
 };
 use crate::weights;
 use anyhow::Result;
@@ -56,6 +57,9 @@ pub struct Session<D: Backend> {
     budget: Budget,
     /// Of the hashes that tell a sync what has changed, where the weights are hashed.
     hash_seed: u64,
+    /// The guard, if there is one, and how its probes did last.
+    watched: Option<Watched<D>>,
+    probed: Option<Probed>,
     /// Why live weights or optimizer are not those of the files, after a rollback that was made of the files alone.
     stranded: Option<String>,
 }
@@ -65,7 +69,8 @@ impl<D: Backend> Session<D> {
     /// machine's. Nothing is written to live weights before everything was checked.
     pub fn open(start: Start, devices: Vec<Arc<D>>) -> Result<(Session<D>, Vec<Worker<D>>), StartError> {
         let device = devices[0].clone();
-        let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment } = start;
+        let Start { config, told, model: model_config, mut tensors, mut checkpoint, recovery, attachment, probes } =
+            start;
         start::same_directory(attachment.model_dir(), &config.model.dir)?;
         start::can_be_held(config.server.update, &attachment)?;
         let mut warnings = start::damaged_documents(&checkpoint)?;
@@ -107,6 +112,14 @@ impl<D: Backend> Session<D> {
             restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
+        let generation = checkpoint.current().generation;
+        let begin = |probes| Watched::begin(config, probes, generation, &model, &attachment);
+        let watched = probes.map(begin).transpose().map_err(|error| match error.downcast::<ipc::Gone>() {
+            Ok(gone) => StartError::ServerGone(gone.to_string()),
+            Err(error) => StartError::Failed(error),
+        })?;
+        let probed = watched.as_ref().map(Watched::probed);
+        warnings.extend(watched.as_ref().and_then(Watched::warning));
         let wanted: Vec<bool> = tensors.iter().map(|t| t.effective_rule() != Rule::Frozen).collect();
         let mut caches = std::iter::once(cache).chain(std::iter::repeat_with(|| model.cache(longest)));
         let worker = |device: Arc<D>| {
@@ -137,6 +150,8 @@ impl<D: Backend> Session<D> {
             budget: settings::budget(&config.train)?,
             hash_seed,
             stranded: None,
+            watched,
+            probed,
             device,
             attachment,
             model,
@@ -173,6 +188,7 @@ impl<D: Backend> Session<D> {
             shadow_check: self.shadow_check.clone(),
             warnings: self.warnings.clone(),
             budget: Some(self.budget.clone()),
+            probed: self.probed.clone().map(Box::new),
         }
     }
 
@@ -317,6 +333,12 @@ impl<D: Backend> Session<D> {
     }
 
     fn sync(&mut self, reason: &str) -> Result<FromTrainer> {
+        let looked = self.watched.as_mut().map(Watched::look).transpose()?;
+        if let Some((_, probed, Some(harm))) = looked {
+            tracing::error!("{harm}");
+            let restored = self.roll_back(self.checkpoint.current().generation)?;
+            return Ok(FromTrainer::Harmed(Box::new(Harmed { reason: harm, probed, restored })));
+        }
         let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref(), self.hash_seed);
         let optimizer = &self.optimizer;
         let report =
@@ -326,8 +348,14 @@ impl<D: Backend> Session<D> {
         tracing::info!(reason, "{report}");
         start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
+        let mut probed = None;
+        if let (Some(watched), Some((losses, now, None))) = (&mut self.watched, looked) {
+            watched.accept(losses);
+            probed = Some(Box::new(now));
+        }
         Ok(FromTrainer::Synced(Synced {
             directory_failed: None,
+            probed,
             generation: report.generation,
             cursor: self.progress.cursor,
             blocks_total: report.blocks_total,
@@ -350,6 +378,16 @@ impl<D: Backend> Session<D> {
 
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
+        let done = self.roll_back(to)?;
+        if let Some(watched) = &mut self.watched {
+            // Whoever wants that generation has it, however it does.
+            let (losses, _, _) = watched.look()?;
+            watched.accept(losses);
+        }
+        Ok(FromTrainer::RolledBack(done))
+    }
+
+    fn roll_back(&mut self, to: u64) -> Result<RolledBack> {
         let report = self.checkpoint.rollback(to)?;
         let no_longer = start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
@@ -364,14 +402,14 @@ impl<D: Backend> Session<D> {
             return Err(error);
         }
         tracing::info!("{report}");
-        Ok(FromTrainer::RolledBack(RolledBack {
+        Ok(RolledBack {
             generation: self.checkpoint.current().generation,
             to,
             cursor: self.progress.cursor,
             step: self.progress.step,
             weight_version: self.progress.weight_version,
             no_longer,
-        }))
+        })
     }
 
     /// Live weights, optimizer and progress become those of the current generation. On an error they are nobody's.

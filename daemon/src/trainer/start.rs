@@ -2,7 +2,7 @@
 
 use super::prefix_cache::PrefixCache;
 use super::shadow::Failure;
-use super::{settings, watch};
+use super::{probes, settings, watch};
 use crate::backend::Backend;
 use crate::config::{self, Attach, Config, Update};
 use crate::weights::Fit;
@@ -11,7 +11,7 @@ use apollo::Rule;
 use checkpoint::Checkpoint;
 use compute::Dtype;
 use ipc::{Attachment, Control, Invalidation, Source};
-use model::Model;
+use model::{Example, Model};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +48,8 @@ pub struct Start<'a> {
     pub(super) checkpoint: Checkpoint,
     pub(super) recovery: String,
     pub(super) attachment: Arc<Attachment>,
+    /// The guard's, with their lines.
+    pub(super) probes: Option<Vec<(usize, Example)>>,
 }
 
 impl<'a> Start<'a> {
@@ -55,13 +57,14 @@ impl<'a> Start<'a> {
     pub fn new(config: &'a Config, told: u64) -> Result<Start<'a>, StartError> {
         let model = model::Config::read(&config.model.dir)?;
         let tensors = settings::tensors(&model, &config.train);
+        let probes = probes::read(config, &model)?;
         let options = settings::checkpoint_options(&config.sync);
         let (mut checkpoint, recovery) = Checkpoint::open_with(&config.model.dir, options)?;
         tell_pruned(&mut checkpoint);
         require_intact(&checkpoint, &config.model.dir)?;
         let attachment = Arc::new(attach(config, &model)?);
         watch::start(attachment.clone())?;
-        Ok(Start { config, told, model, tensors, checkpoint, recovery: recovery.to_string(), attachment })
+        Ok(Start { config, told, model, tensors, checkpoint, recovery: recovery.to_string(), attachment, probes })
     }
 
     /// The UUID of the GPU that the weights lie on, if they do.

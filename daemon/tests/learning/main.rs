@@ -5,6 +5,7 @@ mod budget;
 mod damage;
 mod gguf;
 mod gpu;
+mod guard;
 mod harness;
 mod readers;
 mod workers;

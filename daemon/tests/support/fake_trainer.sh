@@ -13,6 +13,7 @@
 #   wrong_step     there: answers another step than the one asked for
 #   step_seconds   holds how long a step takes
 #   sync_seconds   holds how long a sync takes
+#   harm           there: answers to a sync that the guard found harm, once
 D=${FAKE_TRAINER:?}
 read_or() { if [ -f "$D/$1" ]; then cat "$D/$1"; else echo "$2"; fi; }
 number() { printf '%s' "$line" | sed -n "s/.*\"$1\":\([0-9][0-9]*\).*/\1/p"; }
@@ -20,6 +21,14 @@ cursor=$(read_or cursor 0); generation=$(read_or generation 0); step=$(read_or s
 
 synced() {
     sleep "$(read_or sync_seconds 0)"
+    if [ -f "$D/harm" ]; then
+        rm "$D/harm"
+        cursor=$(read_or cursor 0); generation=$(read_or generation 0); step=$(read_or step 0); seq=$cursor
+        printf '{"answer":"harmed","reason":"the loss rose","probed":{"probes":2,"loss":null,"reference":1.5,'
+        printf '"reference_generation":0,"rise":null,"error":null,"limit":0.1,"worst":{"line":2,"loss":null,"reference":2}},'
+        printf '"restored":{"generation":%s,"cursor":%s,"step":%s,"weight_version":9}}\n' "$generation" "$cursor" "$step"
+        return
+    fi
     cursor=$seq; generation=$((generation + 1))
     echo "$cursor" > "$D/cursor"; echo "$generation" > "$D/generation"; echo "$step" > "$D/step"
     printf '{"answer":"synced","generation":%s,"cursor":%s,"blocks_total":10,"blocks_changed":3,' "$generation" "$cursor"
