@@ -13,7 +13,7 @@
 //!    | request | answer |
 //!    |---|---|
 //!    | [`ToTrainer::Train`] | `Trained` (a gated or non-finite step too: `skipped` says why) or `Failed` |
-//!    | [`ToTrainer::Sync`] | `Synced`, `Harmed` (by the guard: everything is as the last sync left it) or `Failed` |
+//!    | [`ToTrainer::Sync`] | `Synced`, `Harmed` (by the guard: nothing was written, and the live weights are as the last sync left them, if possible) or `Failed` |
 //!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed`; none, but `Dying`, where only the files are rolled back |
 //!    | [`ToTrainer::Repair`] | `Repaired`, also when not everything could be, or `Failed` |
 //!    | [`ToTrainer::Shutdown`] with `sync` | `Synced`, `Harmed` or `Failed`, then the child exits with status 0 |
@@ -27,6 +27,7 @@
 //! 7. [`FromTrainer::Invalidated`] comes whenever the server was told that weights have moved; it answers nothing.
 //!    [`FromTrainer::Published`] comes when a generation got a directory of its own (`sync.mode = "generation"`), or did
 //!    not: before the answer to a sync or a rollback, and once after `Ready`. It answers nothing either.
+//!    [`FromTrainer::Probed`] comes after the answer to a rollback, and answers nothing.
 //! 8. [`FromTrainer::Dying`] is the last word of a child that cannot go on, such as after an error of its GPU: it answers
 //!    nothing, and the child exits.
 //! 9. End of file on stdin is an order to stop at once, without a sync: the supervisor is gone.
@@ -253,16 +254,15 @@ pub struct Probed {
     pub loss: Option<f64>,
     /// What it was when the guard first saw them.
     pub reference: f64,
-    /// The generation of then.
-    pub reference_generation: u64,
-    /// The mean of what each rose by.
+    /// The mean of what each rose by, without the one that rose most where they are four or more.
     pub rise: Option<f64>,
-    /// The standard error of that mean.
-    pub error: Option<f64>,
     /// How far it may rise.
     pub limit: f64,
     /// The probe that rose most.
     pub worst: WorstProbe,
+    /// What should be looked at although nothing that was trained is to blame.
+    #[serde(default)]
+    pub warning: Option<String>,
 }
 
 /// One probe.
@@ -273,19 +273,20 @@ pub struct WorstProbe {
     /// Its loss.
     pub loss: Option<f64>,
     /// What that was when the guard first saw it.
-    pub reference: f64,
+    pub reference: Option<f64>,
 }
 
-/// The answer to [`ToTrainer::Sync`] where the guard found the live weights harmed: they, the files and the optimizer are those
-/// of the last generation again.
+/// The answer to [`ToTrainer::Sync`] where the guard found the live weights harmed: nothing was written.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Harmed {
     /// What is wrong, in words.
     pub reason: String,
     /// What the probes said.
     pub probed: Probed,
-    /// Where everything is again.
-    pub restored: RolledBack,
+    /// The highest `seq` whose effect they held.
+    pub applied: u64,
+    /// Where live weights and optimizer are again, or why they could not be taken back.
+    pub restored: Result<RolledBack, String>,
 }
 
 /// The answer to [`ToTrainer::Rollback`].
@@ -399,6 +400,8 @@ pub enum FromTrainer {
     RolledBack(RolledBack),
     /// What was damaged in the files is right again, as far as possible.
     Repaired(Repaired),
+    /// How the guard's probes do after a rollback.
+    Probed(Box<Probed>),
     /// The server was told that weights have moved.
     Invalidated(Invalidated),
     /// The generation has a directory of its own, or could not get one.

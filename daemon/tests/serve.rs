@@ -527,3 +527,38 @@ fn a_reader_that_leaves_early_ends_the_command_without_a_panic() {
     let output = list.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
 }
+
+#[test]
+fn examples_are_listed_by_state_and_those_that_wait_can_be_withdrawn() {
+    let daemon = Daemon::start(&[]);
+    daemon.pause();
+    for (context, source) in [("a", "good"), ("b", "bad"), ("c", "bad"), ("d", "good")] {
+        let example = json!({ "context": context, "decision": "yes", "source": source });
+        assert_eq!(daemon.post("/v1/examples", &example).status, 202);
+    }
+    let sources = |path: &str| -> Vec<String> {
+        let listed = daemon.get(path).body["examples"].as_array().unwrap().clone();
+        listed.iter().map(|example| example["source"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(sources("/v1/examples?state=queued"), ["good", "bad", "bad", "good"]);
+    assert_eq!(sources("/v1/examples?state=queued&limit=2"), ["good", "bad"]);
+    let delete = |path: &str| daemon.request("DELETE", path, &[], b"");
+    assert_eq!(delete("/v1/examples?state=queued&source=bad").body, json!({ "withdrawn": 2 }));
+    assert_eq!(sources("/v1/examples?state=queued"), ["good", "good"]);
+    let refused = daemon.get("/v1/examples?state=refused").body["examples"].clone();
+    assert_eq!(refused[0]["reason"], "withdrawn on request", "{refused}");
+    assert_eq!(daemon.post("/v1/resume", &json!({})).status, 200);
+    daemon.until("the rest to be trained", || sources("/v1/examples?state=trained").len() == 2);
+    assert_eq!(delete("/v1/examples?state=queued").body, json!({ "withdrawn": 0 }));
+    for path in [
+        "/v1/examples",
+        "/v1/examples?state=gone",
+        "/v1/examples?state=queued&limit=0",
+        "/v1/examples?state=queued&x=1",
+    ] {
+        assert!(is_problem(&daemon.get(path), 400), "{path}: {}", daemon.get(path).body);
+    }
+    for path in ["/v1/examples", "/v1/examples?state=trained"] {
+        assert!(is_problem(&delete(path), 400), "{path}");
+    }
+}

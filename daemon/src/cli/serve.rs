@@ -133,8 +133,9 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         // A stale address would send the next command to whoever listens there then.
         let _ = std::fs::remove_file(&address_file);
         let status = handle.status();
-        if let Some(reason) = status.last_sync.filter(|s| s.reason == "shutdown").and_then(|s| s.failed) {
-            match status.guard.is_some_and(|last| last.harmed.is_some()) {
+        let last = status.last_sync.filter(|sync| sync.reason == "shutdown");
+        if let Some((harmed, reason)) = last.and_then(|sync| Some((sync.harmed, sync.failed?))) {
+            match harmed {
                 true => bail!("the last sync was not made, and what it would have written is quarantined: {reason}"),
                 false => {
                     bail!("the last sync failed, what was not synced is trained again at the next start: {reason}")
@@ -186,10 +187,18 @@ fn files(model_dir: &Path) -> Option<supervisor::Files> {
 }
 
 /// The trainer runs under a file of its own with the configuration as it is now: a restart in the middle of the night
-/// must not pick up an edit.
+/// must not pick up an edit, nor one of the probes.
 fn trainer_command(args: &ServeArgs, config: &Config, log_format: LogFormat) -> Result<ChildCommand> {
     let file = config.state_dir().join("trainer.toml");
-    write_private(&file, &config.for_trainer().to_toml())?;
+    let mut config = config.for_trainer();
+    if let Some(probes) = &mut config.guard.probes {
+        let copy = config.model.dir.join(".apollod/probes.jsonl");
+        let text = std::fs::read_to_string(&*probes)
+            .with_context(|| format!("guard.probes: cannot read {}", probes.display()))?;
+        write_private(&copy, &text)?;
+        *probes = copy;
+    }
+    write_private(&file, &config.to_toml())?;
     let mut command = ChildCommand::of_this_program(&file)?;
     if log_format == LogFormat::Json {
         command.arguments.extend(["--log-format".into(), "json".into()]);

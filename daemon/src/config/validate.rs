@@ -26,6 +26,8 @@ impl Config {
         check((0.0..=36_500.0).contains(&self.sync.keep_days), "sync.keep_days", || {
             range("[0, 36500] days", self.sync.keep_days)
         })?;
+        let named = self.guard.probes.as_ref().is_none_or(|probes| !probes.as_os_str().is_empty());
+        check(named, "guard.probes", || "is empty: name a file, or leave the key out".into())?;
         check((1e-6..=100.0).contains(&self.guard.max_rise), "guard.max_rise", || {
             range("[1e-6, 100] nats a token", self.guard.max_rise)
         })?;

@@ -1,8 +1,8 @@
-//! `POST /v1/examples`, `GET /v1/examples/{id}` and `GET /v1/examples?state=S`.
+//! `POST /v1/examples`, `GET /v1/examples/{id}`, and of all of them `GET` and `DELETE /v1/examples?state=S`.
 
 use axum::Json;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::rejection::{BytesRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -18,7 +18,7 @@ use crate::supervisor::Status;
 /// Longest Idempotency-Key, in bytes.
 const KEY_BYTES_MAX: usize = 255;
 /// Examples in one list.
-const LISTED_MAX: u64 = 1000;
+const LISTED_MAX: u64 = 20_000;
 
 #[derive(Serialize)]
 struct Accepted {
@@ -100,7 +100,8 @@ fn listed_by_default() -> u64 {
 }
 
 /// `GET /v1/examples?state=S`: those in a state, the newest first.
-pub async fn list(State(app): State<App>, Query(Listed { state, limit }): Query<Listed>) -> Result<Response, Problem> {
+pub async fn list(State(app): State<App>, query: Result<Query<Listed>, QueryRejection>) -> Result<Response, Problem> {
+    let Query(Listed { state, limit }) = query.map_err(|error| Problem::new(400, "query", error.body_text()))?;
     let state = state.parse().map_err(|()| {
         let known = queue::State::ALL.map(queue::State::name).join(", ");
         Problem::new(400, "state", format!("{state:?} is no state of an example; there are {known}"))
@@ -109,6 +110,27 @@ pub async fn list(State(app): State<App>, Query(Listed { state, limit }): Query<
         return Err(Problem::new(400, "limit", format!("is {limit}, must lie in [1, {LISTED_MAX}]")));
     }
     blocking(move || Ok(Json(json!({ "examples": app.queue.in_state(state, limit)? })).into_response())).await
+}
+
+/// What `DELETE /v1/examples` takes.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Withdrawn {
+    state: String,
+    source: Option<String>,
+}
+
+/// `DELETE /v1/examples?state=queued`: what waits, of one `source` or all of it, will not be trained.
+pub async fn withdraw(
+    State(app): State<App>,
+    query: Result<Query<Withdrawn>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(Withdrawn { state, source }) = query.map_err(|error| Problem::new(400, "query", error.body_text()))?;
+    if state != queue::State::Queued.name() {
+        let detail = format!("is {state:?}: only what waits can be withdrawn, with state=queued");
+        return Err(Problem::new(400, "state", detail));
+    }
+    blocking(move || Ok(Json(json!({ "withdrawn": app.queue.withdraw(source.as_deref())? })).into_response())).await
 }
 
 fn answer(taken: &[(Item, NewExample)], ids: &[String], refused: &[Refused]) -> serde_json::Value {

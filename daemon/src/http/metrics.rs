@@ -112,17 +112,9 @@ mod tests {
         status.timings = Some(Timings { update_ms: 12.5, ..Timings::default() });
         (status.counts.holds, status.counts.holds_overrun, status.restarts) = (3, 1, 4);
         (status.counts.staleness_sum, status.counts.staleness_max) = (6, 2);
-        let worst = WorstProbe { line: 1, loss: None, reference: 1.0 };
-        let probed = Probed {
-            probes: 1,
-            loss: None,
-            reference: 1.0,
-            reference_generation: 0,
-            rise: Some(0.25),
-            error: None,
-            limit: 0.1,
-            worst,
-        };
+        let worst = WorstProbe { line: 1, loss: None, reference: Some(1.0) };
+        let probed =
+            Probed { probes: 1, loss: None, reference: 1.0, rise: Some(0.25), limit: 0.1, worst, warning: None };
         status.guard = Some(LastProbed { at: "t".into(), probed, harmed: None });
         status.counts.harmed = 3;
         let page = text(&status);

@@ -49,7 +49,7 @@ pub struct App {
 /// All routes.
 pub fn router(app: App) -> Router {
     Router::new()
-        .route("/v1/examples", post(examples::post).get(examples::list))
+        .route("/v1/examples", post(examples::post).get(examples::list).delete(examples::withdraw))
         .route("/v1/examples/{id}", get(examples::get))
         .route("/v1/status", get(control::status))
         .route("/v1/events", get(events::events))

@@ -2,7 +2,7 @@
 //!
 //! An example is `queued` until it is handed out; then it gets its `seq` and its step number, in one transaction, and
 //! is `training` until the trainer's answer makes it `trained`, `skipped` (a gate) or `failed`. `refused` is an
-//! example that became impossible while it waited (`max_tokens` was lowered). `rolled_back` is one whose effect was
+//! example that became impossible while it waited (`max_tokens` was lowered), or was withdrawn. `rolled_back` is one whose effect was
 //! taken back on request, `quarantined` one of those whose effect was taken back by the guard.
 //!
 //! What the files hold is said by the checkpoint's cursor alone. After a trainer's restart, [`Queue::replay`] gives
@@ -375,12 +375,60 @@ impl Queue {
         self.write(|transaction| Ok(roll_back(transaction, generation, cursor)?))
     }
 
-    /// Records that what was handed out after a cursor harmed the model and was taken back; gives how many examples.
+    /// Records that what was trained after a cursor, up to a seq, harmed the model and was taken back, and that training is
+    /// paused until [`Queue::record_resumed`]; gives how many examples. What was handed out later is still to be replayed.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn record_quarantined(&self, cursor: u64, reason: &str) -> Result<u64, QueueError> {
-        self.write(|transaction| Ok(take_back(transaction, cursor, State::Quarantined, reason)?))
+    pub fn record_quarantined(&self, cursor: u64, applied: u64, reason: &str, pause: &str) -> Result<u64, QueueError> {
+        self.write(|transaction| {
+            set_pause(transaction, Some(pause))?;
+            let changed = transaction.execute(
+                "UPDATE examples SET state = 'quarantined', reason = ?3
+                 WHERE seq > ?1 AND seq <= ?2 AND state IN ('training', 'trained', 'skipped')",
+                params![cursor as i64, applied as i64, reason],
+            )?;
+            Ok(changed as u64)
+        })
+    }
+
+    /// Records why training is paused until somebody looks.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_paused(&self, reason: &str) -> Result<(), QueueError> {
+        self.write(|transaction| Ok(set_pause(transaction, Some(reason))?))
+    }
+
+    /// Records that training goes on.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn record_resumed(&self) -> Result<(), QueueError> {
+        self.write(|transaction| Ok(set_pause(transaction, None)?))
+    }
+
+    /// Why training is paused, by [`Queue::record_quarantined`] or [`Queue::record_paused`].
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn pause(&self) -> Result<Option<String>, QueueError> {
+        self.read(|connection| connection.query_row("SELECT reason FROM pause", [], |row| row.get(0)).optional())
+    }
+
+    /// Refuses what waits, of one source or all of it; gives how many examples.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn withdraw(&self, source: Option<&str>) -> Result<u64, QueueError> {
+        self.write(|transaction| {
+            let withdrawn = transaction.execute(
+                "UPDATE examples SET state = 'refused', reason = 'withdrawn on request', finished_ms = ?2
+                 WHERE state = 'queued' AND (?1 IS NULL OR source = ?1)",
+                params![source, now_ms()],
+            )?;
+            Ok(withdrawn as u64)
+        })
     }
 
     /// Examples in a state, those that came last first, at most `limit`.
@@ -426,18 +474,21 @@ impl Queue {
 
 fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rusqlite::Result<u64> {
     let reason = format!("rolled back to generation {generation}");
-    take_back(transaction, cursor, State::RolledBack, &reason)
-}
-
-/// What was handed out after a cursor gets this state, with the reason, and is not replayed; gives how many.
-fn take_back(transaction: &Transaction<'_>, cursor: u64, state: State, reason: &str) -> rusqlite::Result<u64> {
     let changed = transaction.execute(
-        "UPDATE examples SET state = ?2, reason = ?3
+        "UPDATE examples SET state = 'rolled_back', reason = ?2
          WHERE seq > ?1 AND state NOT IN ('failed', 'refused', 'quarantined')",
-        params![cursor as i64, state.name(), reason],
+        params![cursor as i64, reason],
     )?;
     set_number(transaction, "synced_cursor", cursor as i64)?;
     Ok(changed as u64)
+}
+
+fn set_pause(transaction: &Transaction<'_>, reason: Option<&str>) -> rusqlite::Result<()> {
+    transaction.execute("DELETE FROM pause", [])?;
+    if let Some(reason) = reason {
+        transaction.execute("INSERT INTO pause (reason) VALUES (?1)", [reason])?;
+    }
+    Ok(())
 }
 
 fn remembered(transaction: &Transaction<'_>, idempotency: &Idempotency) -> Result<Option<Added>, Fault> {

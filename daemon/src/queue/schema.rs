@@ -9,7 +9,8 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use super::QueueError;
 
 /// Each entry brings the file from version i to version i + 1. Entries are never changed, only added.
-const MIGRATIONS: [&str; 1] = ["
+const MIGRATIONS: [&str; 2] = [
+    "
     CREATE TABLE examples (
         number         INTEGER PRIMARY KEY,            -- order of arrival
         id             TEXT    NOT NULL UNIQUE,
@@ -48,7 +49,13 @@ const MIGRATIONS: [&str; 1] = ["
         value       INTEGER NOT NULL
     ) STRICT;
     INSERT INTO numbers VALUES ('next_seq', 1), ('next_step', 1), ('synced_cursor', 0), ('last_sync_ms', 0);
-"];
+",
+    "
+    CREATE TABLE pause (
+        reason      TEXT    NOT NULL                   -- one row while the guard has stopped training
+    ) STRICT;
+",
+];
 
 /// Opens or makes the file, checks it and brings it to the current version.
 pub(super) fn open(path: &Path) -> Result<Connection, QueueError> {

@@ -287,3 +287,39 @@ fn a_step_in_the_files_whose_outcome_was_never_written_down_counts_as_trained() 
     assert_eq!((state(&ids[0]), state(&ids[1])), (State::Trained, State::Training));
     assert_eq!(firsts(&queue.replay(1).unwrap().unwrap()), [2]);
 }
+
+#[test]
+fn what_did_harm_is_what_the_judged_weights_held_and_nothing_else() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[0; 6].map(example));
+    for _ in 0..6 {
+        let batch = queue.take(1).unwrap().unwrap();
+        let seq = batch.examples[0].seq;
+        queue.record_trained(&[ExampleResult { seq, loss: Some(1.0), tokens: 2 }], seq, None).unwrap();
+        if seq == 2 {
+            queue.record_synced(2).unwrap();
+        }
+        if seq == 3 {
+            // Somebody went back: 3 is in nobody's weights.
+            queue.record_rolled_back(2, 2).unwrap();
+        }
+    }
+    // A replay had come as far as 5 when the weights were judged.
+    assert_eq!(queue.record_quarantined(2, 5, "harm", "why").unwrap(), 2);
+    let state = |i: usize| queue.get(&ids[i]).unwrap().unwrap().state;
+    assert_eq!([0, 1, 2].map(state), [State::Trained, State::Trained, State::RolledBack]);
+    assert_eq!([3, 4, 5].map(state), [State::Quarantined, State::Quarantined, State::Trained]);
+    let replay = queue.replay(2).unwrap().unwrap();
+    assert_eq!(replay.examples.iter().map(|example| example.seq).collect::<Vec<_>>(), [6]);
+    let listed: Vec<String> = queue.in_state(State::Quarantined, 9).unwrap().into_iter().map(|e| e.id).collect();
+    assert_eq!(listed, [ids[4].clone(), ids[3].clone()], "the newest first");
+    assert_eq!(queue.in_state(State::Quarantined, 1).unwrap().len(), 1);
+    // A rollback leaves them what they are.
+    queue.record_rolled_back(0, 0).unwrap();
+    assert_eq!([0, 3, 5].map(state), [State::RolledBack, State::Quarantined, State::RolledBack]);
+    assert_eq!(queue.pause().unwrap().as_deref(), Some("why"));
+    queue.record_paused("another").unwrap();
+    assert_eq!(queue.pause().unwrap().as_deref(), Some("another"));
+    queue.record_resumed().unwrap();
+    assert_eq!(queue.pause().unwrap(), None);
+}

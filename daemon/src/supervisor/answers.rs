@@ -13,7 +13,7 @@ use super::status::{
 };
 use super::{ControlError, FAILURES_MAX, Reply, State};
 use crate::protocol::{
-    Cause, FromTrainer, Harmed, Invalidated, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
+    Cause, FromTrainer, Harmed, Invalidated, Probed, Published, Ready, Repaired, Request, RolledBack, Synced, Trained,
 };
 
 impl Supervisor {
@@ -24,6 +24,9 @@ impl Supervisor {
             Output::Nonsense(error) => return self.kill_child(error.to_string()),
             Output::Closed => {
                 let stopped = self.stopping && matches!(self.in_flight, None | Some(InFlight::Shutdown));
+                if stopped {
+                    self.note_missing_sync();
+                }
                 return self.lose_child(if stopped { State::Stopping } else { State::Failed }, String::new());
             }
         };
@@ -70,6 +73,19 @@ impl Supervisor {
                 self.kill_child(format!("it broke the protocol with an answer out of turn: {message:?}"));
             }
         }
+    }
+
+    /// A trainer that was to sync before its end, and ended without a word about it.
+    fn note_missing_sync(&mut self) {
+        let wanted =
+            matches!(self.in_flight, Some(InFlight::Shutdown)) && self.options.sync_on_shutdown && self.unsynced;
+        self.update(|status| {
+            if wanted && status.last_sync.as_ref().is_none_or(|last| last.reason != "shutdown") {
+                let failed = Some("the trainer ended before it was done".into());
+                status.last_sync =
+                    Some(LastSync { at: now(), reason: "shutdown".into(), done: None, failed, harmed: false });
+            }
+        });
     }
 
     fn on_ready(&mut self, ready: Ready) {
@@ -215,7 +231,8 @@ impl Supervisor {
         tracing::info!("sync ({reason}): {synced}, {:.2} s", synced.seconds);
         self.update(|status| {
             (status.generation, status.cursor) = (Some(synced.generation), Some(synced.cursor));
-            status.last_sync = Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None });
+            status.last_sync =
+                Some(LastSync { at: now(), reason, done: Some(synced.clone()), failed: None, harmed: false });
             if let Some(probed) = synced.probed.as_deref().cloned() {
                 status.guard = Some(LastProbed { at: now(), probed, harmed: None });
             }
@@ -227,33 +244,54 @@ impl Supervisor {
         waiting.into_iter().for_each(|reply| answer(Some(reply), Ok(synced.clone())));
     }
 
-    /// The guard has taken back what was trained since the last sync. Nobody knows which of those examples did the harm, so
-    /// all of them are put aside, and somebody is to look before more are trained.
+    /// The guard found harm. Nobody knows which of the examples since the last sync did it, so all of them are put aside once it is
+    /// taken back, and somebody is to look before more are trained, also after a restart.
     fn on_harmed(&mut self, why: String, waiting: Vec<Reply<Synced>>, harmed: Harmed) {
-        let Harmed { reason, probed, restored: RolledBack { generation, cursor, step, weight_version, .. } } = harmed;
-        let said = reason.clone();
-        self.record(move |queue| {
-            let count = queue.record_quarantined(cursor, &said)?;
-            tracing::error!(
-                "the guard went back to generation {generation}: {said}. {count} examples are quarantined, training is paused"
-            );
-            Ok(())
-        });
-        (self.unsynced, self.replay_from, self.deaths_in_a_row) = (false, None, 0);
+        let Harmed { reason, probed, applied, restored } = harmed;
+        let pause = match &restored {
+            Ok(RolledBack { generation, .. }) => format!(
+                "the guard took back what was trained since generation {generation}: {reason}. Its examples are quarantined (GET \
+                 /v1/examples?state=quarantined); resume to train what waits"
+            ),
+            Err(error) => format!(
+                "the guard found harm and could not take it back: {error}. {reason}. Resume when that is mended: the next sync looks \
+                 again"
+            ),
+        };
+        tracing::error!("{pause}");
+        self.paused = Some(pause.clone());
         self.next_sync = self.options.schedule.next_after(Utc::now());
-        self.paused = Some(format!(
-            "the guard took back what was trained since generation {generation}: {reason}. GET \
-             /v1/examples?state=quarantined lists the examples; resume to train what waits"
-        ));
+        match restored {
+            Ok(RolledBack { generation, cursor, step, weight_version, .. }) => {
+                let reason = reason.clone();
+                self.record(move |queue| {
+                    let count = queue.record_quarantined(cursor, applied, &reason, &pause)?;
+                    tracing::error!("{count} examples are quarantined");
+                    Ok(())
+                });
+                // Of a replay, what these weights did not have yet is still to come.
+                self.replay_from = self.replay_from.and(Some(cursor));
+                (self.unsynced, self.deaths_in_a_row) = (false, 0);
+                self.update(|status| {
+                    (status.generation, status.cursor) = (Some(generation), Some(cursor));
+                    (status.weight_version, status.step) = (weight_version, step);
+                });
+            }
+            Err(_) => self.record(move |queue| queue.record_paused(&pause)),
+        }
+        let said = self.paused.clone().unwrap_or_default();
         self.update(|status| {
-            (status.generation, status.cursor) = (Some(generation), Some(cursor));
-            (status.weight_version, status.step) = (weight_version, step);
             status.guard = Some(LastProbed { at: now(), probed, harmed: Some(reason.clone()) });
-            status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
+            status.last_sync =
+                Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()), harmed: true });
             status.counts.harmed += 1;
         });
-        self.tell(What::Harmed { generation, reason: reason.clone() });
-        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Harmed(reason.clone()))));
+        self.tell(What::Harmed { reason: said.clone() });
+        waiting.into_iter().for_each(|reply| answer(Some(reply), Err(ControlError::Harmed(said.clone()))));
+    }
+
+    pub(super) fn on_probed(&mut self, probed: Probed) {
+        self.update(|status| status.guard = Some(LastProbed { at: now(), probed, harmed: None }));
     }
 
     fn on_rolled_back(&mut self, done: RolledBack, reply: Reply<RolledBack>) {
@@ -314,7 +352,8 @@ impl Supervisor {
     fn on_sync_failed(&mut self, why: String, waiting: Vec<Reply<Synced>>, reason: String, cause: Cause) {
         self.next_sync = self.options.schedule.next_after(Utc::now());
         self.update(|status| {
-            status.last_sync = Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()) });
+            status.last_sync =
+                Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()), harmed: false });
             status.counts.syncs_failed += 1;
         });
         waiting.into_iter().for_each(|reply| answer(Some(reply), Err(failed(reason.clone(), cause))));

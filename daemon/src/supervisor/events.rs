@@ -55,11 +55,9 @@ pub enum What {
         /// The generation that now holds its content.
         generation: u64,
     },
-    /// What was trained since the last sync harmed the model and was taken back; training is paused.
+    /// What was trained since the last sync harmed the model; training is paused.
     Harmed {
-        /// The generation that everything is at again.
-        generation: u64,
-        /// What is wrong.
+        /// What is wrong, and what was done about it.
         reason: String,
     },
     /// The inference server is gone.

@@ -62,6 +62,14 @@ impl Supervisor {
         true
     }
 
+    /// Tries once more to write what waits; what cannot be written is lost with this process, and a replay makes up for it.
+    pub(super) fn catch_up_at_the_end(&mut self) {
+        self.records.retry_at = None;
+        if !self.catch_up() {
+            tracing::error!("{} records could not be written into the queue", self.records.waiting.len());
+        }
+    }
+
     /// Asks the queue; `None` when it fails, which is noted.
     pub(super) fn of_queue<T>(&mut self, ask: impl FnOnce(&Queue) -> Result<T, QueueError>) -> Option<T> {
         match ask(&self.queue) {

@@ -112,6 +112,8 @@ impl Supervisor {
     ) -> Self {
         // A sync that was due while the daemon was down is due now, once.
         let last = queue.last_sync_ms().ok().flatten().and_then(DateTime::from_timestamp_millis);
+        // What the guard has stopped stays so until somebody says otherwise.
+        let paused = queue.pause().unwrap_or_default();
         let weight_version = queue.weight_version().unwrap_or_default();
         let next_sync = options.schedule.next_after(last.unwrap_or_else(Utc::now));
         let new = Self {
@@ -128,7 +130,7 @@ impl Supervisor {
             wanted_sync: None,
             wanted_rollback: None,
             wanted_repair: None,
-            paused: None,
+            paused,
             stopping: false,
             replay_from: None,
             unsynced: false,
@@ -168,6 +170,7 @@ impl Supervisor {
             self.handle(event);
         }
         self.answer_waiting(&ControlError::Stopping);
+        self.catch_up_at_the_end();
         self.tell(What::Stopped);
     }
 
@@ -377,7 +380,10 @@ impl Supervisor {
             Event::Wake => {}
             Event::Shutdown => self.stopping = true,
             Event::Pause(true) => self.paused = Some("on request".into()),
-            Event::Pause(false) => (self.paused, self.failures_in_a_row) = (None, 0),
+            Event::Pause(false) => {
+                (self.paused, self.failures_in_a_row) = (None, 0);
+                self.record(Queue::record_resumed);
+            }
             Event::Sync { reason, reply } => self.want_sync(reason, reply),
             Event::Rollback { to, reply } => self.want_rollback(to, reply),
             Event::Repair { from, reply } => self.want_repair(from, reply),
@@ -388,6 +394,7 @@ impl Supervisor {
                         Output::Message(FromTrainer::Alive) => attached.heard = Some(Instant::now()),
                         Output::Message(FromTrainer::Dying { reason }) => attached.last_word = Some(reason),
                         Output::Message(FromTrainer::Invalidated(invalidated)) => self.on_invalidated(invalidated),
+                        Output::Message(FromTrainer::Probed(probed)) => self.on_probed(*probed),
                         Output::Message(FromTrainer::Published(published)) => self.on_published(published),
                         output => self.hear(output),
                     }

@@ -106,6 +106,9 @@ pub struct LastSync {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub failed: Option<String>,
+    /// Whether that is because of harm that was taken back.
+    #[serde(default)]
+    pub harmed: bool,
 }
 
 /// The last rollback.
@@ -293,7 +296,8 @@ impl Status {
                         with its dtype at auto?";
             warnings.push(hint.to_owned());
         }
-        let failed = self.last_sync.as_ref().and_then(|sync| sync.failed.as_ref());
+        // Of harm the pause speaks, and once somebody has resumed, it is over.
+        let failed = self.last_sync.as_ref().filter(|sync| !sync.harmed).and_then(|sync| sync.failed.as_ref());
         let failed = failed.filter(|_| self.state != State::Syncing);
         warnings.extend(failed.map(|reason| format!("the last sync failed: {reason}")));
         let failed = self.directory.as_ref().and_then(|last| last.published.failed.as_ref());
@@ -309,6 +313,7 @@ impl Status {
             warnings
                 .push(format!("{count} holds of the engine ended before the writes of their step were known to have"));
         }
+        warnings.extend(self.guard.as_ref().and_then(|last| last.probed.warning.clone()));
         warnings.extend(self.warnings_of_trainer.iter().cloned());
         (!warnings.is_empty()).then(|| warnings.join("; "))
     }
@@ -403,13 +408,12 @@ impl fmt::Display for Status {
         }
         if let Some(LastProbed { at, probed, harmed }) = &self.guard {
             let nats = |value: Option<f64>| value.map_or_else(|| "not finite".into(), |value| format!("{value:.3}"));
-            let Probed { probes, loss, rise, limit, reference_generation, .. } = probed;
+            let Probed { probes, loss, rise, limit, .. } = probed;
             let (loss, rise) = (nats(*loss), nats(*rise));
-            let verdict = if harmed.is_some() { "; taken back" } else { "" };
+            let verdict = if harmed.is_some() { "; harmed" } else { "" };
             writeln!(
                 f,
-                "  guard       {probes} probes, loss {loss}, {rise} above generation {reference_generation}'s (limit \
-                 {limit}) at {at}{verdict}"
+                "  guard       {probes} probes, loss {loss}, {rise} above when first seen (limit {limit}) at {at}{verdict}"
             )?;
         }
         if let Some(LastRollback { at, done: RolledBack { generation, to, .. } }) = &self.last_rollback {
@@ -430,7 +434,13 @@ mod tests {
 
     #[test]
     fn a_sync_that_failed_is_no_warning_while_the_next_one_runs() {
-        let failed = LastSync { at: "t".into(), reason: "schedule".into(), done: None, failed: Some("no room".into()) };
+        let failed = LastSync {
+            at: "t".into(),
+            reason: "schedule".into(),
+            done: None,
+            failed: Some("no room".into()),
+            harmed: false,
+        };
         let status =
             |state| Status { state, server_pid: Some(1), last_sync: Some(failed.clone()), ..Status::default() };
         assert!(status(State::Idle).reason_to_warn().is_some_and(|why| why.contains("the last sync failed: no room")));

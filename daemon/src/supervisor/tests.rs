@@ -476,11 +476,12 @@ fn what_harmed_the_model_is_put_aside_and_nothing_more_is_trained_until_somebody
     stand.wait_for(&failed, ExampleState::Failed);
     stand.order("harm", "");
     let error = block_on(stand.handle.sync("test")).unwrap_err();
-    assert_eq!(error, ControlError::Harmed("the loss rose".into()));
+    let ControlError::Harmed(said) = error else { panic!("{error}") };
+    assert!(said.contains("took back what was trained since generation 1: the loss rose"), "{said}");
     stand.until_state(State::Paused);
     let waiting = stand.add(1);
     let status = stand.handle.status();
-    assert!(status.detail.as_ref().unwrap().contains("since generation 1: the loss rose"), "{status}");
+    assert_eq!(status.detail.as_ref(), Some(&said), "{status}");
     assert_eq!((status.generation, status.cursor, status.step, status.weight_version), (Some(1), Some(1), 1, 9));
     assert_eq!((status.counts.harmed, status.to_replay), (1, 0));
     let guard = status.guard.as_ref().unwrap();
@@ -500,15 +501,58 @@ fn what_harmed_the_model_is_put_aside_and_nothing_more_is_trained_until_somebody
 }
 
 #[test]
-fn harm_at_the_end_is_put_aside_too() {
+fn harm_at_the_end_is_put_aside_too_and_the_next_daemon_waits_for_somebody_to_look() {
     let mut stand = Stand::start(&[]);
     let ids = stand.add(1);
     stand.wait_for(&ids, ExampleState::Trained);
     stand.order("harm", "");
     stand.stop();
     assert_eq!(stand.get(&ids[0]).state, ExampleState::Quarantined);
-    let status = stand.handle.status();
-    assert_eq!(status.last_sync.unwrap().failed.as_deref(), Some("the loss rose"));
+    let last = stand.handle.status().last_sync.unwrap();
+    assert_eq!((last.harmed, last.failed.as_deref()), (true, Some("the loss rose")));
+
+    let mut stand = Stand::start_in(std::mem::replace(&mut stand.dir, tempfile::tempdir().unwrap()), &[]);
+    stand.until_state(State::Paused);
+    assert!(stand.handle.status().detail.unwrap().contains("the loss rose"));
+    let waiting = stand.add(1);
+    stand.handle.pause(false);
+    stand.wait_for(&waiting, ExampleState::Trained);
+    stand.stop();
+    let stand = Stand::start_in(std::mem::replace(&mut stand.dir, tempfile::tempdir().unwrap()), &[]);
+    stand.until_state(State::Idle);
+}
+
+#[test]
+fn harm_that_cannot_be_taken_back_stops_training_and_is_looked_for_again() {
+    let stand = Stand::start(&[("not_restored", "the files are damaged")]);
+    let ids = stand.add(1);
+    stand.wait_for(&ids, ExampleState::Trained);
+    stand.order("harm", "");
+    let error = block_on(stand.handle.sync("test")).unwrap_err().to_string();
+    assert!(
+        error.contains("could not take it back: the files are damaged") && error.contains("the loss rose"),
+        "{error}"
+    );
+    stand.until_state(State::Paused);
+    assert_eq!(stand.get(&ids[0]).state, ExampleState::Trained, "the live weights hold it still");
+    stand.handle.pause(false);
+    let done = block_on(stand.handle.sync("test")).unwrap();
+    assert_eq!(done.cursor, 1);
+}
+
+#[test]
+fn a_trainer_that_ends_before_its_last_sync_is_said() {
+    let mut stand = Stand::start(&[("sync_seconds", "3")]);
+    let ids = stand.add(1);
+    stand.wait_for(&ids, ExampleState::Trained);
+    stand.handle.shutdown();
+    stand.until("the last sync to begin", || !stand.requests("shutdown").is_empty());
+    let pid = stand.handle.status().trainer_pid.unwrap();
+    rustix::process::kill_process(rustix::process::Pid::from_raw(pid as i32).unwrap(), rustix::process::Signal::KILL)
+        .unwrap();
+    stand.stop();
+    let last = stand.handle.status().last_sync.unwrap();
+    assert_eq!((last.harmed, last.failed.as_deref()), (false, Some("the trainer ended before it was done")));
 }
 
 #[test]

@@ -130,7 +130,7 @@ fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbo
     let lock = || -> MutexGuard<Session<D>> { session.lock().unwrap_or_else(PoisonError::into_inner) };
     lock().publish().map_or(Ok(()), |published| say(&published))?;
     loop {
-        let mut stop = false;
+        let (mut stop, mut rolled_back) = (false, false);
         let answer = match inbox.recv_timeout(WATCH) {
             Ok(Input::Request(ToTrainer::Train { step, lr, examples })) => {
                 line.push(Step { number: step, lr, work: examples });
@@ -162,6 +162,7 @@ fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbo
                 }
             }
             say(&answer)?;
+            rolled_back = matches!(answer, FromTrainer::RolledBack(_));
             if let FromTrainer::ServerGone { .. } = answer {
                 return Ok(());
             }
@@ -172,6 +173,13 @@ fn answer_requests<D: Backend>(line: &Line<D>, session: &Mutex<Session<D>>, inbo
         }
         if let Some(invalidated) = session.invalidate(stop) {
             say(&invalidated)?;
+        }
+        if rolled_back {
+            // After the answer, which nobody is to wait for longer, and before anything is trained on top.
+            match session.probe_again() {
+                Ok(probed) => probed.as_ref().map_or(Ok(()), say)?,
+                Err(error) => return say(&session::end_of(error)),
+            }
         }
         if stop {
             return Ok(());

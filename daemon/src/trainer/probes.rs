@@ -44,32 +44,22 @@ pub struct Watched<D: Backend> {
 }
 
 impl<D: Backend> Watched<D> {
-    /// Begins on live weights that equal the files of `generation`.
+    /// Begins on live weights that equal the files; gives how the probes do there.
     ///
     /// # Errors
     /// The server is gone; what [`Guard::begin`] says.
     pub fn begin(
         config: &Config,
         probes: Vec<(usize, Example)>,
-        generation: u64,
         model: &Arc<Model<D>>,
         attachment: &Arc<Attachment>,
-    ) -> Result<Watched<D>> {
+    ) -> Result<(Watched<D>, Probed)> {
         let longest = probes.iter().map(|(_, probe)| probe.ids().len()).max().unwrap_or(1);
         let (device, mut cache) = (model.device().clone(), model.cache(longest));
         let losses = losses(&device, attachment, model, &mut cache, &probes)?;
-        let guard = Guard::begin(&config.state_dir(), &probes, config.guard.max_rise, generation, losses)?;
-        Ok(Watched { device, attachment: attachment.clone(), model: model.clone(), cache, probes, guard })
-    }
-
-    /// How the last good generation does.
-    pub fn probed(&self) -> Probed {
-        self.guard.judge_last()
-    }
-
-    /// What should be looked at although training goes on.
-    pub fn warning(&self) -> Option<String> {
-        self.guard.warning()
+        let guard = Guard::begin(&config.state_dir(), &probes, config.guard.max_rise, &losses)?;
+        let (probed, _) = guard.judge(&losses);
+        Ok((Watched { device, attachment: attachment.clone(), model: model.clone(), cache, probes, guard }, probed))
     }
 
     /// The losses of the probes now, how they compare, and what is wrong with the weights if they are harmed.
@@ -83,9 +73,19 @@ impl<D: Backend> Watched<D> {
         Ok((losses, probed, harm))
     }
 
-    /// Takes these as the losses of the last good generation.
-    pub fn accept(&mut self, losses: Vec<f64>) {
+    /// Takes these, which were not judged as harm, as the losses of a new generation.
+    pub fn accept(&mut self, losses: &[f64]) {
         self.guard.accept(losses);
+    }
+
+    /// Looks at weights that somebody has chosen, however they do; training goes on from them.
+    ///
+    /// # Errors
+    /// The server is gone.
+    pub fn begin_again(&mut self) -> Result<Probed> {
+        let (losses, ..) = self.look()?;
+        self.guard.begin_from(&losses);
+        Ok(self.guard.judge(&losses).0)
     }
 }
 

@@ -16,7 +16,7 @@ use crate::protocol::{
     Synced, ToTrainer, Trained, Work,
 };
 use crate::weights;
-use anyhow::Result;
+use anyhow::{Result, bail};
 use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, Progress};
 use compute::Dtype;
@@ -57,7 +57,7 @@ pub struct Session<D: Backend> {
     budget: Budget,
     /// Of the hashes that tell a sync what has changed, where the weights are hashed.
     hash_seed: u64,
-    /// The guard, if there is one, and how its probes did last.
+    /// The guard, if there is one, and how its probes did at the start.
     watched: Option<Watched<D>>,
     probed: Option<Probed>,
     /// Why live weights or optimizer are not those of the files, after a rollback that was made of the files alone.
@@ -112,14 +112,12 @@ impl<D: Backend> Session<D> {
             restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
-        let generation = checkpoint.current().generation;
-        let begin = |probes| Watched::begin(config, probes, generation, &model, &attachment);
+        let begin = |probes| Watched::begin(config, probes, &model, &attachment);
         let watched = probes.map(begin).transpose().map_err(|error| match error.downcast::<ipc::Gone>() {
             Ok(gone) => StartError::ServerGone(gone.to_string()),
             Err(error) => StartError::Failed(error),
         })?;
-        let probed = watched.as_ref().map(Watched::probed);
-        warnings.extend(watched.as_ref().and_then(Watched::warning));
+        let (watched, probed) = watched.unzip();
         let wanted: Vec<bool> = tensors.iter().map(|t| t.effective_rule() != Rule::Frozen).collect();
         let mut caches = std::iter::once(cache).chain(std::iter::repeat_with(|| model.cache(longest)));
         let worker = |device: Arc<D>| {
@@ -336,8 +334,8 @@ impl<D: Backend> Session<D> {
         let looked = self.watched.as_mut().map(Watched::look).transpose()?;
         if let Some((_, probed, Some(harm))) = looked {
             tracing::error!("{harm}");
-            let restored = self.roll_back(self.checkpoint.current().generation)?;
-            return Ok(FromTrainer::Harmed(Box::new(Harmed { reason: harm, probed, restored })));
+            let (applied, restored) = (self.progress.cursor, self.take_back().map_err(|error| format!("{error:#}")));
+            return Ok(FromTrainer::Harmed(Box::new(Harmed { reason: harm, probed, applied, restored })));
         }
         let live = Live::new(&self.model, &self.optimizer, self.head_copy.as_deref(), self.hash_seed);
         let optimizer = &self.optimizer;
@@ -350,7 +348,7 @@ impl<D: Backend> Session<D> {
         self.unpublished = true;
         let mut probed = None;
         if let (Some(watched), Some((losses, now, None))) = (&mut self.watched, looked) {
-            watched.accept(losses);
+            watched.accept(&losses);
             probed = Some(Box::new(now));
         }
         Ok(FromTrainer::Synced(Synced {
@@ -378,16 +376,6 @@ impl<D: Backend> Session<D> {
 
     /// Files first, by the journal; then live weights and optimizer follow them.
     fn rollback(&mut self, to: u64) -> Result<FromTrainer> {
-        let done = self.roll_back(to)?;
-        if let Some(watched) = &mut self.watched {
-            // Whoever wants that generation has it, however it does.
-            let (losses, _, _) = watched.look()?;
-            watched.accept(losses);
-        }
-        Ok(FromTrainer::RolledBack(done))
-    }
-
-    fn roll_back(&mut self, to: u64) -> Result<RolledBack> {
         let report = self.checkpoint.rollback(to)?;
         let no_longer = start::tell_pruned(&mut self.checkpoint);
         self.unpublished = true;
@@ -402,14 +390,39 @@ impl<D: Backend> Session<D> {
             return Err(error);
         }
         tracing::info!("{report}");
-        Ok(RolledBack {
+        Ok(FromTrainer::RolledBack(self.rolled_back(to, no_longer)))
+    }
+
+    fn rolled_back(&self, to: u64, no_longer: Vec<u64>) -> RolledBack {
+        RolledBack {
             generation: self.checkpoint.current().generation,
             to,
             cursor: self.progress.cursor,
             step: self.progress.step,
             weight_version: self.progress.weight_version,
             no_longer,
-        })
+        }
+    }
+
+    /// Live weights, optimizer and progress become those of the last sync. No file is written, so nobody who loads the model is
+    /// in the way; but what is in the files is checked before it is written over live weights.
+    fn take_back(&mut self) -> Result<RolledBack> {
+        let report = self.checkpoint.verify()?;
+        if !report.is_ok() {
+            bail!("the files are damaged: {report}; `apollod checkpoint repair` puts them right");
+        }
+        self.prefix_cache.moved();
+        if let Err(error) = self.follow_files() {
+            self.stranded = Some(format!("what harmed the model could not be taken back: {error:#}"));
+            return Err(error);
+        }
+        Ok(self.rolled_back(self.checkpoint.current().generation, Vec::new()))
+    }
+
+    /// How the probes do after a rollback: whoever wants that generation has it, however it does.
+    pub fn probe_again(&mut self) -> Result<Option<FromTrainer>> {
+        let watched = self.watched.as_mut();
+        watched.map(|watched| Ok(FromTrainer::Probed(Box::new(watched.begin_again()?)))).transpose()
     }
 
     /// Live weights, optimizer and progress become those of the current generation. On an error they are nobody's.
@@ -434,6 +447,14 @@ fn answer_of(request: Request, outcome: Result<FromTrainer>) -> FromTrainer {
         Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
         Err(error) => FromTrainer::Failed { request, reason: format!("{error:#}"), cause: cause_of(&error) },
     })
+}
+
+/// The last word of a trainer that cannot go on.
+pub fn end_of(error: anyhow::Error) -> FromTrainer {
+    match error.downcast::<ipc::Gone>() {
+        Ok(gone) => FromTrainer::ServerGone { reason: gone.to_string() },
+        Err(error) => FromTrainer::Dying { reason: format!("{error:#}") },
+    }
 }
 
 fn cause_of(error: &anyhow::Error) -> Cause {

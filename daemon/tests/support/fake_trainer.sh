@@ -14,6 +14,7 @@
 #   step_seconds   holds how long a step takes
 #   sync_seconds   holds how long a sync takes
 #   harm           there: answers to a sync that the guard found harm, once
+#   not_restored   holds why that could not be taken back
 D=${FAKE_TRAINER:?}
 read_or() { if [ -f "$D/$1" ]; then cat "$D/$1"; else echo "$2"; fi; }
 number() { printf '%s' "$line" | sed -n "s/.*\"$1\":\([0-9][0-9]*\).*/\1/p"; }
@@ -23,10 +24,15 @@ synced() {
     sleep "$(read_or sync_seconds 0)"
     if [ -f "$D/harm" ]; then
         rm "$D/harm"
-        cursor=$(read_or cursor 0); generation=$(read_or generation 0); step=$(read_or step 0); seq=$cursor
+        applied=$seq
         printf '{"answer":"harmed","reason":"the loss rose","probed":{"probes":2,"loss":null,"reference":1.5,'
-        printf '"reference_generation":0,"rise":null,"error":null,"limit":0.1,"worst":{"line":2,"loss":null,"reference":2}},'
-        printf '"restored":{"generation":%s,"cursor":%s,"step":%s,"weight_version":9}}\n' "$generation" "$cursor" "$step"
+        printf '"rise":null,"limit":0.1,"worst":{"line":2,"loss":null,"reference":2}},"applied":%s,' "$applied"
+        if [ -s "$D/not_restored" ]; then
+            printf '"restored":{"Err":"%s"}}\n' "$(cat "$D/not_restored")"
+            return
+        fi
+        cursor=$(read_or cursor 0); generation=$(read_or generation 0); step=$(read_or step 0); seq=$cursor
+        printf '"restored":{"Ok":{"generation":%s,"cursor":%s,"step":%s,"weight_version":9}}}\n' "$generation" "$cursor" "$step"
         return
     fi
     cursor=$seq; generation=$((generation + 1))
