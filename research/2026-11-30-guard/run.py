@@ -187,7 +187,7 @@ def run(args, seed):
         assert status in (200, 409), answer
         said = call(stand.url + "/v1/status")[1]
         result = {"seed": seed, "stream": name, "poisoned": bad, "lr": lr, "undone": status == 409,
-                  "rise": said["guard"]["rise"], "error": said["guard"]["error"], "unseen_kept": kept,
+                  "rise": said["guard"]["rise"], "unseen_kept": kept,
                   "unseen_kept_after": stand.kept(unseen), "files_changed": stand.files() != before,
                   "examples": sum(said["queue"].values())}
         assert not result["undone"] or (not result["files_changed"] and result["unseen_kept_after"] == 1.0), result
