@@ -222,6 +222,23 @@ fn a_damaged_file_is_refused_with_what_to_do() {
 }
 
 #[test]
+fn a_file_of_an_older_version_keeps_its_examples() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("queue.sqlite");
+    let queue = Queue::open(&path, 9).unwrap();
+    let ids = add(&queue, &[example(1)]);
+    drop(queue);
+    // As the first version left it.
+    let connection = Connection::open(&path).unwrap();
+    connection.execute_batch("DROP TABLE pause; PRAGMA user_version = 1;").unwrap();
+    drop(connection);
+    let queue = Queue::open(&path, 9).unwrap();
+    assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Queued);
+    queue.record_paused("why").unwrap();
+    assert_eq!(queue.pause().unwrap().as_deref(), Some("why"));
+}
+
+#[test]
 fn a_file_of_a_newer_version_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("queue.sqlite");
