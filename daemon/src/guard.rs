@@ -7,12 +7,12 @@
 //! four probes or more) because a lesson may rightly overturn what one of them says. References are kept, in `guard.json` of the
 //! state directory, so that many small harms are noticed as one.
 //!
-//! Where the weights that training begins from are harmed by that measure already, nothing that comes after is to blame: until
-//! they are no longer, d is the rise above those.
+//! Where weights are beyond the limit that somebody has chosen (rolled back to, adopted), nothing that comes after is to blame: until
+//! the probes are within it again, d is the rise above those, the base.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use model::Example;
@@ -23,138 +23,206 @@ use crate::protocol::{Probed, WorstProbe};
 
 /// From so many probes on, the one that rose most is left out.
 const PROBES_WITHOUT_ONE: usize = 4;
-/// Where the references are kept.
+/// Where references and base are kept.
 const FILE: &str = "guard.json";
 
-/// References as they are kept: loss by BLAKE3 of a probe's tokens, of all probes that were ever seen.
+/// Losses by BLAKE3 of a probe's tokens; only finite ones.
+type Losses = BTreeMap<String, f64>;
+
+/// What is kept from one start to the next.
 #[derive(Debug, Default, Serialize, Deserialize)]
-struct References(BTreeMap<String, f64>);
+struct Kept {
+    /// Of all probes that were ever seen.
+    references: Losses,
+    /// The generation that the guard saw last: another one in the files was chosen by somebody.
+    generation: Option<u64>,
+    base: Option<Losses>,
+}
 
 /// Judges losses of probes.
 #[derive(Debug)]
 pub struct Guard {
     limit: f64,
-    /// Each probe's line in its file.
+    state_dir: PathBuf,
+    /// Of each probe: its line in the file, and what its losses are kept by.
     lines: Vec<usize>,
-    references: Vec<f64>,
-    /// What rises are counted from, if not from the references: losses that are beyond the limit themselves.
-    base: Option<Vec<f64>>,
+    digests: Vec<String>,
+    kept: Kept,
+}
+
+/// Whether what is kept can be read.
+///
+/// # Errors
+/// It cannot.
+pub fn check(state_dir: &Path) -> Result<()> {
+    read(state_dir).map(drop)
 }
 
 impl Guard {
-    /// Begins on weights whose losses these are; they become the references of probes that have none.
+    /// Begins on the weights of a generation, whose losses these are. They become the references of probes that have none.
     ///
     /// # Errors
-    /// References that cannot be read or written.
-    pub fn begin(state_dir: &Path, probes: &[(usize, Example)], limit: f64, losses: &[f64]) -> Result<Guard> {
-        let mut known = read(state_dir)?;
-        let before = known.0.len();
-        // A loss that is no number is nobody's reference: the next start looks again.
-        for ((_, probe), loss) in probes.iter().zip(losses).filter(|(_, loss)| loss.is_finite()) {
-            known.0.entry(digest(probe)).or_insert(*loss);
+    /// What is kept cannot be read or written.
+    pub fn begin(
+        state_dir: &Path,
+        probes: &[(usize, Example)],
+        limit: f64,
+        generation: u64,
+        losses: &[f64],
+    ) -> Result<Guard> {
+        let kept = read(state_dir)?;
+        let known = kept.generation == Some(generation);
+        let mut guard = Guard {
+            limit,
+            state_dir: state_dir.to_owned(),
+            lines: probes.iter().map(|(line, _)| *line).collect(),
+            digests: probes.iter().map(|(_, probe)| digest(probe)).collect(),
+            kept,
+        };
+        match known {
+            true => guard.keep(generation, losses)?,
+            false => guard.begin_from(generation, losses)?,
         }
-        if known.0.len() > before {
-            durable::replace(state_dir, FILE, &serde_json::to_vec(&known)?)
-                .with_context(|| format!("cannot write {}", state_dir.join(FILE).display()))?;
-        }
-        let reference = |((_, probe), loss): (&(usize, Example), &f64)| *known.0.get(&digest(probe)).unwrap_or(loss);
-        let references = probes.iter().zip(losses).map(reference).collect();
-        let lines = probes.iter().map(|(line, _)| *line).collect();
-        let mut guard = Guard { limit, lines, references, base: None };
-        guard.begin_from(losses);
         Ok(guard)
     }
 
-    /// Takes weights with these losses as what training goes on from, because they are what somebody wants.
-    pub fn begin_from(&mut self, losses: &[f64]) {
-        self.base = Rise::of(&self.references, losses).is_beyond(self.limit).then(|| losses.to_vec());
+    /// Takes a generation with these losses as what training goes on from, because somebody has chosen it.
+    ///
+    /// # Errors
+    /// It cannot be written down.
+    pub fn begin_from(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
+        let beyond = self.rise(&self.kept.references, losses).is_beyond(self.limit);
+        self.kept.base = beyond.then(|| self.finite(losses).map(|(digest, loss)| (digest.clone(), loss)).collect());
+        self.keep(generation, losses)
     }
 
     /// Takes losses that were not judged as harm for those of a new generation.
-    pub fn accept(&mut self, losses: &[f64]) {
-        if !Rise::of(&self.references, losses).is_beyond(self.limit) {
-            self.base = None;
+    ///
+    /// # Errors
+    /// It cannot be written down.
+    pub fn accept(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
+        if !self.rise(&self.kept.references, losses).is_beyond(self.limit) {
+            self.kept.base = None;
         }
+        self.keep(generation, losses)
+    }
+
+    /// Writes down what is to be kept, with references for probes that have none.
+    fn keep(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
+        let new: Vec<(String, f64)> = self.finite(losses).map(|(digest, loss)| (digest.clone(), loss)).collect();
+        for (digest, loss) in new {
+            self.kept.references.entry(digest).or_insert(loss);
+        }
+        self.kept.generation = Some(generation);
+        durable::replace(&self.state_dir, FILE, &serde_json::to_vec(&self.kept)?)
+            .with_context(|| format!("cannot write {}", self.state_dir.join(FILE).display()))
+    }
+
+    fn finite(&self, losses: &[f64]) -> impl Iterator<Item = (&String, f64)> {
+        self.digests.iter().zip(losses.to_vec()).filter(|(_, loss)| loss.is_finite())
+    }
+
+    fn rise(&self, from: &Losses, losses: &[f64]) -> Rise {
+        Rise::of(&self.digests.iter().map(|digest| from.get(digest).copied()).collect::<Vec<_>>(), losses)
     }
 
     /// How the probes do, and in words what is wrong if weights with these losses are harmed.
     pub fn judge(&self, losses: &[f64]) -> (Probed, Option<String>) {
-        let (from, whose) = match &self.base {
-            Some(base) => (base, "when training began, although they were beyond it already"),
-            None => (&self.references, "when the guard first saw them"),
+        let (from, whose) = match &self.kept.base {
+            Some(base) => (base, "in the generation that somebody chose, which was beyond the limit already"),
+            None => (&self.kept.references, "when the guard first saw them"),
         };
-        let (rise, known) = (Rise::of(&self.references, losses), Rise::of(from, losses));
-        // Of a model that is ruined already, nothing can be said.
-        let ruined = from.iter().any(|loss| !loss.is_finite());
-        let harm = (known.is_beyond(self.limit) && !ruined).then(|| {
+        let (rise, known) = (self.rise(&self.kept.references, losses), self.rise(from, losses));
+        let harm = known.is_beyond(self.limit).then(|| {
+            let worst = known.worst.expect("what is beyond has a worst");
             format!(
                 "the loss of {} is {:.3} nats a token higher in the mean than {whose}; guard.max_rise allows {}. Most it rose on \
                  line {}, from {:.3} to {:.3}",
-                known.of_whom(losses.len()),
+                known.of_whom(),
                 known.mean,
                 self.limit,
-                self.lines[known.worst],
-                from[known.worst],
-                losses[known.worst]
+                self.lines[worst],
+                from[&self.digests[worst]],
+                losses[worst]
             )
         });
         let finite = |value: f64| Some(value).filter(|value| value.is_finite());
+        let references: Vec<f64> =
+            self.digests.iter().filter_map(|digest| self.kept.references.get(digest).copied()).collect();
+        let worst = |worst: usize| WorstProbe {
+            line: self.lines[worst] as u64,
+            loss: finite(losses[worst]),
+            reference: self.kept.references[&self.digests[worst]],
+        };
         let probed = Probed {
             probes: losses.len() as u64,
             loss: finite(mean(losses)),
-            reference: mean(&self.references),
+            reference: finite(mean(&references)),
             rise: finite(rise.mean),
             limit: self.limit,
-            worst: WorstProbe {
-                line: self.lines[rise.worst] as u64,
-                loss: finite(losses[rise.worst]),
-                reference: finite(self.references[rise.worst]),
-            },
-            warning: self.warning(),
+            worst: rise.worst.map(worst),
+            warning: self.warning(losses),
         };
         (probed, harm)
     }
 
-    fn warning(&self) -> Option<String> {
-        let base = self.base.as_ref()?;
-        let rise = Rise::of(&self.references, base);
+    fn warning(&self, losses: &[f64]) -> Option<String> {
+        let unknown = self.digests.iter().position(|digest| !self.kept.references.contains_key(digest));
+        if let Some(unknown) = unknown {
+            return Some(format!(
+                "guard.probes, line {}: its loss is {}, so the model is ruined and this probe guards nothing: go back to a better \
+                 generation",
+                self.lines[unknown], losses[unknown]
+            ));
+        }
+        let base = self.kept.base.as_ref()?;
+        let of_base: Vec<f64> =
+            self.digests.iter().map(|digest| base.get(digest).copied().unwrap_or(f64::INFINITY)).collect();
         Some(format!(
-            "the probes' loss was {:.3} nats a token higher than guard.max_rise allows from, before anything was trained on top: \
-             the guard counts from there. Go back to a better generation, or take this one as it is: stop the daemon and remove \
-             guard.json from .apollod in the model directory",
-            rise.mean
+            "in the generation that was chosen the probes' loss was already {:.3} nats a token higher than when the guard first saw \
+             them, and guard.max_rise allows {}: until it is within that, the guard goes by what comes on top. Go back to a better \
+             generation, or take this one as it is: stop the daemon and remove guard.json from .apollod in the model directory",
+            self.rise(&self.kept.references, &of_base).mean,
+            self.limit
         ))
     }
 }
 
-/// How far losses have risen.
+/// How far losses have risen from those that are known.
 #[derive(Debug)]
 struct Rise {
-    /// Of all probes, or of all but the worst.
+    /// Of all of these probes, or of all but the worst.
     mean: f64,
-    worst: usize,
+    /// The one that rose most; none if nothing is known of any.
+    worst: Option<usize>,
+    probes: usize,
     without_one: bool,
 }
 
 impl Rise {
-    fn of(from: &[f64], losses: &[f64]) -> Rise {
-        let rises: Vec<f64> = losses.iter().zip(from).map(|(loss, from)| loss - from).collect();
-        let rank = |i: &usize| if losses[*i].is_finite() { rises[*i] } else { f64::INFINITY };
-        let worst = (0..rises.len()).max_by(|a, b| rank(a).total_cmp(&rank(b))).expect("there is a probe");
+    fn of(from: &[Option<f64>], losses: &[f64]) -> Rise {
+        let known = from.iter().zip(losses).enumerate();
+        let rise = |(i, (from, loss)): (usize, (&Option<f64>, &f64))| {
+            // What is no number has risen beyond everything.
+            let loss = if loss.is_finite() { *loss } else { f64::INFINITY };
+            from.map(|from| (i, loss - from))
+        };
+        let rises: Vec<(usize, f64)> = known.filter_map(rise).collect();
+        let worst = rises.iter().max_by(|a, b| a.1.total_cmp(&b.1)).copied();
         // One that is no number is left out of nothing.
-        let without_one = rises.len() >= PROBES_WITHOUT_ONE && losses[worst].is_finite();
-        let left: Vec<f64> =
-            rises.iter().enumerate().filter(|(i, _)| !without_one || *i != worst).map(|(_, rise)| *rise).collect();
-        Rise { mean: mean(&left), worst, without_one }
+        let without_one = rises.len() >= PROBES_WITHOUT_ONE && worst.is_some_and(|(_, rise)| rise.is_finite());
+        let left = rises.iter().filter(|rise| !without_one || Some(**rise) != worst);
+        let left: Vec<f64> = left.map(|(_, rise)| *rise).collect();
+        Rise { mean: mean(&left), worst: worst.map(|(i, _)| i), probes: rises.len(), without_one }
     }
 
-    /// A rise that is no number is beyond any limit.
+    /// A rise that is no number is beyond any limit, but for one of no probes.
     fn is_beyond(&self, limit: f64) -> bool {
-        !self.mean.is_finite() || self.mean > limit
+        self.probes > 0 && (!self.mean.is_finite() || self.mean > limit)
     }
 
-    fn of_whom(&self, probes: usize) -> String {
-        match (self.without_one, probes) {
+    fn of_whom(&self) -> String {
+        match (self.without_one, self.probes) {
             (true, probes) => format!("{} of {probes} probes", probes - 1),
             (false, 1) => "the probe".into(),
             (false, probes) => format!("{probes} probes"),
@@ -170,13 +238,13 @@ fn digest(probe: &Example) -> String {
     blake3::hash(format!("{:?} {:?}", probe.ids(), probe.spans()).as_bytes()).to_hex().to_string()
 }
 
-fn read(state_dir: &Path) -> Result<References> {
+fn read(state_dir: &Path) -> Result<Kept> {
     let path = state_dir.join(FILE);
     match fs::read(&path) {
         Ok(bytes) => serde_json::from_slice(&bytes).with_context(|| {
             format!("{} is damaged: remove it to take the model as it is now for the reference", path.display())
         }),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(References::default()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Kept::default()),
         Err(error) => Err(error).with_context(|| format!("cannot read {}", path.display())),
     }
 }
@@ -190,8 +258,16 @@ mod tests {
         (0..n).map(|i| (i as usize + 1, example(i))).collect()
     }
 
+    fn begin_at(dir: &Path, generation: u64, losses: &[f64]) -> Guard {
+        Guard::begin(dir, &probes(losses.len() as u32), 0.1, generation, losses).unwrap()
+    }
+
     fn begin(dir: &Path, losses: &[f64]) -> Guard {
-        Guard::begin(dir, &probes(losses.len() as u32), 0.1, losses).unwrap()
+        begin_at(dir, 0, losses)
+    }
+
+    fn is_harm(guard: &Guard, losses: &[f64]) -> bool {
+        guard.judge(losses).1.is_some()
     }
 
     #[test]
@@ -220,21 +296,31 @@ mod tests {
         assert_eq!(guard.judge(&[1.05]).1, None);
         let (probed, harm) = guard.judge(&[1.25]);
         assert!(harm.unwrap().starts_with("the loss of the probe is 0.250"));
-        assert_eq!((probed.probes, probed.loss, probed.reference, probed.rise), (1, Some(1.25), 1.0, Some(0.25)));
-        assert_eq!(probed.worst, WorstProbe { line: 1, loss: Some(1.25), reference: Some(1.0) });
-        assert!(begin(dir.path(), &[1.0, 1.0, 1.0]).judge(&[1.0, 1.0, 1.5]).1.is_some());
+        assert_eq!((probed.probes, probed.loss, probed.reference, probed.rise), (1, Some(1.25), Some(1.0), Some(0.25)));
+        assert_eq!(probed.worst, Some(WorstProbe { line: 1, loss: Some(1.25), reference: 1.0 }));
+        assert!(is_harm(&begin(dir.path(), &[1.0, 1.0, 1.0]), &[1.0, 1.0, 1.5]));
     }
 
     #[test]
     fn small_harms_add_up_over_restarts_and_generations() {
         let dir = tempfile::tempdir().unwrap();
         let mut guard = begin(dir.path(), &[1.0, 2.0]);
-        guard.accept(&[1.08, 2.07]);
-        assert!(guard.judge(&[1.15, 2.14]).1.is_some());
+        guard.accept(1, &[1.08, 2.07]).unwrap();
+        assert!(is_harm(&guard, &[1.15, 2.14]));
         // The losses at a later start are not the references.
-        let guard = begin(dir.path(), &[1.08, 2.07]);
-        assert!(guard.judge(&[1.15, 2.14]).1.is_some());
-        assert_eq!(guard.judge(&[1.0, 2.0]).0.reference, 1.5);
+        let guard = begin_at(dir.path(), 1, &[1.08, 2.07]);
+        assert!(is_harm(&guard, &[1.15, 2.14]));
+        assert_eq!(guard.judge(&[1.0, 2.0]).0.reference, Some(1.5));
+    }
+
+    #[test]
+    fn a_generation_that_was_let_through_is_not_measured_into_another_base() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut guard = begin(dir.path(), &[1.0, 2.0]);
+        guard.accept(1, &[1.0999, 2.0999]).unwrap();
+        // On other kernels.
+        let guard = begin_at(dir.path(), 1, &[1.1001, 2.1001]);
+        assert!(is_harm(&guard, &[1.15, 2.15]) && guard.judge(&[1.0, 2.0]).0.warning.is_none());
     }
 
     #[test]
@@ -243,40 +329,51 @@ mod tests {
         begin(dir.path(), &[1.0]);
         let mut reversed = probes(2);
         reversed.reverse();
-        let guard = Guard::begin(dir.path(), &reversed, 0.1, &[5.0, 7.0]).unwrap();
-        assert_eq!(guard.references, [5.0, 1.0]);
-        assert_eq!(begin(dir.path(), &[9.0, 9.0]).references, [1.0, 5.0]);
+        let guard = Guard::begin(dir.path(), &reversed, 0.1, 0, &[5.0, 7.0]).unwrap();
+        assert_eq!(guard.judge(&[5.0, 1.0]).0.reference, Some(3.0));
+        assert_eq!(begin(dir.path(), &[9.0, 9.0]).judge(&[1.0, 5.0]).0.reference, Some(3.0));
     }
 
     #[test]
-    fn weights_that_are_beyond_the_limit_already_are_what_counts_until_they_are_better() {
+    fn what_somebody_chose_is_what_counts_until_the_probes_are_within_the_limit() {
         let dir = tempfile::tempdir().unwrap();
         begin(dir.path(), &[1.0, 2.0]);
-        let mut guard = begin(dir.path(), &[2.0, 3.1]);
-        assert!(guard.judge(&[2.0, 3.1]).0.warning.unwrap().contains("1.050 nats"));
+        let guard = begin_at(dir.path(), 3, &[2.0, 3.1]);
+        assert!(guard.judge(&[2.0, 3.1]).0.warning.unwrap().contains("already 1.050 nats"));
         assert_eq!(guard.judge(&[2.05, 3.15]).1, None, "what came after is not to blame");
-        guard.accept(&[2.05, 3.15]);
-        assert!(guard.judge(&[2.12, 3.21]).1.unwrap().contains("when training began"), "nor does that move");
-        guard.accept(&[1.0, 2.1]);
-        assert!(guard.judge(&[2.05, 3.15]).1.is_some() && guard.judge(&[1.0, 2.1]).0.warning.is_none());
-        guard.begin_from(&[2.0, 3.1]);
-        assert_eq!(guard.judge(&[2.05, 3.15]).1, None, "chosen by somebody");
+        // Neither a sync nor a start moves that.
+        for generation in 4..8 {
+            let mut guard = begin_at(dir.path(), generation - 1, &[2.08, 3.18]);
+            guard.accept(generation, &[2.08, 3.18]).unwrap();
+            assert!(guard.judge(&[2.15, 3.25]).1.unwrap().contains("somebody chose"));
+        }
+        let mut guard = begin_at(dir.path(), 7, &[2.08, 3.18]);
+        guard.accept(8, &[1.0, 2.1]).unwrap();
+        assert!(is_harm(&guard, &[2.05, 3.15]) && guard.judge(&[1.0, 2.1]).0.warning.is_none());
+        guard.begin_from(9, &[2.0, 3.1]).unwrap();
+        assert!(!is_harm(&guard, &[2.05, 3.15]), "chosen by somebody");
     }
 
     #[test]
     fn a_ruined_model_is_said_and_is_no_reference() {
         let dir = tempfile::tempdir().unwrap();
-        let guard = begin(dir.path(), &[f64::NAN, 1.0]);
+        let mut guard = begin(dir.path(), &[f64::NAN, 1.0]);
         let (probed, harm) = guard.judge(&[f64::NAN, 1.0]);
-        assert!(harm.is_none() && probed.loss.is_none() && probed.warning.is_some(), "{probed:?}");
-        assert_eq!(begin(dir.path(), &[2.0, 2.0]).references, [2.0, 1.0]);
+        assert!(harm.is_none() && probed.warning.as_ref().unwrap().contains("line 1"), "{probed:?}");
+        // It can be told: JSON has no NaN.
+        let sent: Probed = serde_json::from_str(&serde_json::to_string(&probed).unwrap()).unwrap();
+        assert_eq!(sent, probed);
+        assert!(is_harm(&guard, &[f64::NAN, 1.2]), "the other guards still");
+        guard.begin_from(2, &[2.0, 1.0]).unwrap();
+        assert!(is_harm(&guard, &[2.3, 1.0]) && guard.judge(&[2.0, 1.0]).0.warning.is_none());
+        let nothing = begin(tempfile::tempdir().unwrap().path(), &[f64::NAN]);
+        assert!(!is_harm(&nothing, &[f64::NAN]));
     }
 
     #[test]
-    fn damaged_references_are_refused() {
+    fn what_was_kept_and_is_damaged_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "{").unwrap();
-        let error = Guard::begin(dir.path(), &probes(1), 0.1, &[1.0]).unwrap_err().to_string();
-        assert!(error.contains("guard.json is damaged"), "{error}");
+        assert!(check(dir.path()).unwrap_err().to_string().contains("guard.json is damaged"));
     }
 }

@@ -253,13 +253,13 @@ pub struct Probed {
     /// Their mean loss.
     pub loss: Option<f64>,
     /// What it was when the guard first saw them.
-    pub reference: f64,
+    pub reference: Option<f64>,
     /// The mean of what each rose by, without the one that rose most where they are four or more.
     pub rise: Option<f64>,
     /// How far it may rise.
     pub limit: f64,
     /// The probe that rose most.
-    pub worst: WorstProbe,
+    pub worst: Option<WorstProbe>,
     /// What should be looked at although nothing that was trained is to blame.
     #[serde(default)]
     pub warning: Option<String>,
@@ -273,7 +273,7 @@ pub struct WorstProbe {
     /// Its loss.
     pub loss: Option<f64>,
     /// What that was when the guard first saw it.
-    pub reference: Option<f64>,
+    pub reference: f64,
 }
 
 /// The answer to [`ToTrainer::Sync`] where the guard found the live weights harmed: nothing was written.
@@ -394,7 +394,7 @@ pub enum FromTrainer {
     Trained(Trained),
     /// The files are a new generation.
     Synced(Synced),
-    /// What was trained since the last sync harmed the model and was taken back.
+    /// What was trained since the last sync harmed the model.
     Harmed(Box<Harmed>),
     /// Files and live weights are back at an earlier generation.
     RolledBack(RolledBack),

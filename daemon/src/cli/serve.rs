@@ -13,7 +13,9 @@ use clap::Args;
 
 use super::{ConfigArgs, LogFormat, client};
 use crate::config::{Config, TrainConfig};
+use crate::durable;
 use crate::examples::Templates;
+use crate::guard;
 use crate::http::{App, router};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
@@ -26,6 +28,9 @@ const CONNECTIONS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// How long the lock of a daemon that was killed is waited for.
 const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+
+/// The copy of the guard's probes in the state directory.
+const PROBES: &str = "probes.jsonl";
 
 /// `apollod serve`
 #[derive(Debug, Args)]
@@ -50,13 +55,14 @@ pub struct ServeArgs {
 
 /// Serves until told to stop.
 pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
-    let config = args.config.load()?;
+    let mut config = args.config.load()?;
     let state_dir = config.state_dir();
     std::fs::create_dir_all(&state_dir).with_context(|| format!("cannot create {}", state_dir.display()))?;
     let _lock = lock(&client::lock_file(&config.model.dir))?;
     // Left by a daemon that was killed; with the lock held, an address that is there is this daemon's.
     let _ = std::fs::remove_file(client::address_file(&config.model.dir));
 
+    copy_probes(&mut config)?;
     // Another trainer's model may be anything.
     let longest = if args.trainer.is_some() { config.train.max_tokens } else { check(&config)? };
     let asked = config.train.max_tokens;
@@ -167,8 +173,21 @@ fn check(config: &Config) -> Result<usize> {
     if !unmatched.is_empty() {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
     }
-    trainer::probes(config, &model)?;
+    if trainer::probes(config, &model)?.is_some() {
+        guard::check(&config.state_dir())?;
+    }
     Ok(trainer::longest(&model, &config.train))
+}
+
+/// Takes a copy of the probes for this daemon's time: a trainer's restart in the middle of the night must not pick up an edit.
+fn copy_probes(config: &mut Config) -> Result<()> {
+    let Some(probes) = &config.guard.probes else { return Ok(()) };
+    let bytes = std::fs::read(probes).with_context(|| format!("guard.probes: cannot read {}", probes.display()))?;
+    let state_dir = config.state_dir();
+    durable::replace(&state_dir, PROBES, &bytes)
+        .with_context(|| format!("guard.probes: cannot copy {} to {}", probes.display(), state_dir.display()))?;
+    config.guard.probes = Some(state_dir.join(PROBES));
+    Ok(())
 }
 
 /// What the files hold, for the status until a trainer says it.
@@ -187,18 +206,10 @@ fn files(model_dir: &Path) -> Option<supervisor::Files> {
 }
 
 /// The trainer runs under a file of its own with the configuration as it is now: a restart in the middle of the night
-/// must not pick up an edit, nor one of the probes.
+/// must not pick up an edit.
 fn trainer_command(args: &ServeArgs, config: &Config, log_format: LogFormat) -> Result<ChildCommand> {
     let file = config.state_dir().join("trainer.toml");
-    let mut config = config.for_trainer();
-    if let Some(probes) = &mut config.guard.probes {
-        let copy = config.model.dir.join(".apollod/probes.jsonl");
-        let text = std::fs::read_to_string(&*probes)
-            .with_context(|| format!("guard.probes: cannot read {}", probes.display()))?;
-        write_private(&copy, &text)?;
-        *probes = copy;
-    }
-    write_private(&file, &config.to_toml())?;
+    write_private(&file, &config.for_trainer().to_toml())?;
     let mut command = ChildCommand::of_this_program(&file)?;
     if log_format == LogFormat::Json {
         command.arguments.extend(["--log-format".into(), "json".into()]);

@@ -230,12 +230,13 @@ impl Default for SyncConfig {
 #[serde(default, deny_unknown_fields)]
 pub struct GuardConfig {
     /// What the model must still know: examples as `POST /v1/examples` takes them, one JSON object a line, which are never
-    /// trained. No default: nothing is guarded. Their loss is measured when a trainer starts and before each sync, which
-    /// takes as long as to read them once.
+    /// trained. No default: nothing is guarded. Their loss is measured when a trainer starts, before each sync and after a
+    /// rollback, which takes as long as to read them once. The file is read when the daemon starts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub probes: Option<PathBuf>,
     /// How far that loss may rise in the mean over the probes, in nats a token, above what it was when the guard first saw
-    /// them. Default 0.1. Beyond it what was trained since the last sync is taken back, and training pauses.
+    /// each; of four probes or more the one that rose most is left out. Default 0.1. Beyond it what was trained since the last
+    /// sync is taken back, and training pauses.
     pub max_rise: f64,
 }
 

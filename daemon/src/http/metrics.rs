@@ -59,7 +59,7 @@ fn text(status: &Status) -> String {
         let help = "How far that has risen since the guard first saw them.";
         out.gauge("probe_rise", help, nats(guard.probed.rise));
     }
-    let help = "Times that the guard took back what was trained since the last sync.";
+    let help = "Times that the guard found harm.";
     out.family("harmed_total", "counter", help, "", &[("", counts.harmed)]);
     let outcomes = [("done", counts.invalidations), ("failed", counts.invalidations_failed)];
     let help = "Invalidations of the server's prefix cache since the daemon's start.";
@@ -112,9 +112,9 @@ mod tests {
         status.timings = Some(Timings { update_ms: 12.5, ..Timings::default() });
         (status.counts.holds, status.counts.holds_overrun, status.restarts) = (3, 1, 4);
         (status.counts.staleness_sum, status.counts.staleness_max) = (6, 2);
-        let worst = WorstProbe { line: 1, loss: None, reference: Some(1.0) };
+        let worst = Some(WorstProbe { line: 1, loss: None, reference: 1.0 });
         let probed =
-            Probed { probes: 1, loss: None, reference: 1.0, rise: Some(0.25), limit: 0.1, worst, warning: None };
+            Probed { probes: 1, loss: None, reference: Some(1.0), rise: Some(0.25), limit: 0.1, worst, warning: None };
         status.guard = Some(LastProbed { at: "t".into(), probed, harmed: None });
         status.counts.harmed = 3;
         let page = text(&status);

@@ -254,13 +254,14 @@ impl Supervisor {
                  /v1/examples?state=quarantined); resume to train what waits"
             ),
             Err(error) => format!(
-                "the guard found harm and could not take it back: {error}. {reason}. Resume when that is mended: the next sync looks \
-                 again"
+                "the guard found harm and could not take it back: {error}. {reason}. Mend that and roll back to the current generation, \
+                 which takes back what was trained since; or resume, and the next sync looks again"
             ),
         };
         tracing::error!("{pause}");
         self.paused = Some(pause.clone());
         self.next_sync = self.options.schedule.next_after(Utc::now());
+        let taken_back = restored.is_ok();
         match restored {
             Ok(RolledBack { generation, cursor, step, weight_version, .. }) => {
                 let reason = reason.clone();
@@ -269,8 +270,6 @@ impl Supervisor {
                     tracing::error!("{count} examples are quarantined");
                     Ok(())
                 });
-                // Of a replay, what these weights did not have yet is still to come.
-                self.replay_from = self.replay_from.and(Some(cursor));
                 (self.unsynced, self.deaths_in_a_row) = (false, 0);
                 self.update(|status| {
                     (status.generation, status.cursor) = (Some(generation), Some(cursor));
@@ -283,7 +282,7 @@ impl Supervisor {
         self.update(|status| {
             status.guard = Some(LastProbed { at: now(), probed, harmed: Some(reason.clone()) });
             status.last_sync =
-                Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()), harmed: true });
+                Some(LastSync { at: now(), reason: why, done: None, failed: Some(reason.clone()), harmed: taken_back });
             status.counts.harmed += 1;
         });
         self.tell(What::Harmed { reason: said.clone() });

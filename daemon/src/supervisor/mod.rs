@@ -12,6 +12,7 @@
 //!   happened is written down once that is possible.
 //! - Two syncs never overlap: requests that come during one share its outcome (no step runs meanwhile, so it holds
 //!   what they ask for). A scheduled sync that was missed, however often, happens once.
+//! - Harm that the guard found stops training until somebody resumes it, also over restarts; what did it is put aside.
 //! - On shutdown the step in flight is finished, then one sync is made if anything was trained since the last.
 
 mod answers;
@@ -108,7 +109,7 @@ pub enum ControlError {
     /// The same, and it may be done when another program has loaded the model.
     #[error("{0}")]
     Readers(String),
-    /// The guard found the model harmed, and what was trained since the last sync was taken back.
+    /// The guard found the model harmed: what, and what was done about it.
     #[error("not synced: {0}")]
     Harmed(String),
     /// The trainer died, or lost its server, before it answered.

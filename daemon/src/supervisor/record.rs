@@ -67,6 +67,8 @@ impl Supervisor {
         self.records.retry_at = None;
         if !self.catch_up() {
             tracing::error!("{} records could not be written into the queue", self.records.waiting.len());
+            // Nothing is quarantined, so it is trained again.
+            self.update(|status| status.last_sync.iter_mut().for_each(|sync| sync.harmed = false));
         }
     }
 

@@ -113,7 +113,9 @@ impl Supervisor {
         // A sync that was due while the daemon was down is due now, once.
         let last = queue.last_sync_ms().ok().flatten().and_then(DateTime::from_timestamp_millis);
         // What the guard has stopped stays so until somebody says otherwise.
-        let paused = queue.pause().unwrap_or_default();
+        let unknown =
+            |error| Some(format!("whether the guard has stopped training is not known ({error}); resume if not"));
+        let paused = queue.pause().unwrap_or_else(unknown);
         let weight_version = queue.weight_version().unwrap_or_default();
         let next_sync = options.schedule.next_after(last.unwrap_or_else(Utc::now));
         let new = Self {
@@ -379,7 +381,7 @@ impl Supervisor {
         match event {
             Event::Wake => {}
             Event::Shutdown => self.stopping = true,
-            Event::Pause(true) => self.paused = Some("on request".into()),
+            Event::Pause(true) => drop(self.paused.get_or_insert_with(|| "on request".into())),
             Event::Pause(false) => {
                 (self.paused, self.failures_in_a_row) = (None, 0);
                 self.record(Queue::record_resumed);

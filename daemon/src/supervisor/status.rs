@@ -21,7 +21,7 @@ pub enum State {
     Training,
     /// Nothing to train.
     Idle,
-    /// Told not to train, or stopped itself after failures in a row.
+    /// Told not to train, or stopped by the guard, or after failures in a row.
     Paused,
     /// Live weights are being written into the model directory.
     Syncing,
@@ -172,7 +172,7 @@ pub struct Counts {
     pub syncs: u64,
     /// Syncs that failed.
     pub syncs_failed: u64,
-    /// Times that the guard took back what was trained.
+    /// Times that the guard found harm.
     #[serde(default)]
     pub harmed: u64,
     /// Invalidations of the server's prefix cache.

@@ -535,6 +535,12 @@ fn harm_that_cannot_be_taken_back_stops_training_and_is_looked_for_again() {
     );
     stand.until_state(State::Paused);
     assert_eq!(stand.get(&ids[0]).state, ExampleState::Trained, "the live weights hold it still");
+    assert!(!stand.handle.status().last_sync.unwrap().harmed, "nothing was taken back");
+    stand.handle.pause(true);
+    assert!(
+        stand.handle.status().detail.unwrap().contains("could not take it back"),
+        "a pause on request hides nothing"
+    );
     stand.handle.pause(false);
     let done = block_on(stand.handle.sync("test")).unwrap();
     assert_eq!(done.cursor, 1);

@@ -44,20 +44,21 @@ pub struct Watched<D: Backend> {
 }
 
 impl<D: Backend> Watched<D> {
-    /// Begins on live weights that equal the files; gives how the probes do there.
+    /// Begins on live weights that equal the files, which are of `generation`; gives how the probes do there.
     ///
     /// # Errors
     /// The server is gone; what [`Guard::begin`] says.
     pub fn begin(
         config: &Config,
         probes: Vec<(usize, Example)>,
+        generation: u64,
         model: &Arc<Model<D>>,
         attachment: &Arc<Attachment>,
     ) -> Result<(Watched<D>, Probed)> {
         let longest = probes.iter().map(|(_, probe)| probe.ids().len()).max().unwrap_or(1);
         let (device, mut cache) = (model.device().clone(), model.cache(longest));
         let losses = losses(&device, attachment, model, &mut cache, &probes)?;
-        let guard = Guard::begin(&config.state_dir(), &probes, config.guard.max_rise, &losses)?;
+        let guard = Guard::begin(&config.state_dir(), &probes, config.guard.max_rise, generation, &losses)?;
         let (probed, _) = guard.judge(&losses);
         Ok((Watched { device, attachment: attachment.clone(), model: model.clone(), cache, probes, guard }, probed))
     }
@@ -74,17 +75,20 @@ impl<D: Backend> Watched<D> {
     }
 
     /// Takes these, which were not judged as harm, as the losses of a new generation.
-    pub fn accept(&mut self, losses: &[f64]) {
-        self.guard.accept(losses);
+    ///
+    /// # Errors
+    /// It cannot be written down.
+    pub fn accept(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
+        self.guard.accept(generation, losses)
     }
 
     /// Looks at weights that somebody has chosen, however they do; training goes on from them.
     ///
     /// # Errors
-    /// The server is gone.
-    pub fn begin_again(&mut self) -> Result<Probed> {
+    /// The server is gone; it cannot be written down.
+    pub fn begin_again(&mut self, generation: u64) -> Result<Probed> {
         let (losses, ..) = self.look()?;
-        self.guard.begin_from(&losses);
+        self.guard.begin_from(generation, &losses)?;
         Ok(self.guard.judge(&losses).0)
     }
 }

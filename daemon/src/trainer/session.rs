@@ -112,7 +112,8 @@ impl<D: Backend> Session<D> {
             restore::remember_epoch(&config.state_dir(), &attached)?;
         }
 
-        let begin = |probes| Watched::begin(config, probes, &model, &attachment);
+        let generation = checkpoint.current().generation;
+        let begin = |probes| Watched::begin(config, probes, generation, &model, &attachment);
         let watched = probes.map(begin).transpose().map_err(|error| match error.downcast::<ipc::Gone>() {
             Ok(gone) => StartError::ServerGone(gone.to_string()),
             Err(error) => StartError::Failed(error),
@@ -348,7 +349,8 @@ impl<D: Backend> Session<D> {
         self.unpublished = true;
         let mut probed = None;
         if let (Some(watched), Some((losses, now, None))) = (&mut self.watched, looked) {
-            watched.accept(&losses);
+            // The sync is made; that the guard could not note it costs no more than a look at the next start.
+            watched.accept(report.generation, &losses).unwrap_or_else(|error| tracing::warn!("{error:#}"));
             probed = Some(Box::new(now));
         }
         Ok(FromTrainer::Synced(Synced {
@@ -421,8 +423,8 @@ impl<D: Backend> Session<D> {
 
     /// How the probes do after a rollback: whoever wants that generation has it, however it does.
     pub fn probe_again(&mut self) -> Result<Option<FromTrainer>> {
-        let watched = self.watched.as_mut();
-        watched.map(|watched| Ok(FromTrainer::Probed(Box::new(watched.begin_again()?)))).transpose()
+        let (generation, watched) = (self.checkpoint.current().generation, self.watched.as_mut());
+        watched.map(|watched| Ok(FromTrainer::Probed(Box::new(watched.begin_again(generation)?)))).transpose()
     }
 
     /// Live weights, optimizer and progress become those of the current generation. On an error they are nobody's.

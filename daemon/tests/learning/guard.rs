@@ -134,7 +134,7 @@ fn a_generation_that_is_chosen_is_kept_however_it_does() {
     daemon.post("/v1/checkpoints/1/rollback", json!({}));
     let warned = |daemon: &Process| {
         let status = daemon.get("/v1/status");
-        status["warning"].as_str().is_some_and(|why| why.contains("before anything was trained on top"))
+        status["warning"].as_str().is_some_and(|why| why.contains("in the generation that was chosen"))
     };
     until("it is said", || warned(&daemon));
     wait_trained(&daemon, &post(&daemon, taught(1)));
