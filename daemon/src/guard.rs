@@ -92,7 +92,7 @@ impl Guard {
     /// It cannot be written down.
     pub fn begin_from(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
         let beyond = self.rise(&self.kept.references, losses).is_beyond(self.limit);
-        self.kept.base = beyond.then(|| self.finite(losses).map(|(digest, loss)| (digest.clone(), loss)).collect());
+        self.kept.base = beyond.then(|| self.finite(losses));
         self.keep(generation, losses)
     }
 
@@ -107,19 +107,21 @@ impl Guard {
         self.keep(generation, losses)
     }
 
-    /// Writes down what is to be kept, with references for probes that have none.
+    /// Writes down what is to be kept. Probes that have no reference or base get theirs.
     fn keep(&mut self, generation: u64, losses: &[f64]) -> Result<()> {
-        let new: Vec<(String, f64)> = self.finite(losses).map(|(digest, loss)| (digest.clone(), loss)).collect();
-        for (digest, loss) in new {
-            self.kept.references.entry(digest).or_insert(loss);
+        for (digest, loss) in self.finite(losses) {
+            for kept in std::iter::once(&mut self.kept.references).chain(&mut self.kept.base) {
+                kept.entry(digest.clone()).or_insert(loss);
+            }
         }
         self.kept.generation = Some(generation);
         durable::replace(&self.state_dir, FILE, &serde_json::to_vec(&self.kept)?)
             .with_context(|| format!("cannot write {}", self.state_dir.join(FILE).display()))
     }
 
-    fn finite(&self, losses: &[f64]) -> impl Iterator<Item = (&String, f64)> {
-        self.digests.iter().zip(losses.to_vec()).filter(|(_, loss)| loss.is_finite())
+    fn finite(&self, losses: &[f64]) -> Losses {
+        let known = self.digests.iter().cloned().zip(losses.iter().copied());
+        known.filter(|(_, loss)| loss.is_finite()).collect()
     }
 
     fn rise(&self, from: &Losses, losses: &[f64]) -> Rise {
@@ -177,7 +179,7 @@ impl Guard {
         }
         let base = self.kept.base.as_ref()?;
         let of_base: Vec<f64> =
-            self.digests.iter().map(|digest| base.get(digest).copied().unwrap_or(f64::INFINITY)).collect();
+            self.digests.iter().zip(losses).map(|(digest, now)| base.get(digest).copied().unwrap_or(*now)).collect();
         Some(format!(
             "in the generation that was chosen the probes' loss was already {:.3} nats a token higher than when the guard first saw \
              them, and guard.max_rise allows {}: until it is within that, the guard goes by what comes on top. Go back to a better \
@@ -235,7 +237,16 @@ fn mean(values: &[f64]) -> f64 {
 }
 
 fn digest(probe: &Example) -> String {
-    blake3::hash(format!("{:?} {:?}", probe.ids(), probe.spans()).as_bytes()).to_hex().to_string()
+    let mut hasher = blake3::Hasher::new();
+    for at in probe.spans().iter().flat_map(|span| [span.start as u64, span.end as u64]) {
+        hasher.update(&at.to_le_bytes());
+    }
+    // There may be any number of spans: no span is this.
+    hasher.update(&u64::MAX.to_le_bytes());
+    for id in probe.ids() {
+        hasher.update(&id.to_le_bytes());
+    }
+    hasher.finalize().to_hex().to_string()
 }
 
 fn read(state_dir: &Path) -> Result<Kept> {
@@ -349,6 +360,9 @@ mod tests {
             guard.accept(generation, &[2.08, 3.18]).unwrap();
             assert!(guard.judge(&[2.15, 3.25]).1.unwrap().contains("somebody chose"));
         }
+        // A probe that is new there has what it is then for its base.
+        let with_another = begin_at(dir.path(), 7, &[2.08, 3.18, 5.0]);
+        assert!(is_harm(&with_another, &[2.08, 3.18, 5.5]) && !is_harm(&with_another, &[2.08, 3.18, 5.0]));
         let mut guard = begin_at(dir.path(), 7, &[2.08, 3.18]);
         guard.accept(8, &[1.0, 2.1]).unwrap();
         assert!(is_harm(&guard, &[2.05, 3.15]) && guard.judge(&[1.0, 2.1]).0.warning.is_none());

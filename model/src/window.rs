@@ -134,6 +134,17 @@ impl Example {
         if spans.is_empty() { Err(ExampleError::Empty) } else { Ok(Example { ids, spans }) }
     }
 
+    /// Whether a model of so many positions and words can train it.
+    pub fn check(&self, positions: usize, vocab: usize) -> Result<(), ExampleError> {
+        if self.ids.len() > positions {
+            return Err(ExampleError::TooLong { tokens: self.ids.len(), most: positions });
+        }
+        match self.ids.iter().position(|&id| id as usize >= vocab) {
+            Some(position) => Err(ExampleError::Vocabulary { token: self.ids[position], position, vocab }),
+            None => Ok(()),
+        }
+    }
+
     /// All token ids.
     pub fn ids(&self) -> &[u32] {
         &self.ids
@@ -163,14 +174,7 @@ impl<D: Device> Sink<D> for Nobody {
 impl<D: Device> Model<D> {
     /// Whether this model can train the example.
     pub fn check(&self, example: &Example) -> Result<(), ExampleError> {
-        let vocab = self.config().decoder.vocab;
-        if example.ids.len() > self.positions() {
-            return Err(ExampleError::TooLong { tokens: example.ids.len(), most: self.positions() });
-        }
-        match example.ids.iter().position(|&id| id as usize >= vocab) {
-            Some(position) => Err(ExampleError::Vocabulary { token: example.ids[position], position, vocab }),
-            None => Ok(()),
-        }
+        example.check(self.positions(), self.config().decoder.vocab)
     }
 
     /// Forward and backward over every span of an example that passed [`Model::check`]. `scale` is

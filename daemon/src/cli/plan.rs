@@ -12,8 +12,9 @@ use crate::plan::{self, Gpu, Plan, Question};
 /// `apollod plan`
 #[derive(Debug, Args)]
 #[command(after_help = "\
-From config.json alone; no weights are read. Moments are planned as train.moments = \"auto\" stores them. The floor of a step is what its arithmetic or its memory traffic takes at the GPU's
-rates, whichever is longer: weights read twice, read and written once, moments read and written.
+From config.json alone; no weights are read. Moments are planned as train.moments = \"auto\" stores them. The floor of a step is
+what its arithmetic or its memory traffic takes at the GPU's rates, whichever is longer: weights read twice, read and written
+once, moments read and written.
 
 Examples:
   apollod plan --model ./model

@@ -194,8 +194,8 @@ pub async fn status(State(app): State<App>, Path(job): Path<String>) -> Result<J
     let done: Vec<&Record> = records.iter().filter(|record| record.state.is_final()).collect();
     let losses: Vec<Option<f32>> =
         done.iter().filter(|record| record.seq.is_some()).map(|record| record.loss).collect();
-    use ExampleState::{Failed, Quarantined, Refused, RolledBack};
-    let failed = done.iter().find(|record| matches!(record.state, Failed | Refused | Quarantined | RolledBack));
+    let learned = |record: &&&Record| matches!(record.state, ExampleState::Trained | ExampleState::Skipped);
+    let failed = done.iter().find(|record| !learned(record));
     let state = match (done.len() == records.len(), failed.is_some(), records.iter().any(|r| r.seq.is_some())) {
         (true, true, _) => "failed",
         (true, false, _) => "completed",

@@ -21,14 +21,8 @@ pub fn read(config: &Config, model: &model::Config) -> Result<Option<Vec<(usize,
     let longest = super::longest(model, &config.train);
     let probes = examples::read(&config.model.dir, longest, path).context("guard.probes")?;
     for (line, probe) in &probes {
-        let (tokens, vocab) = (probe.ids().len(), model.decoder.vocab);
         let place = || format!("guard.probes: {}, line {line}", path.display());
-        if tokens > longest {
-            anyhow::bail!("{}: {tokens} tokens, at most {longest} are taken (train.max_tokens)", place());
-        }
-        if let Some(id) = probe.ids().iter().find(|id| **id as usize >= vocab) {
-            anyhow::bail!("{}: token {id} is outside the vocabulary of {vocab}", place());
-        }
+        probe.check(longest, model.decoder.vocab).with_context(place)?;
     }
     Ok(Some(probes))
 }
