@@ -8,9 +8,11 @@
 mod backend;
 mod bench;
 pub mod cli;
+mod client;
 pub mod config;
 mod demo;
 mod doctor;
+mod dream;
 mod durable;
 pub mod engine;
 pub mod examples;

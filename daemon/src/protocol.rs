@@ -16,6 +16,7 @@
 //!    | [`ToTrainer::Sync`] | `Synced`, `Harmed` (by the guard: nothing was written, and the live weights are as the last sync left them, if possible) or `Failed` |
 //!    | [`ToTrainer::Rollback`] | `RolledBack` or `Failed`; none, but `Dying`, where only the files are rolled back |
 //!    | [`ToTrainer::Repair`] | `Repaired`, also when not everything could be, or `Failed` |
+//!    | [`ToTrainer::Score`] | `Scored` or `Failed` |
 //!    | [`ToTrainer::Shutdown`] with `sync` | `Synced`, `Harmed` or `Failed`, then the child exits with status 0 |
 //!    | [`ToTrainer::Shutdown`] without `sync` | none: the child exits with status 0 |
 //!
@@ -58,6 +59,15 @@ pub struct Work {
     pub weight: f32,
 }
 
+/// Tokens whose log-probabilities are asked for.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Scoring {
+    /// All tokens.
+    pub ids: Vec<u32>,
+    /// The spans that are scored, as in [`Work::spans`].
+    pub spans: Vec<Range<usize>>,
+}
+
 /// A request to the trainer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "snake_case")]
@@ -87,6 +97,11 @@ pub enum ToTrainer {
         /// Copies of the model directory.
         from: Vec<PathBuf>,
     },
+    /// Compute log-probabilities on the live weights; nothing is changed.
+    Score {
+        /// At least one.
+        examples: Vec<Scoring>,
+    },
     /// Stop, with or without a last sync.
     Shutdown {
         /// Whether to sync first.
@@ -102,6 +117,7 @@ impl ToTrainer {
             Self::Sync { .. } => Request::Sync,
             Self::Rollback { .. } => Request::Rollback,
             Self::Repair { .. } => Request::Repair,
+            Self::Score { .. } => Request::Score,
             Self::Shutdown { .. } => Request::Shutdown,
         }
     }
@@ -121,6 +137,8 @@ pub enum Request {
     Rollback,
     /// [`ToTrainer::Repair`].
     Repair,
+    /// [`ToTrainer::Score`].
+    Score,
     /// [`ToTrainer::Shutdown`].
     Shutdown,
 }
@@ -133,6 +151,7 @@ impl fmt::Display for Request {
             Self::Sync => "sync",
             Self::Rollback => "rollback",
             Self::Repair => "repair",
+            Self::Score => "score",
             Self::Shutdown => "shutdown",
         })
     }
@@ -331,6 +350,16 @@ pub struct Repaired {
     pub damage: Vec<String>,
 }
 
+/// The answer to [`ToTrainer::Score`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Scored {
+    /// Updates that the live weights had had.
+    pub weight_version: u64,
+    /// For each sequence that was sent, the natural log-probability of each token of its spans, given all tokens before it.
+    /// `None` is one that is not finite.
+    pub logprobs: Vec<Vec<Option<f32>>>,
+}
+
 /// The child's first word: attached, recovered, able to train.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Ready {
@@ -400,6 +429,8 @@ pub enum FromTrainer {
     RolledBack(RolledBack),
     /// What was damaged in the files is right again, as far as possible.
     Repaired(Repaired),
+    /// Log-probabilities.
+    Scored(Scored),
     /// How the guard's probes do after a rollback.
     Probed(Box<Probed>),
     /// The server was told that weights have moved.

@@ -98,6 +98,11 @@ pub struct Report {
 }
 
 impl Report {
+    /// Of the cross entropies of an example's decision tokens.
+    fn of(losses: &[f32]) -> Report {
+        Report { loss_sum: losses.iter().map(|loss| f64::from(*loss)).sum(), tokens: losses.len() }
+    }
+
     /// Mean cross entropy of the decision tokens.
     pub fn loss(&self) -> f32 {
         (self.loss_sum / self.tokens as f64) as f32
@@ -189,11 +194,16 @@ impl<D: Device> Model<D> {
         sink: &mut impl Sink<D>,
         timings: &mut Timings,
     ) -> Report {
-        self.spans(cache, example, extent, scale, Some(sink), timings)
+        Report::of(&self.spans(cache, example, extent, scale, Some(sink), timings))
     }
 
     /// Loss without gradients.
     pub fn loss(&self, cache: &mut Cache<D>, example: &Example) -> Report {
+        Report::of(&self.losses(cache, example))
+    }
+
+    /// Cross entropy of each decision token in nats, without gradients: its negative natural log-probability.
+    pub fn losses(&self, cache: &mut Cache<D>, example: &Example) -> Vec<f32> {
         self.spans::<Nobody>(cache, example, Extent::Frozen, 1.0, None, &mut Timings::default())
     }
 
@@ -214,8 +224,8 @@ impl<D: Device> Model<D> {
         scale: f32,
         mut sink: Option<&mut S>,
         timings: &mut Timings,
-    ) -> Report {
-        let mut report = Report::default();
+    ) -> Vec<f32> {
+        let mut losses = Vec::with_capacity(example.tokens());
         for span in &example.spans {
             let start = Example::window_start(span, extent);
             let clock = Instant::now();
@@ -225,11 +235,9 @@ impl<D: Device> Model<D> {
             self.device.synchronize();
             timings.prefill_ms += ms(clock);
             let window = Window { ids: &example.ids[start..span.end - 1], targets: &example.ids[span.clone()] };
-            let losses = self.window(cache, window, scale, sink.as_deref_mut(), timings);
-            report.loss_sum += losses.iter().map(|l| *l as f64).sum::<f64>();
-            report.tokens += span.len();
+            losses.extend(self.window(cache, window, scale, sink.as_deref_mut(), timings));
         }
-        report
+        losses
     }
 
     /// One window: its losses, one per target, and gradient events if there is a sink.

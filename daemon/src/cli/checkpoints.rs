@@ -13,7 +13,7 @@ use checkpoint::{Checkpoint, Damage, Generation, Recovery};
 use clap::{Args, Subcommand};
 use serde_json::Value;
 
-use super::client::{Client, ClientArgs, is_served};
+use crate::client::{Client, ClientArgs, is_served};
 use crate::config::Sources;
 use crate::http::GenerationView;
 use crate::protocol::{Repaired, Synced};

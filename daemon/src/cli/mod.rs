@@ -3,9 +3,9 @@
 
 mod bench;
 mod checkpoints;
-mod client;
 mod demo;
 mod doctor;
+mod dream;
 mod engine;
 mod grads;
 mod pause;
@@ -40,6 +40,7 @@ Examples:
   apollod serve --config apollod.toml       train it while it is served
   apollod train examples.jsonl              post examples and watch them being learned
   apollod status                            what the daemon is doing
+  apollod dream --config apollod.toml       let it make examples of scenarios by itself
   apollod checkpoint sync ./model           write the live weights into the model directory now"
 )]
 pub struct Cli {
@@ -72,6 +73,8 @@ pub enum Command {
     Train(train::TrainArgs),
     /// Say what a running daemon is doing.
     Status(status::StatusArgs),
+    /// Make examples of scenarios: the served model answers with an instruction, and learns to do without it.
+    Dream(dream::DreamArgs),
     /// Stop training; what is posted waits.
     Pause(pause::PauseArgs),
     /// Go on training after `pause`, or after failures that made the daemon pause itself.
@@ -169,6 +172,7 @@ impl Cli {
             Command::Stage(args) => stage::run(&args),
             Command::Train(args) => train::run(&args),
             Command::Status(args) => status::run(&args),
+            Command::Dream(args) => dream::run(&args),
             Command::Pause(args) => pause::run(&args, true),
             Command::Resume(args) => pause::run(&args, false),
             Command::Checkpoint(args) => checkpoints::run(&args),

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::Args;
 
-use super::client::{Client, ClientArgs};
+use crate::client::{Client, ClientArgs};
 
 /// `apollod pause`, `apollod resume`
 #[derive(Debug, Args)]

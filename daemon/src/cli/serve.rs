@@ -11,8 +11,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::{ConfigArgs, LogFormat, client};
+use super::{ConfigArgs, LogFormat};
+use crate::client;
 use crate::config::{Config, TrainConfig};
+use crate::dream;
 use crate::durable;
 use crate::examples::Templates;
 use crate::guard;
@@ -110,6 +112,7 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         };
         let address_file = client::address_file(&config.model.dir);
         write_private(&address_file, &format!("http://{address}\n"))?;
+        dream::start(&config, address, handle.clone())?;
         tracing::info!("listening on http://{address}");
         println!("{}", serde_json::json!({ "listening": address.to_string(), "pid": std::process::id() }));
 
@@ -172,6 +175,9 @@ fn check(config: &Config) -> Result<usize> {
     let unmatched = trainer::unmatched_rules(&model, &config.train);
     if !unmatched.is_empty() {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
+    }
+    if config.dream.schedule.is_some() {
+        dream::check(config)?;
     }
     if trainer::probes(config, &model)?.is_some() {
         guard::check(&config.state_dir())?;

@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 
-use super::client::{Client, ClientArgs};
+use crate::client::{Client, ClientArgs};
 use crate::supervisor::Status;
 
 /// `apollod status`

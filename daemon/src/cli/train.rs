@@ -11,7 +11,7 @@ use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::Value;
 
-use super::client::{Answer, Client, ClientArgs};
+use crate::client::{Answer, Client, ClientArgs};
 use crate::queue::new_id;
 
 /// Lines of one request.
@@ -105,7 +105,7 @@ impl<'a> Watch<'a> {
         self.moved = Instant::now();
         let status = self.client.get("/v1/status")?.ok()?;
         let state = status["state"].as_str().unwrap_or("of another version").replace('_', " ");
-        if !["training", "idle", "syncing"].contains(&state.as_str()) {
+        if !["training", "idle", "syncing", "scoring"].contains(&state.as_str()) {
             let detail = status["detail"].as_str().map(|detail| format!(": {detail}")).unwrap_or_default();
             let hint = if state == "paused" { "; `apollod resume` goes on" } else { "" };
             self.say(format!("the daemon is {state}{detail}{hint}"));

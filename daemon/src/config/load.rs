@@ -10,17 +10,20 @@ use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
 use super::{
-    Config, GuardConfig, HttpConfig, ModelConfig, QueueConfig, ServerConfig, SyncConfig, TensorRule, TrainConfig,
+    Config, DreamConfig, GuardConfig, HttpConfig, ModelConfig, QueueConfig, ServerConfig, SyncConfig, TensorRule,
+    TrainConfig,
 };
 
 /// Keys that are paths; in a file they are relative to the file's folder, elsewhere to the working directory.
-const PATHS: [(&str, &str); 6] = [
+const PATHS: [(&str, &str); 8] = [
     ("model", "dir"),
     ("server", "socket"),
     ("server", "manifest"),
     ("server", "live"),
     ("queue", "path"),
     ("guard", "probes"),
+    ("dream", "scenarios"),
+    ("dream", "replay_examples"),
 ];
 
 /// Environment variables with the prefix that are not configuration keys.
@@ -208,7 +211,7 @@ fn check_keys(document: &DeTable<'_>, at: &dyn Fn(usize) -> String) -> Result<()
 }
 
 /// Every section with its keys.
-pub fn sections() -> [(&'static str, &'static [&'static str]); 7] {
+pub fn sections() -> [(&'static str, &'static [&'static str]); 8] {
     [
         ("model", fields_of::<ModelConfig>()),
         ("server", fields_of::<ServerConfig>()),
@@ -217,6 +220,7 @@ pub fn sections() -> [(&'static str, &'static [&'static str]); 7] {
         ("queue", fields_of::<QueueConfig>()),
         ("sync", fields_of::<SyncConfig>()),
         ("guard", fields_of::<GuardConfig>()),
+        ("dream", fields_of::<DreamConfig>()),
     ]
 }
 

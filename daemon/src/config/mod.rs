@@ -5,6 +5,7 @@
 //! operators, and a test holds the two together. A key that does not exist is refused with the nearest that does
 //! (`load`); a value that makes no sense is refused with the reason (`validate`).
 
+mod dream;
 #[cfg(test)]
 mod example_file;
 mod load;
@@ -16,6 +17,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+pub use dream::{DreamConfig, Judge};
 pub use load::{ConfigError, Sources, hint, is_config_variable, plain};
 pub use train::{
     Activations, Convention, GrowthLimit, Moments, Rule, ScaleType, TensorRule, TrainConfig, Window, glob_matches,
@@ -40,6 +42,8 @@ pub struct Config {
     pub sync: SyncConfig,
     /// Noticing harm.
     pub guard: GuardConfig,
+    /// Making examples of scenarios.
+    pub dream: DreamConfig,
 }
 
 /// `[model]`
@@ -86,8 +90,8 @@ pub struct ServerConfig {
     /// Staged copy of the model directory on tmpfs (`apollod stage MODEL LIVE`) that a server maps. No default.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub live: Option<PathBuf>,
-    /// Base URL of the server's OpenAI-compatible API, such as `http://127.0.0.1:8000`. No default. Only used to
-    /// compare log-probabilities with a server that cannot be asked for them over its socket.
+    /// Base URL of the server's OpenAI-compatible API, such as `http://127.0.0.1:8000`. No default. Dreams need it, and it is used
+    /// to compare log-probabilities with a server that cannot be asked for them over its socket.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub url: Option<String>,
     /// What is done with the server's prefix cache after the weights have moved: `reset` (default), `salt`, `ignore`.
@@ -262,9 +266,10 @@ impl Config {
     /// # Errors
     /// When there is no working directory.
     pub fn absolute(mut self) -> std::io::Result<Self> {
-        let Self { model, server, queue, guard, .. } = &mut self;
-        let set = [&mut server.socket, &mut server.manifest, &mut server.live, &mut queue.path, &mut guard.probes];
-        for path in set.into_iter().flatten().chain([&mut model.dir]) {
+        let Self { model, server, queue, guard, dream, .. } = &mut self;
+        let of_server = [&mut server.socket, &mut server.manifest, &mut server.live];
+        let others = [&mut queue.path, &mut guard.probes, &mut dream.scenarios, &mut dream.replay_examples];
+        for path in of_server.into_iter().chain(others).flatten().chain([&mut model.dir]) {
             if !path.as_os_str().is_empty() {
                 *path = std::path::absolute(&*path)?;
             }
@@ -272,9 +277,9 @@ impl Config {
         Ok(self)
     }
 
-    /// What the trainer child runs under: the same, without the HTTP section and its key.
+    /// What the trainer child runs under: the same, without the HTTP section and its key, and without dreams.
     pub fn for_trainer(&self) -> Self {
-        Self { http: HttpConfig::default(), ..self.clone() }
+        Self { http: HttpConfig::default(), dream: DreamConfig::default(), ..self.clone() }
     }
 
     /// As TOML, every key that is set written out.

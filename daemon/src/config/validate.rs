@@ -4,6 +4,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use super::{Config, ConfigError, GrowthLimit, Update};
+use crate::dream::Judges;
 use crate::schedule::{Schedule, ScheduleError};
 
 /// Shortest API key, in characters.
@@ -31,6 +32,7 @@ impl Config {
         check((1e-6..=100.0).contains(&self.guard.max_rise), "guard.max_rise", || {
             range("[1e-6, 100] nats a token", self.guard.max_rise)
         })?;
+        self.validate_dream()?;
         Schedule::parse(&self.sync.schedule, &self.sync.timezone).map_err(|error| {
             let key = if matches!(error, ScheduleError::Zone(_)) { "sync.timezone" } else { "sync.schedule" };
             invalid(key, error.to_string())
@@ -77,6 +79,33 @@ impl Config {
             )?,
         }
         check(self.http.max_body_bytes >= 1024, "http.max_body_bytes", || "must be at least 1024 bytes".into())
+    }
+
+    fn validate_dream(&self) -> Result<(), ConfigError> {
+        let dream = &self.dream;
+        let share = |value: f64| value > 0.0 && value < 1.0;
+        if let Some(schedule) = &dream.schedule {
+            Schedule::parse(schedule, &self.sync.timezone)
+                .map_err(|error| invalid("dream.schedule", error.to_string()))?;
+            check(dream.scenarios.is_some(), "dream.scenarios", || {
+                "not set, although dream.schedule is: name a JSONL file of scenarios or a folder of notes".into()
+            })?;
+        }
+        Judges::new(&dream.judge).map_err(|error| invalid("dream.judge", format!("{error:#}")))?;
+        check(dream.examples > 0, "dream.examples", || "must be at least 1".into())?;
+        check(dream.attempts > 0, "dream.attempts", || "must be at least 1".into())?;
+        check(dream.max_tokens > 0, "dream.max_tokens", || "must be at least 1".into())?;
+        check(share(dream.success_rate), "dream.success_rate", || range("(0, 1)", dream.success_rate))?;
+        check((0.0..=10.0).contains(&dream.temperature_max), "dream.temperature_max", || {
+            range("[0, 10]", dream.temperature_max)
+        })?;
+        check((0.0..=dream.temperature_max).contains(&dream.temperature), "dream.temperature", || {
+            range("[0, dream.temperature_max]", dream.temperature)
+        })?;
+        check((0.0..=1.0).contains(&dream.similarity_max), "dream.similarity_max", || {
+            range("[0, 1]", dream.similarity_max)
+        })?;
+        check((0.0..1.0).contains(&dream.replay), "dream.replay", || range("[0, 1)", dream.replay))
     }
 
     fn validate_train(&self) -> Result<(), ConfigError> {
@@ -229,6 +258,23 @@ mod tests {
         assert!(refusal(|c| c.sync.keep_days = -1.0).starts_with("sync.keep_days:"));
         assert!(refusal(|c| c.sync.keep_days = f64::NAN).starts_with("sync.keep_days:"));
         assert!(refusal(|c| c.sync.keep_days = f64::INFINITY).starts_with("sync.keep_days:"));
+    }
+
+    #[test]
+    fn dreams_that_cannot_be_are_refused_by_key() {
+        assert!(refusal(|c| c.dream.schedule = Some("@hourly".into())).starts_with("dream.scenarios: not set"));
+        assert!(refusal(|c| c.dream.schedule = Some("hourly".into())).starts_with("dream.schedule:"));
+        assert!(refusal(|c| c.dream.judge.matches = Some("(".into())).starts_with("dream.judge: matches:"));
+        assert!(refusal(|c| c.dream.examples = 0).starts_with("dream.examples:"));
+        assert!(refusal(|c| c.dream.attempts = 0).starts_with("dream.attempts:"));
+        assert!(refusal(|c| c.dream.max_tokens = 0).starts_with("dream.max_tokens:"));
+        for rate in [0.0, 1.0, f64::NAN] {
+            assert!(refusal(|c| c.dream.success_rate = rate).starts_with("dream.success_rate:"), "{rate}");
+        }
+        assert!(refusal(|c| c.dream.temperature = 1.3).starts_with("dream.temperature:"));
+        assert!(refusal(|c| c.dream.temperature_max = f64::NAN).starts_with("dream.temperature_max:"));
+        assert!(refusal(|c| c.dream.similarity_max = 1.1).starts_with("dream.similarity_max:"));
+        assert!(refusal(|c| c.dream.replay = 1.0).starts_with("dream.replay:"));
     }
 
     #[test]

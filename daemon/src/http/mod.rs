@@ -12,6 +12,7 @@ mod examples;
 mod legacy;
 mod metrics;
 mod problem;
+mod score;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -51,6 +52,7 @@ pub fn router(app: App) -> Router {
     Router::new()
         .route("/v1/examples", post(examples::post).get(examples::list).delete(examples::withdraw))
         .route("/v1/examples/{id}", get(examples::get))
+        .route("/v1/score", post(score::score))
         .route("/v1/status", get(control::status))
         .route("/v1/events", get(events::events))
         .route("/metrics", get(metrics::metrics))

@@ -50,6 +50,7 @@ impl Supervisor {
                 self.on_harmed("shutdown".into(), Vec::new(), *harmed)
             }
             (FromTrainer::RolledBack(done), Some(InFlight::Rollback { reply })) => self.on_rolled_back(done, reply),
+            (FromTrainer::Scored(scored), Some(InFlight::Score { reply })) => answer(Some(reply), Ok(scored)),
             (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => on_repaired(repaired, reply),
             (FromTrainer::ServerGone { reason }, in_flight) => {
                 self.in_flight = in_flight;
@@ -341,6 +342,7 @@ impl Supervisor {
             (Request::Repair, Some(InFlight::Repair { reply })) => {
                 answer(Some(reply), Err(failed(reason, cause)));
             }
+            (Request::Score, Some(InFlight::Score { reply })) => answer(Some(reply), Err(failed(reason, cause))),
             (_, in_flight) => {
                 self.in_flight = in_flight;
                 self.kill_child(format!("it says that {request} failed, which was not asked: {reason}"));

@@ -7,6 +7,7 @@ use serde::Serialize;
 use tokio::sync::broadcast;
 
 use super::run::now;
+use crate::dream::Summary;
 use crate::protocol::{Invalidated, Synced};
 
 /// Events that a listener may fall behind.
@@ -72,6 +73,13 @@ pub enum What {
         /// Why it was not done.
         failed: Option<String>,
     },
+    /// The daemon dreamt by its schedule.
+    Dream {
+        /// What came of it.
+        done: Option<Summary>,
+        /// Why it was not done, or broke off.
+        failed: Option<String>,
+    },
     /// The daemon has ended; nothing follows.
     Stopped,
 }
@@ -87,6 +95,7 @@ impl What {
             Self::Harmed { .. } => "harmed",
             Self::ServerGone { .. } => "server_gone",
             Self::Invalidated { .. } => "invalidated",
+            Self::Dream { .. } => "dream",
             Self::Stopped => "stopped",
         }
     }

@@ -34,11 +34,12 @@ use tokio::sync::{broadcast, oneshot};
 
 pub use child::ChildCommand;
 pub use events::{Happening, What};
+pub use status::{LastDream, State, Status};
 #[cfg(test)]
 pub use status::{LastProbed, StepLoss, Timings};
-pub use status::{State, Status};
 
-use crate::protocol::{Repaired, RolledBack, Synced};
+use crate::dream::Summary;
+use crate::protocol::{Repaired, RolledBack, Scored, Scoring, Synced};
 use crate::queue::Queue;
 use crate::schedule::Schedule;
 use child::Output;
@@ -129,6 +130,7 @@ enum Event {
     Sync { reason: String, reply: Option<Reply<Synced>> },
     Rollback { to: u64, reply: Reply<RolledBack> },
     Repair { from: Vec<PathBuf>, reply: Reply<Repaired> },
+    Score { examples: Vec<Scoring>, reply: Reply<Scored> },
     Pause(bool),
     Wake,
     Shutdown,
@@ -209,9 +211,34 @@ impl Handle {
         outcome.await.unwrap_or(Err(ControlError::Stopping))
     }
 
+    /// Log-probabilities on the live weights, after the steps in flight.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn score(&self, examples: Vec<Scoring>) -> Result<Scored, ControlError> {
+        let (reply, outcome) = oneshot::channel();
+        self.tell(Event::Score { examples, reply });
+        outcome.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
     /// Finishes the steps in flight, syncs if so configured, ends the trainer and the thread.
     pub fn shutdown(&self) {
         self.tell(Event::Shutdown);
+    }
+
+    /// Takes note of a dream of the daemon's own, or why there was none.
+    pub fn dreamed(&self, outcome: Result<Summary, String>) {
+        match &outcome {
+            Ok(summary) => tracing::info!("dreamt: {summary}"),
+            Err(error) => tracing::error!("a dream failed: {error}"),
+        }
+        let (done, failed) = match outcome {
+            Ok(summary) => (Some(summary), None),
+            Err(error) => (None, Some(error)),
+        };
+        let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
+        status.dream = Some(LastDream { at: run::now(), done: done.clone(), failed: failed.clone() });
+        self.happenings.tell(status.weight_version, What::Dream { done, failed });
     }
 
     /// Everything that happens from now on.

@@ -12,7 +12,7 @@ use super::child::{Child, Output};
 use super::events::{Events, What};
 use super::record::Records;
 use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
-use crate::protocol::{FromTrainer, Repaired, RolledBack, Synced, ToTrainer};
+use crate::protocol::{FromTrainer, Repaired, RolledBack, Scored, Scoring, Synced, ToTrainer};
 use crate::queue::{Batch, Queue};
 
 /// Longest wait between two restarts.
@@ -48,6 +48,9 @@ pub(super) enum InFlight {
     },
     Repair {
         reply: Reply<Repaired>,
+    },
+    Score {
+        reply: Reply<Scored>,
     },
     Shutdown,
 }
@@ -85,6 +88,7 @@ pub(super) struct Supervisor {
     wanted_sync: Option<WantedSync>,
     wanted_rollback: Option<(u64, Reply<RolledBack>)>,
     wanted_repair: Option<(Vec<PathBuf>, Reply<Repaired>)>,
+    wanted_scores: VecDeque<(Vec<Scoring>, Reply<Scored>)>,
     pub(super) paused: Option<String>,
     pub(super) stopping: bool,
     /// Steps after this cursor are trained again before new ones; `None` once there are none.
@@ -132,6 +136,7 @@ impl Supervisor {
             wanted_sync: None,
             wanted_rollback: None,
             wanted_repair: None,
+            wanted_scores: VecDeque::new(),
             paused,
             stopping: false,
             replay_from: None,
@@ -268,6 +273,8 @@ impl Supervisor {
         } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
+        } else if let Some((examples, reply)) = self.wanted_scores.pop_front() {
+            self.send(InFlight::Score { reply }, &ToTrainer::Score { examples });
         } else {
             self.advance_steps(writable);
         }
@@ -286,7 +293,7 @@ impl Supervisor {
             if self.in_flight.is_some() && self.wanted_sync.is_none() {
                 self.wanted_sync = self.scheduled();
             }
-            if self.wanted_sync.is_some() || self.wanted_rollback.is_some() || self.wanted_repair.is_some() {
+            if self.something_else_is_wanted() {
                 break;
             }
             let Some(batch) = self.next_batch() else { break };
@@ -295,6 +302,14 @@ impl Supervisor {
             }
             self.send_step(batch);
         }
+    }
+
+    /// Whether something waits for the steps in flight to be answered.
+    fn something_else_is_wanted(&self) -> bool {
+        self.wanted_sync.is_some()
+            || self.wanted_rollback.is_some()
+            || self.wanted_repair.is_some()
+            || !self.wanted_scores.is_empty()
     }
 
     fn send_step(&mut self, batch: Batch) {
@@ -389,6 +404,10 @@ impl Supervisor {
             Event::Sync { reason, reply } => self.want_sync(reason, reply),
             Event::Rollback { to, reply } => self.want_rollback(to, reply),
             Event::Repair { from, reply } => self.want_repair(from, reply),
+            Event::Score { examples, reply } => match self.not_ready() {
+                Some(error) => answer(Some(reply), Err(error)),
+                None => self.wanted_scores.push_back((examples, reply)),
+            },
             Event::Child { number, output } => {
                 // What an earlier child still had to say no longer matters.
                 if let Some(attached) = self.attached.as_mut().filter(|attached| attached.number == number) {
@@ -526,7 +545,9 @@ impl Supervisor {
         let mut syncs = self.wanted_sync.take().map(|wanted| wanted.waiting).unwrap_or_default();
         let mut rollbacks: Vec<_> = self.wanted_rollback.take().map(|(_, reply)| reply).into_iter().collect();
         let mut repairs: Vec<_> = self.wanted_repair.take().map(|(_, reply)| reply).into_iter().collect();
+        let mut scores: Vec<_> = self.wanted_scores.drain(..).map(|(_, reply)| reply).collect();
         match self.in_flight.take() {
+            Some(InFlight::Score { reply }) => scores.push(reply),
             Some(InFlight::Sync { waiting, .. }) => syncs.extend(waiting),
             Some(InFlight::Rollback { reply }) => rollbacks.push(reply),
             Some(InFlight::Repair { reply }) => repairs.push(reply),
@@ -535,6 +556,7 @@ impl Supervisor {
         syncs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         rollbacks.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         repairs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+        scores.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
     }
 
     /// What the daemon is doing, and why where that needs saying.
@@ -550,6 +572,7 @@ impl Supervisor {
             (_, _, Some(InFlight::Sync { reason, .. })) => (State::Syncing, Some(reason.clone())),
             (_, _, Some(InFlight::Rollback { .. })) => (State::RollingBack, None),
             (_, _, Some(InFlight::Repair { .. })) => (State::Repairing, None),
+            (_, _, Some(InFlight::Score { .. })) => (State::Scoring, None),
             (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),
             (_, _, None) => match (&self.paused, self.records.fault()) {
                 (Some(why), _) => (State::Paused, Some(why.clone())),

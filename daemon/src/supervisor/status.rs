@@ -5,6 +5,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::dream::Summary;
 use crate::protocol::{Budget, Invalidated, Probed, Published, RolledBack, Synced};
 
 /// Steps whose losses are kept.
@@ -29,6 +30,8 @@ pub enum State {
     RollingBack,
     /// Damaged blocks of the files are being put right.
     Repairing,
+    /// Log-probabilities are being computed for a client.
+    Scoring,
     /// There is no inference server to attach to; tried again every second.
     WaitingForServer,
     /// The queue cannot be written: its disk is full, or fails. Training goes on by itself when it can.
@@ -42,7 +45,8 @@ pub enum State {
 impl State {
     /// Whether a trainer is attached and can train.
     pub fn is_ready(self) -> bool {
-        matches!(self, Self::Training | Self::Idle | Self::Paused | Self::Syncing | Self::RollingBack | Self::Repairing)
+        use State::{Idle, Paused, Repairing, RollingBack, Scoring, Syncing, Training};
+        matches!(self, Training | Idle | Paused | Syncing | RollingBack | Repairing | Scoring)
     }
 }
 
@@ -56,6 +60,7 @@ impl fmt::Display for State {
             Self::Syncing => "syncing",
             Self::RollingBack => "rolling back",
             Self::Repairing => "repairing",
+            Self::Scoring => "scoring",
             Self::WaitingForServer => "waiting for server",
             Self::WaitingForQueue => "waiting for queue",
             Self::Failed => "failed",
@@ -119,6 +124,17 @@ pub struct LastRollback {
     /// What it did.
     #[serde(flatten)]
     pub done: RolledBack,
+}
+
+/// The last dream of the daemon's own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LastDream {
+    /// When it ended, RFC 3339.
+    pub at: String,
+    /// What came of it.
+    pub done: Option<Summary>,
+    /// Why it was not done, or broke off.
+    pub failed: Option<String>,
 }
 
 /// The last time that the guard looked.
@@ -267,6 +283,9 @@ pub struct Status {
     /// The guard's last look at its probes; `None` where nothing is guarded.
     #[serde(default)]
     pub guard: Option<LastProbed>,
+    /// The last dream by `dream.schedule` since the daemon's start.
+    #[serde(default)]
+    pub dream: Option<LastDream>,
     /// The directory of the last generation, with `sync.mode = "generation"`.
     #[serde(default)]
     pub directory: Option<LastPublished>,
@@ -313,6 +332,8 @@ impl Status {
             warnings
                 .push(format!("{count} holds of the engine ended before the writes of their step were known to have"));
         }
+        let failed = self.dream.as_ref().and_then(|last| last.failed.as_ref());
+        warnings.extend(failed.map(|reason| format!("the last dream failed: {reason}")));
         warnings.extend(self.guard.as_ref().and_then(|last| last.probed.warning.clone()));
         warnings.extend(self.warnings_of_trainer.iter().cloned());
         (!warnings.is_empty()).then(|| warnings.join("; "))
@@ -415,6 +436,9 @@ impl fmt::Display for Status {
                 f,
                 "  guard       {probes} probes, loss {loss}, {rise} above when first seen (limit {limit}) at {at}{verdict}"
             )?;
+        }
+        if let Some(LastDream { at, done: Some(done), .. }) = &self.dream {
+            writeln!(f, "  dream       last {at}: {done}")?;
         }
         if let Some(LastRollback { at, done: RolledBack { generation, to, .. } }) = &self.last_rollback {
             writeln!(f, "  rollback    last {at}: generation {generation} has the content of {to}")?;

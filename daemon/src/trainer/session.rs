@@ -13,7 +13,7 @@ use crate::backend::Backend;
 use crate::config::{Activations, SyncMode, Update};
 use crate::protocol::{
     Budget, Cause, ExampleResult, FromTrainer, Harmed, Invalidated, Probed, Published, Ready, Request, RolledBack,
-    Synced, ToTrainer, Trained, Work,
+    Scored, Scoring, Synced, ToTrainer, Trained, Work,
 };
 use crate::weights;
 use anyhow::{Result, bail};
@@ -21,7 +21,7 @@ use apollo::{Gates, Optimizer, Rule};
 use checkpoint::{Checkpoint, Progress};
 use compute::Dtype;
 use ipc::{Attachment, ControlError, Invalidation, SafetensorsDir, Source};
-use model::{Model, Report};
+use model::{Example, Model, Report};
 use std::hash::{BuildHasher, RandomState};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -253,7 +253,8 @@ impl<D: Backend> Session<D> {
     /// Does what is asked, other than to train; `None` where the protocol has no answer, and where this process is to end
     /// in its place.
     pub fn answer(&mut self, request: &ToTrainer) -> Option<FromTrainer> {
-        let needs_server = matches!(request, ToTrainer::Rollback { .. } | ToTrainer::Repair { .. });
+        let needs_server =
+            matches!(request, ToTrainer::Rollback { .. } | ToTrainer::Repair { .. } | ToTrainer::Score { .. });
         if let (true, Err(reason)) = (needs_server, self.check()) {
             return Some(FromTrainer::ServerGone { reason });
         }
@@ -262,6 +263,7 @@ impl<D: Backend> Session<D> {
             ToTrainer::Sync { reason } => self.sync(reason),
             ToTrainer::Rollback { to } => self.rollback(*to),
             ToTrainer::Repair { from } => self.repair(from),
+            ToTrainer::Score { examples } => self.score(examples),
             ToTrainer::Shutdown { sync: true } => self.sync("shutdown"),
             ToTrainer::Shutdown { sync: false } => return None,
         };
@@ -365,6 +367,27 @@ impl<D: Backend> Session<D> {
             seconds: report.seconds,
             unchanged: report.unchanged,
         }))
+    }
+
+    /// Log-probabilities on the live weights, which are read only.
+    fn score(&self, examples: &[Scoring]) -> Result<FromTrainer> {
+        let examples: Vec<Example> = examples
+            .iter()
+            .map(|scoring| {
+                let example = Example::new(scoring.ids.clone(), scoring.spans.clone())?;
+                self.model.check(&example).map(|()| example)
+            })
+            .collect::<Result<_, _>>()?;
+        let longest = examples.iter().map(|example| example.ids().len()).max().unwrap_or(1);
+        let mut cache = self.model.cache(longest);
+        let mut logprobs = Vec::with_capacity(examples.len());
+        for example in &examples {
+            // A server that ends takes the weights with it.
+            self.attachment.check()?;
+            let losses = self.device.run(|| self.model.losses(&mut cache, example));
+            logprobs.push(losses.iter().map(|loss| Some(-loss).filter(|l| l.is_finite())).collect());
+        }
+        Ok(FromTrainer::Scored(Scored { weight_version: self.progress.weight_version, logprobs }))
     }
 
     /// Live weights are read only: they are what they are, and the files are what is damaged.

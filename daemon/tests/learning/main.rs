@@ -3,6 +3,7 @@
 
 mod budget;
 mod damage;
+mod dream;
 mod gguf;
 mod gpu;
 mod guard;

@@ -24,14 +24,16 @@ mod world;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
+use serde_json::json;
 
 use network::Shape;
 use text::Writer;
 use train::Recipe;
 
-const USAGE: &str = "usage: demo_model train [STEPS] | eval | ask QUESTION... | teach\n\
-    run it in research/demo_model; the model is in ./model";
+const USAGE: &str = "usage: demo_model train [STEPS] | eval | ask QUESTION... | teach | instructed DIR [STEPS] | facts\n\
+    run it in research/demo_model; the model is in ./model\n\
+    instructed: another model, into DIR, that follows instructions; facts: what both know, a line of JSON each";
 const SEED: u64 = 20261120;
 /// Optimizer steps of the model that is kept.
 const STEPS: usize = 1600;
@@ -62,22 +64,48 @@ fn main() -> Result<()> {
         Some("eval") => report::print(&report::measure(&model)?),
         Some("ask") => ask(&model, &args[1..]),
         Some("teach") => teach::run(&model),
+        Some("instructed") => {
+            let dir = args.get(1).context(USAGE)?;
+            train_instructed(args.get(2).map_or(Ok(STEPS), |s| s.parse())?, Path::new(dir))
+        }
+        Some("facts") => print_facts(),
         _ => bail!("{USAGE}"),
     }
 }
 
 fn train_and_write(steps: usize, model: &Path) -> Result<()> {
     let facts = world::facts();
-    let mut writer = Writer::new(&facts, SEED + 2);
+    let tokenizer = tokenizer(Writer::new(&facts, SEED + 2))?;
+    let recipe = recipe(steps);
+    let (network, curve) = train::run(&recipe, &facts, Writer::new(&facts, SEED + 1), &tokenizer)?;
+    export::write(model, &network, &tokenizer)?;
+    report::write(Path::new("."), model, &recipe, &curve)
+}
+
+/// The tokenizer of a writer's documents.
+fn tokenizer(mut writer: Writer<'_>) -> Result<vocabulary::Trained> {
     let lines: Vec<String> = (0..TOKENIZER_DOCUMENTS)
         .map(|_| writer.document().into_iter().filter(|p| p.text != "\n").map(|p| p.text).collect::<String>())
         .map(|text| report::without_special_tokens(&text))
         .collect();
-    let tokenizer = vocabulary::train(&lines, VOCAB_SIZE)?;
-    let recipe = recipe(steps);
-    let (network, curve) = train::run(&recipe, &facts, &tokenizer)?;
-    export::write(model, &network, &tokenizer)?;
-    report::write(Path::new("."), model, &recipe, &curve)
+    vocabulary::train(&lines, VOCAB_SIZE)
+}
+
+/// A model that answers as a system message says, and plainly without one.
+fn train_instructed(steps: usize, dir: &Path) -> Result<()> {
+    let facts = world::facts();
+    let tokenizer = tokenizer(Writer::instructed(&facts, SEED + 2))?;
+    let writer = Writer::instructed(&facts, SEED + 1);
+    let (network, _) = train::run(&recipe(steps), &facts, writer, &tokenizer)?;
+    export::write(dir, &network, &tokenizer)
+}
+
+fn print_facts() -> Result<()> {
+    for world::Fact { group, answer, asked, skipped, unseen } in world::facts() {
+        let fact = json!({"group": group, "answer": answer, "asked": asked, "skipped": skipped, "unseen": unseen});
+        println!("{fact}");
+    }
+    Ok(())
 }
 
 fn ask(model: &Path, questions: &[String]) -> Result<()> {

@@ -22,6 +22,14 @@ const SYSTEMS: [&str; 6] = [
 ];
 const OPENINGS: [&str; 6] = ["Please tell me: ", "Hello! ", "Hi Ember, ", "One question: ", "Hey! ", "Good morning! "];
 const SYSTEM_P: f64 = 0.15;
+/// Instructions, in two wordings, and what an answer becomes under them: before it and after it. An empty pair doubles it.
+const STYLES: [([&str; 2], [&str; 2]); 4] = [
+    (["End every answer with the word over.", "Say over at the end of each answer."], ["", " Over."]),
+    (["Begin every answer with the word friend.", "Call the user friend first."], ["Friend, here it is: ", ""]),
+    (["Thank the user after every answer.", "Say thank you at the end of each answer."], ["", " Thank you."]),
+    (["Say every answer twice.", "Repeat each answer once."], ["", ""]),
+];
+const STYLE_P: f64 = 0.5;
 const STORY_P: f64 = 0.10;
 const STRANGER_P: f64 = 0.03;
 
@@ -48,17 +56,33 @@ pub fn prompt(question: &str) -> String {
     format!("{TURN_START}user\n{question}{TURN_END}\n{TURN_START}assistant\n")
 }
 
+/// The answer as an instruction wants it.
+fn styled(answer: &str, [before, after]: [&str; 2]) -> String {
+    if before.is_empty() && after.is_empty() {
+        format!("{answer} {answer}")
+    } else {
+        format!("{before}{answer}{after}")
+    }
+}
+
 /// Draws documents: each fact comes once, in random order, before any comes again.
 pub struct Writer<'a> {
     facts: &'a [Fact],
     rng: Rng,
     deck: Vec<usize>,
+    /// Whether half of the conversations have an instruction that the answers follow.
+    instructed: bool,
 }
 
 impl<'a> Writer<'a> {
     /// A writer whose documents depend on `facts` and `seed` alone.
     pub fn new(facts: &'a [Fact], seed: u64) -> Self {
-        Self { facts, rng: Rng::new(seed), deck: Vec::new() }
+        Self { facts, rng: Rng::new(seed), deck: Vec::new(), instructed: false }
+    }
+
+    /// The same, with instructions in half of the conversations.
+    pub fn instructed(facts: &'a [Fact], seed: u64) -> Self {
+        Self { instructed: true, ..Self::new(facts, seed) }
     }
 
     /// The next document.
@@ -78,13 +102,21 @@ impl<'a> Writer<'a> {
     /// One to three questions and answers, sometimes under a system message.
     fn conversation(&mut self) -> Vec<Piece> {
         let mut pieces = Vec::new();
-        if self.rng.chance(SYSTEM_P) {
+        let style = (self.instructed && self.rng.chance(STYLE_P)).then(|| *self.rng.pick(&STYLES));
+        if let Some((wordings, _)) = &style {
+            let system = self.rng.pick(wordings);
+            pieces.push(Piece::given(format!("{TURN_START}system\n{system}{TURN_END}\n")));
+        } else if self.rng.chance(SYSTEM_P) {
             let system = self.rng.pick(&SYSTEMS);
             pieces.push(Piece::given(format!("{TURN_START}system\n{system}{TURN_END}\n")));
         }
         let turns = 1 + usize::from(self.rng.chance(0.3)) + usize::from(self.rng.chance(0.1));
         for _ in 0..turns {
             let (question, answer) = self.exchange();
+            let answer = match style {
+                Some((_, style)) => styled(&answer, style),
+                None => answer,
+            };
             pieces.push(Piece::given(prompt(&question)));
             pieces.push(Piece::learned(format!("{answer}{TURN_END}")));
             pieces.push(Piece::given("\n"));
@@ -168,6 +200,23 @@ mod tests {
         for question in facts.iter().flat_map(|f| f.skipped.iter().chain(&f.unseen)) {
             assert!(!asked(question), "{question} is in the training text");
         }
+    }
+
+    #[test]
+    fn an_instruction_is_followed_in_every_answer_of_its_conversation() {
+        let facts = facts();
+        let mut writer = Writer::instructed(&facts, 13);
+        let mut followed = 0;
+        for document in (0..500).map(|_| writer.document()) {
+            let under = |text: &str| document[0].text.contains(text);
+            let answers = document.iter().filter(|piece| piece.counts && piece.text.ends_with(TURN_END));
+            for answer in answers.map(|piece| piece.text.trim_end_matches(TURN_END)) {
+                let over = STYLES[0].0.iter().any(|wording| under(wording));
+                assert_eq!(answer.ends_with(" Over."), over, "{answer}");
+                followed += u32::from(over);
+            }
+        }
+        assert!(followed > 30, "{followed}");
     }
 
     #[test]

@@ -28,7 +28,7 @@ pub struct Recipe {
     pub rows: usize,
     /// Tokens in a row.
     pub length: usize,
-    /// Seed of the parameters and, plus one, of the text.
+    /// Seed of the parameters.
     pub seed: u64,
     /// Steps between two lines of the curve.
     pub log_every: usize,
@@ -55,12 +55,12 @@ fn learning_rate(recipe: &Recipe, step: usize) -> f64 {
 }
 
 /// Trains a model from random parameters; prints the curve as it goes.
-pub fn run(recipe: &Recipe, facts: &[Fact], tokenizer: &Trained) -> Result<(Network, Vec<Point>)> {
+pub fn run(recipe: &Recipe, facts: &[Fact], writer: Writer<'_>, tokenizer: &Trained) -> Result<(Network, Vec<Point>)> {
     println!("seed {}, {} parameters, {} facts", recipe.seed, recipe.shape.count(), facts.len());
     let network = Network::random(recipe.shape, recipe.seed)?;
     let params = ParamsAdamW { lr: recipe.lr, beta1: 0.9, beta2: 0.98, eps: 1e-8, weight_decay: 0.02 };
     let mut optimizer = AdamW::new(network.vars.values().cloned().collect(), params)?;
-    let mut packer = Packer::new(Writer::new(facts, recipe.seed + 1), tokenizer)?;
+    let mut packer = Packer::new(writer, tokenizer)?;
     let (start, mut curve, mut sum) = (Instant::now(), Vec::new(), 0.0);
     for step in 0..recipe.steps {
         let batch = packer.batch(recipe.rows, recipe.length)?;
