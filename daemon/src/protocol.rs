@@ -74,7 +74,8 @@ pub struct Scoring {
 pub enum ToTrainer {
     /// Train one step on these examples together.
     Train {
-        /// The step's number: 1 for the first ever, never used twice except in a replay of the same batch.
+        /// The step's number: 1 for the first ever, used twice only in a replay of the same batch, or when the weights have gone
+        /// back to before it in order to forget something.
         step: u64,
         /// Replaces `train.lr` for this step.
         #[serde(default, skip_serializing_if = "Option::is_none")]

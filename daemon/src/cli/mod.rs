@@ -7,6 +7,7 @@ mod demo;
 mod doctor;
 mod dream;
 mod engine;
+mod forget;
 mod grads;
 mod pause;
 mod plan;
@@ -75,6 +76,10 @@ pub enum Command {
     Status(status::StatusArgs),
     /// Make examples of scenarios: the served model answers with an instruction, and learns to do without it.
     Dream(dream::DreamArgs),
+    /// List the examples that made a generation, with their loss before and now.
+    Blame(forget::BlameArgs),
+    /// Take the effect of examples back: the weights become those that never saw them.
+    Forget(forget::ForgetArgs),
     /// Stop training; what is posted waits.
     Pause(pause::PauseArgs),
     /// Go on training after `pause`, or after failures that made the daemon pause itself.
@@ -173,6 +178,8 @@ impl Cli {
             Command::Train(args) => train::run(&args),
             Command::Status(args) => status::run(&args),
             Command::Dream(args) => dream::run(&args),
+            Command::Blame(args) => forget::blame(&args),
+            Command::Forget(args) => forget::forget(&args),
             Command::Pause(args) => pause::run(&args, true),
             Command::Resume(args) => pause::run(&args, false),
             Command::Checkpoint(args) => checkpoints::run(&args),

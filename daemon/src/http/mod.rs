@@ -9,6 +9,7 @@ mod body;
 mod control;
 mod events;
 mod examples;
+mod forget;
 mod legacy;
 mod metrics;
 mod problem;
@@ -52,6 +53,8 @@ pub fn router(app: App) -> Router {
     Router::new()
         .route("/v1/examples", post(examples::post).get(examples::list).delete(examples::withdraw))
         .route("/v1/examples/{id}", get(examples::get))
+        .route("/v1/forget", post(forget::forget))
+        .route("/v1/checkpoints/{generation}/examples", get(forget::blame))
         .route("/v1/score", post(score::score))
         .route("/v1/status", get(control::status))
         .route("/v1/events", get(events::events))

@@ -106,6 +106,7 @@ impl From<ControlError> for Problem {
             ControlError::NoRoom(_) => Self::new(507, "no-room", detail).retry_after(NO_ROOM_RETRY_S),
             ControlError::Readers(_) => Self::new(503, "readers", detail).retry_after(10),
             ControlError::Harmed(_) => Self::new(409, "harmed", detail),
+            ControlError::Expired(_) => Self::new(409, "not-restorable", detail),
             ControlError::Lost(_) => Self::new(502, "lost", detail),
         }
     }

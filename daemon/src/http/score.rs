@@ -12,6 +12,7 @@ use super::body::{Item, items};
 use super::{App, Problem, blocking};
 use crate::examples::Templates;
 use crate::protocol::Scoring;
+use crate::queue::Queue;
 
 /// Sequences of one request: training waits for them.
 const SCORED_MAX: usize = 256;
@@ -27,7 +28,8 @@ struct Score {
     logprobs: Vec<Option<f32>>,
 }
 
-/// Scores the decisions of what is posted, in the forms of `POST /v1/examples`; nothing is trained. All or nothing.
+/// Scores the decisions of what is posted, in the forms of `POST /v1/examples` or as `{"id": ...}` of an example; nothing is trained.
+/// All or nothing.
 pub async fn score(
     State(app): State<App>,
     headers: HeaderMap,
@@ -35,14 +37,14 @@ pub async fn score(
 ) -> Result<Json<Value>, Problem> {
     let body = body?;
     let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok()).map(str::to_owned);
-    let templates = app.templates.clone();
-    let scorings = blocking(move || prepare(&templates, items(content_type.as_deref(), &body)?)).await?;
+    let (templates, queue) = (app.templates.clone(), app.queue.clone());
+    let scorings = blocking(move || prepare(&templates, &queue, items(content_type.as_deref(), &body)?)).await?;
     let scored = app.supervisor.score(scorings).await?;
     let scores: Vec<Score> = scored.logprobs.into_iter().enumerate().map(score_of).collect();
     Ok(Json(json!({ "weight_version": scored.weight_version, "scores": scores })))
 }
 
-fn prepare(templates: &Templates, items: Vec<Item>) -> Result<Vec<Scoring>, Problem> {
+fn prepare(templates: &Templates, queue: &Queue, items: Vec<Item>) -> Result<Vec<Scoring>, Problem> {
     if items.len() > SCORED_MAX {
         let detail = format!("{} sequences at once, at most {SCORED_MAX} are scored: post them in parts", items.len());
         return Err(Problem::new(413, "too-many", detail));
@@ -50,8 +52,12 @@ fn prepare(templates: &Templates, items: Vec<Item>) -> Result<Vec<Scoring>, Prob
     let prepare = |Item { index, line, value }: Item| {
         let place = line.map_or_else(|| format!("[{index}]"), |line| format!("line {line}"));
         let refused = |reason: String| Problem::new(400, "refused", format!("{place}: {reason}"));
-        let (_, prepared) =
-            templates.prepare(&value.map_err(refused)?).map_err(|refusal| refused(refusal.to_string()))?;
+        let value = value.map_err(refused)?;
+        if let Some(id) = value["id"].as_str().filter(|_| value.as_object().is_some_and(|object| object.len() == 1)) {
+            let gone = || format!("{place}: no example {id:?}, or it has no tokens any more");
+            return queue.scoring(id)?.ok_or_else(|| Problem::new(404, "unknown-example", gone()));
+        }
+        let (_, prepared) = templates.prepare(&value).map_err(|refusal| refused(refusal.to_string()))?;
         Ok(Scoring { ids: prepared.ids, spans: prepared.spans })
     };
     items.into_iter().map(prepare).collect()

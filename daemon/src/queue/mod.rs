@@ -3,7 +3,7 @@
 //! An example is `queued` until it is handed out; then it gets its `seq` and its step number, in one transaction, and
 //! is `training` until the trainer's answer makes it `trained`, `skipped` (a gate) or `failed`. `refused` is an
 //! example that became impossible while it waited (`max_tokens` was lowered), or was withdrawn. `rolled_back` is one whose effect was
-//! taken back on request, `quarantined` one of those whose effect was taken back by the guard.
+//! taken back on request, `quarantined` one of those whose effect was taken back by the guard, `forgotten` one that was to leave no trace.
 //!
 //! What the files hold is said by the checkpoint's cursor alone. After a trainer's restart, [`Queue::replay`] gives
 //! what was handed out after that cursor, in the same order, in the same batches, with the same step numbers.
@@ -12,6 +12,7 @@
 //! that nothing waits for ever. As all wait at the same rate, the order never changes while they wait:
 //! place = enqueued_ms - priority * 60000, smallest first, and an index on it is enough.
 
+mod forget;
 mod schema;
 mod take;
 mod types;
@@ -27,6 +28,7 @@ use std::sync::{Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 
+pub use forget::Forget;
 pub use types::{Added, Batch, Idempotency, NewExample, Record, State};
 
 use crate::protocol::ExampleResult;
@@ -343,7 +345,8 @@ impl Queue {
     pub fn record_failed(&self, step: u64, reason: &str) -> Result<(), QueueError> {
         self.write(|transaction| {
             transaction.execute(
-                "UPDATE examples SET state = 'failed', reason = ?2, finished_ms = ?3 WHERE step = ?1",
+                "UPDATE examples SET state = 'failed', reason = ?2, finished_ms = ?3
+                 WHERE step = ?1 AND state IN ('training', 'trained', 'skipped')",
                 params![step as i64, reason, now_ms()],
             )?;
             Ok(())
@@ -459,7 +462,8 @@ impl Queue {
                 let next = number(transaction, name)?.max(held as i64 + 1);
                 set_number(transaction, name, next)?;
             }
-            let behind = (cursor as i64) < number(transaction, "synced_cursor")?;
+            let forgot = forget::catch_up(transaction, cursor, step)?;
+            let behind = (cursor as i64) < number(transaction, "synced_cursor")? && !forgot;
             let rolled_back = if behind { roll_back(transaction, generation, cursor)? } else { 0 };
             set_number(transaction, "synced_cursor", cursor as i64)?;
             transaction.execute(
@@ -476,7 +480,7 @@ fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rus
     let reason = format!("rolled back to generation {generation}");
     let changed = transaction.execute(
         "UPDATE examples SET state = 'rolled_back', reason = ?2
-         WHERE seq > ?1 AND state NOT IN ('failed', 'refused', 'quarantined')",
+         WHERE seq > ?1 AND state NOT IN ('failed', 'refused', 'quarantined', 'forgotten')",
         params![cursor as i64, reason],
     )?;
     set_number(transaction, "synced_cursor", cursor as i64)?;

@@ -9,7 +9,7 @@ use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use super::QueueError;
 
 /// Each entry brings the file from version i to version i + 1. Entries are never changed, only added.
-const MIGRATIONS: [&str; 2] = [
+const MIGRATIONS: [&str; 3] = [
     "
     CREATE TABLE examples (
         number         INTEGER PRIMARY KEY,            -- order of arrival
@@ -54,6 +54,12 @@ const MIGRATIONS: [&str; 2] = [
     CREATE TABLE pause (
         reason      TEXT    NOT NULL                   -- one row while the guard has stopped training
     ) STRICT;
+",
+    "
+    CREATE TABLE forgetting (
+        number      INTEGER PRIMARY KEY                -- of an example that is being forgotten
+    ) STRICT;
+    CREATE INDEX by_source ON examples (source) WHERE source IS NOT NULL;
 ",
 ];
 

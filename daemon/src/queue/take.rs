@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use rusqlite::{Row, params};
+use rusqlite::{OptionalExtension, Row, params};
 
 use super::{Batch, Queue, QueueError, now_ms, number, set_number};
 use crate::protocol::Work;
@@ -75,6 +75,17 @@ impl Queue {
         let Some(first) = rows.first() else { return Ok(None) };
         let (step, lr) = (first.step.unwrap_or_default() as u64, first.lr);
         Ok(Some(Batch { step, lr, examples: rows.into_iter().map(|row| row.work).collect() }))
+    }
+
+    /// An example as it would be handed out; `None` for an unknown id.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub(super) fn work(&self, id: &str) -> Result<Option<Work>, QueueError> {
+        self.read(|connection| {
+            let sql = format!("SELECT {WORK} FROM examples WHERE id = ?1");
+            Ok(connection.query_row(&sql, [id], waiting).optional()?.map(|row| row.work))
+        })
     }
 
     /// Refuses what waits and is longer than `max_tokens`, which the operator may have lowered since; gives how many.

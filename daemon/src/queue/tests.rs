@@ -230,7 +230,7 @@ fn a_file_of_an_older_version_keeps_its_examples() {
     drop(queue);
     // As the first version left it.
     let connection = Connection::open(&path).unwrap();
-    connection.execute_batch("DROP TABLE pause; PRAGMA user_version = 1;").unwrap();
+    connection.execute_batch("DROP TABLE pause; DROP TABLE forgetting; DROP INDEX by_source; PRAGMA user_version = 1;").unwrap();
     drop(connection);
     let queue = Queue::open(&path, 9).unwrap();
     assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Queued);
@@ -339,4 +339,105 @@ fn what_did_harm_is_what_the_judged_weights_held_and_nothing_else() {
     assert_eq!(queue.pause().unwrap().as_deref(), Some("another"));
     queue.record_resumed().unwrap();
     assert_eq!(queue.pause().unwrap(), None);
+}
+
+/// Hands out and trains what waits, one a step; the first token and the step of each.
+fn train_all(queue: &Queue) -> Vec<(u32, u64)> {
+    std::iter::from_fn(|| queue.take(1).unwrap())
+        .map(|batch| {
+            trained(queue, &batch);
+            (batch.examples[0].ids[0], batch.step)
+        })
+        .collect()
+}
+
+fn of(ids: &[&String]) -> Forget {
+    Forget::Examples(ids.iter().map(|id| (*id).clone()).collect())
+}
+
+#[test]
+fn what_comes_after_a_forgotten_example_is_trained_again_in_the_same_order_and_by_the_steps_without_it() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &(1..=6).map(example).collect::<Vec<_>>());
+    train_all(&queue);
+    queue.record_synced(2).unwrap();
+    let what = of(&[&ids[3]]);
+    let plan = queue.plan_forget(&what, 2).unwrap();
+    assert_eq!((plan.examples, plan.first_seq), (1, Some(4)));
+    assert_eq!(queue.begin_forget(&what, 2).unwrap(), 3);
+    add(&queue, &[NewExample { priority: 1000, ..example(9) }]);
+    queue.finish_forget(2, 2).unwrap();
+
+    let forgotten = queue.get(&ids[3]).unwrap().unwrap();
+    assert_eq!((forgotten.state, forgotten.reason.as_deref()), (State::Forgotten, Some("forgotten on request")));
+    assert_eq!(queue.scoring(&ids[3]).unwrap(), None, "its tokens are gone");
+    let first = queue.take(1).unwrap().unwrap();
+    trained(&queue, &first);
+    assert_eq!((firsts(&first), first.step), (vec![3], 3));
+
+    // And one of these, before all of them had their turn again.
+    let what = of(&[&ids[2]]);
+    let seq = queue.plan_forget(&what, 2).unwrap().first_seq;
+    assert_eq!(seq, Some(first.examples[0].seq));
+    queue.begin_forget(&what, 2).unwrap();
+    queue.finish_forget(2, 2).unwrap();
+    assert_eq!(train_all(&queue), [(5, 3), (6, 4), (9, 5)], "before all that waits for its first time");
+    assert!(queue.replay(2).unwrap().is_some(), "and they count as any others");
+}
+
+#[test]
+fn what_was_never_trained_is_forgotten_where_it_lies() {
+    let (_dir, queue) = queue();
+    let from = |source: &str, first| NewExample { source: Some(source.into()), ..example(first) };
+    let ids = add(&queue, &[from("a", 1), from("b", 2), from("a", 3)]);
+    let what = Forget::Source("a".into());
+    let plan = queue.plan_forget(&what, 0).unwrap();
+    assert_eq!((plan.examples, plan.first_seq), (2, None));
+    queue.forget_unheld(&what).unwrap();
+    assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Forgotten);
+    assert_eq!(queue.plan_forget(&what, 0).unwrap().examples, 0, "once is enough");
+    assert_eq!(train_all(&queue), [(2, 1)]);
+}
+
+#[test]
+fn a_daemon_that_ended_while_it_forgot_knows_by_the_files_how_far_it_came() {
+    let reopened = |queue: Queue, dir: &tempfile::TempDir| {
+        drop(queue);
+        Queue::open(&dir.path().join("deep/queue.sqlite"), 10).unwrap()
+    };
+    let started = || {
+        let (dir, queue) = queue();
+        let ids = add(&queue, &(1..=4).map(example).collect::<Vec<_>>());
+        train_all(&queue);
+        queue.record_synced(4).unwrap();
+        queue.begin_forget(&of(&[&ids[1]]), 1).unwrap();
+        (reopened(queue, &dir), dir)
+    };
+    // The files went back.
+    let (queue, _dir) = started();
+    assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 0, "nothing counts as rolled back");
+    assert_eq!(train_all(&queue), [(3, 2), (4, 3)]);
+
+    // They did not.
+    let (queue, _dir) = started();
+    queue.reconcile(4, 4, 4).unwrap();
+    assert_eq!(train_all(&queue), []);
+    assert_eq!(queue.counts().unwrap().iter().find(|(state, _)| *state == State::Trained).unwrap().1, 4);
+    // And the note is gone: a later rollback is one.
+    assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 3);
+}
+
+#[test]
+fn a_step_number_that_is_used_again_fails_alone() {
+    let (_dir, queue) = queue();
+    let ids = add(&queue, &[example(1), example(2)]);
+    train_all(&queue);
+    queue.record_quarantined(1, 2, "harm", "pause").unwrap();
+    queue.begin_forget(&of(&[&ids[0]]), 0).unwrap();
+    queue.finish_forget(0, 0).unwrap();
+    add(&queue, &[example(3), example(4)]);
+    let (first, second) = (queue.take(1).unwrap().unwrap(), queue.take(1).unwrap().unwrap());
+    assert_eq!((first.step, second.step), (1, 2));
+    queue.record_failed(2, "out of memory").unwrap();
+    assert_eq!(queue.get(&ids[1]).unwrap().unwrap().state, State::Quarantined);
 }

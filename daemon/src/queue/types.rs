@@ -28,11 +28,13 @@ pub enum State {
     RolledBack,
     /// It is one of those that harmed the model, and their effect was taken back by the guard.
     Quarantined,
+    /// Somebody wanted it forgotten: its effect was taken back, and its tokens are gone.
+    Forgotten,
 }
 
 impl State {
     /// All states, in the order of an example's life.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Queued,
         Self::Training,
         Self::Trained,
@@ -41,6 +43,7 @@ impl State {
         Self::Failed,
         Self::RolledBack,
         Self::Quarantined,
+        Self::Forgotten,
     ];
 
     /// Its name, as the file and the API write it.
@@ -54,6 +57,7 @@ impl State {
             Self::Failed => "failed",
             Self::RolledBack => "rolled_back",
             Self::Quarantined => "quarantined",
+            Self::Forgotten => "forgotten",
         }
     }
 
@@ -125,7 +129,7 @@ pub struct Record {
     pub loss: Option<f32>,
     /// The live weights' version after its step.
     pub weight_version: Option<u64>,
-    /// Why it was skipped, refused, failed, rolled back or quarantined.
+    /// Why it was skipped, refused, failed, rolled back, quarantined or forgotten.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
     /// Whether the model directory's files hold its effect.

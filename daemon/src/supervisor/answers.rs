@@ -50,6 +50,9 @@ impl Supervisor {
                 self.on_harmed("shutdown".into(), Vec::new(), *harmed)
             }
             (FromTrainer::RolledBack(done), Some(InFlight::Rollback { reply })) => self.on_rolled_back(done, reply),
+            (FromTrainer::RolledBack(done), Some(InFlight::Forget { outcome, reply })) => {
+                self.on_forgotten(done, outcome, reply)
+            }
             (FromTrainer::Scored(scored), Some(InFlight::Score { reply })) => answer(Some(reply), Ok(scored)),
             (FromTrainer::Repaired(repaired), Some(InFlight::Repair { reply })) => on_repaired(repaired, reply),
             (FromTrainer::ServerGone { reason }, in_flight) => {
@@ -295,20 +298,26 @@ impl Supervisor {
     }
 
     fn on_rolled_back(&mut self, done: RolledBack, reply: Reply<RolledBack>) {
-        let RolledBack { generation, cursor, step, weight_version, .. } = done;
+        let RolledBack { generation, cursor, .. } = done;
         self.record(move |queue| {
             let taken_back = queue.record_rolled_back(generation, cursor)?;
             tracing::warn!("rolled back: generation {generation}, cursor {cursor}; {taken_back} examples taken back");
             Ok(())
         });
+        self.after_rollback(done.clone());
+        answer(Some(reply), Ok(done));
+    }
+
+    /// Files and live weights are at another generation.
+    pub(super) fn after_rollback(&mut self, done: RolledBack) {
+        let RolledBack { generation, cursor, step, weight_version, .. } = done;
         (self.unsynced, self.replay_from) = (false, None);
         self.update(|status| {
             (status.generation, status.cursor) = (Some(generation), Some(cursor));
             (status.weight_version, status.step) = (weight_version, step);
-            status.last_rollback = Some(LastRollback { at: now(), done: done.clone() });
+            status.last_rollback = Some(LastRollback { at: now(), done });
         });
         self.tell(What::Rollback { generation });
-        answer(Some(reply), Ok(done));
     }
 
     fn on_failed(&mut self, request: Request, reason: String, cause: Cause, in_flight: Option<InFlight>) {
@@ -338,6 +347,9 @@ impl Supervisor {
             }
             (Request::Rollback, Some(InFlight::Rollback { reply })) => {
                 answer(Some(reply), Err(failed(reason, cause)));
+            }
+            (Request::Rollback, Some(InFlight::Forget { reply, .. })) => {
+                self.on_forget_failed(failed(reason, cause), reply);
             }
             (Request::Repair, Some(InFlight::Repair { reply })) => {
                 answer(Some(reply), Err(failed(reason, cause)));

@@ -18,6 +18,7 @@
 mod answers;
 mod child;
 mod events;
+mod forget;
 mod record;
 mod run;
 mod status;
@@ -34,13 +35,14 @@ use tokio::sync::{broadcast, oneshot};
 
 pub use child::ChildCommand;
 pub use events::{Happening, What};
+pub use forget::Forgotten;
 pub use status::{LastDream, State, Status};
 #[cfg(test)]
 pub use status::{LastProbed, StepLoss, Timings};
 
 use crate::dream::Summary;
 use crate::protocol::{Repaired, RolledBack, Scored, Scoring, Synced};
-use crate::queue::Queue;
+use crate::queue::{Forget, Queue};
 use crate::schedule::Schedule;
 use child::Output;
 use events::Events;
@@ -113,6 +115,9 @@ pub enum ControlError {
     /// The guard found the model harmed: what, and what was done about it.
     #[error("not synced: {0}")]
     Harmed(String),
+    /// The generation that it would take is no longer kept.
+    #[error("{0}")]
+    Expired(String),
     /// The trainer died, or lost its server, before it answered.
     #[error("the trainer did not answer: {0}; whether it was done will show in the generations")]
     Lost(String),
@@ -130,6 +135,7 @@ enum Event {
     Sync { reason: String, reply: Option<Reply<Synced>> },
     Rollback { to: u64, reply: Reply<RolledBack> },
     Repair { from: Vec<PathBuf>, reply: Reply<Repaired> },
+    Forget { what: Forget, reply: Reply<Forgotten> },
     Score { examples: Vec<Scoring>, reply: Reply<Scored> },
     Pause(bool),
     Wake,
@@ -208,6 +214,16 @@ impl Handle {
     pub async fn repair(&self, from: Vec<PathBuf>) -> Result<Repaired, ControlError> {
         let (reply, outcome) = oneshot::channel();
         self.tell(Event::Repair { from, reply });
+        outcome.await.unwrap_or(Err(ControlError::Stopping))
+    }
+
+    /// Takes the effect of examples back, and trains what came after them again without them.
+    ///
+    /// # Errors
+    /// [`ControlError`].
+    pub async fn forget(&self, what: Forget) -> Result<Forgotten, ControlError> {
+        let (reply, outcome) = oneshot::channel();
+        self.tell(Event::Forget { what, reply });
         outcome.await.unwrap_or(Err(ControlError::Stopping))
     }
 

@@ -11,9 +11,9 @@ use chrono::{DateTime, SecondsFormat, Utc};
 use super::child::{Child, Output};
 use super::events::{Events, What};
 use super::record::Records;
-use super::{ControlError, DEATHS_MAX, Event, Options, Reply, State, Status};
+use super::{ControlError, DEATHS_MAX, Event, Forgotten, Options, Reply, State, Status};
 use crate::protocol::{FromTrainer, Repaired, RolledBack, Scored, Scoring, Synced, ToTrainer};
-use crate::queue::{Batch, Queue};
+use crate::queue::{Batch, Forget, Queue};
 
 /// Longest wait between two restarts.
 const RESTART_DELAY_MAX: Duration = Duration::from_secs(30);
@@ -48,6 +48,10 @@ pub(super) enum InFlight {
     },
     Repair {
         reply: Reply<Repaired>,
+    },
+    Forget {
+        outcome: Forgotten,
+        reply: Reply<Forgotten>,
     },
     Score {
         reply: Reply<Scored>,
@@ -88,6 +92,7 @@ pub(super) struct Supervisor {
     wanted_sync: Option<WantedSync>,
     wanted_rollback: Option<(u64, Reply<RolledBack>)>,
     wanted_repair: Option<(Vec<PathBuf>, Reply<Repaired>)>,
+    wanted_forget: Option<(Forget, Reply<Forgotten>)>,
     wanted_scores: VecDeque<(Vec<Scoring>, Reply<Scored>)>,
     pub(super) paused: Option<String>,
     pub(super) stopping: bool,
@@ -136,6 +141,7 @@ impl Supervisor {
             wanted_sync: None,
             wanted_rollback: None,
             wanted_repair: None,
+            wanted_forget: None,
             wanted_scores: VecDeque::new(),
             paused,
             stopping: false,
@@ -270,6 +276,8 @@ impl Supervisor {
             self.send(InFlight::Repair { reply }, &ToTrainer::Repair { from });
         } else if let Some((to, reply)) = self.wanted_rollback.take() {
             self.send(InFlight::Rollback { reply }, &ToTrainer::Rollback { to });
+        } else if writable && let Some((what, reply)) = self.wanted_forget.take() {
+            self.begin_forget(what, reply);
         } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
@@ -309,6 +317,7 @@ impl Supervisor {
         self.wanted_sync.is_some()
             || self.wanted_rollback.is_some()
             || self.wanted_repair.is_some()
+            || self.wanted_forget.is_some()
             || !self.wanted_scores.is_empty()
     }
 
@@ -383,7 +392,7 @@ impl Supervisor {
         }
     }
 
-    fn send(&mut self, in_flight: InFlight, request: &ToTrainer) {
+    pub(super) fn send(&mut self, in_flight: InFlight, request: &ToTrainer) {
         self.in_flight = Some(in_flight);
         let Some(attached) = &mut self.attached else { return };
         if let Err(error) = attached.child.send(request) {
@@ -404,6 +413,7 @@ impl Supervisor {
             Event::Sync { reason, reply } => self.want_sync(reason, reply),
             Event::Rollback { to, reply } => self.want_rollback(to, reply),
             Event::Repair { from, reply } => self.want_repair(from, reply),
+            Event::Forget { what, reply } => self.want_forget(what, reply),
             Event::Score { examples, reply } => match self.not_ready() {
                 Some(error) => answer(Some(reply), Err(error)),
                 None => self.wanted_scores.push_back((examples, reply)),
@@ -452,6 +462,17 @@ impl Supervisor {
         match error {
             Some(error) => answer(Some(reply), Err(error)),
             None => self.wanted_rollback = Some((to, reply)),
+        }
+    }
+
+    fn want_forget(&mut self, what: Forget, reply: Reply<Forgotten>) {
+        let error = self.not_ready().or_else(|| {
+            let busy = self.wanted_forget.is_some() || matches!(self.in_flight, Some(InFlight::Forget { .. }));
+            busy.then(|| ControlError::Failed("something else is being forgotten".into()))
+        });
+        match error {
+            Some(error) => answer(Some(reply), Err(error)),
+            None => self.wanted_forget = Some((what, reply)),
         }
     }
 
@@ -545,9 +566,11 @@ impl Supervisor {
         let mut syncs = self.wanted_sync.take().map(|wanted| wanted.waiting).unwrap_or_default();
         let mut rollbacks: Vec<_> = self.wanted_rollback.take().map(|(_, reply)| reply).into_iter().collect();
         let mut repairs: Vec<_> = self.wanted_repair.take().map(|(_, reply)| reply).into_iter().collect();
+        let mut forgets: Vec<_> = self.wanted_forget.take().map(|(_, reply)| reply).into_iter().collect();
         let mut scores: Vec<_> = self.wanted_scores.drain(..).map(|(_, reply)| reply).collect();
         match self.in_flight.take() {
             Some(InFlight::Score { reply }) => scores.push(reply),
+            Some(InFlight::Forget { reply, .. }) => forgets.push(reply),
             Some(InFlight::Sync { waiting, .. }) => syncs.extend(waiting),
             Some(InFlight::Rollback { reply }) => rollbacks.push(reply),
             Some(InFlight::Repair { reply }) => repairs.push(reply),
@@ -556,6 +579,7 @@ impl Supervisor {
         syncs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         rollbacks.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         repairs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+        forgets.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         scores.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
     }
 
@@ -570,7 +594,7 @@ impl Supervisor {
             (None, false, _) => (State::Starting, None),
             (_, _, Some(InFlight::Train { .. })) => (State::Training, None),
             (_, _, Some(InFlight::Sync { reason, .. })) => (State::Syncing, Some(reason.clone())),
-            (_, _, Some(InFlight::Rollback { .. })) => (State::RollingBack, None),
+            (_, _, Some(InFlight::Rollback { .. } | InFlight::Forget { .. })) => (State::RollingBack, None),
             (_, _, Some(InFlight::Repair { .. })) => (State::Repairing, None),
             (_, _, Some(InFlight::Score { .. })) => (State::Scoring, None),
             (_, _, Some(InFlight::Shutdown)) => (State::Stopping, None),

@@ -4,6 +4,7 @@
 mod budget;
 mod damage;
 mod dream;
+mod forget;
 mod gguf;
 mod gpu;
 mod guard;
