@@ -2,11 +2,17 @@
 
 use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use clap::Args;
 use serde_json::Value;
 use ureq::Agent;
+use ureq::config::ConfigBuilder;
+use ureq::typestate::AgentScope;
+
+/// How long a connection may take.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Which daemon.
 #[derive(Debug, Clone, Args)]
@@ -64,7 +70,7 @@ impl Answer {
 impl Client {
     /// A client of the daemon that the arguments name.
     pub fn new(args: &ClientArgs) -> Self {
-        let agent = Agent::config_builder().http_status_as_error(false).build().new_agent();
+        let agent = agent().build().new_agent();
         let scheme = if args.url.contains("://") { "" } else { "http://" };
         let url = format!("{scheme}{}", args.url.trim_end_matches('/'));
         Self { agent, url, api_key: args.api_key.clone() }
@@ -124,6 +130,11 @@ impl Client {
     pub fn url(&self) -> &str {
         &self.url
     }
+}
+
+/// Requests of ours: every status is an answer, and no proxy of the environment sees what goes to this machine.
+pub fn agent() -> ConfigBuilder<AgentScope> {
+    Agent::config_builder().http_status_as_error(false).proxy(None).timeout_connect(Some(CONNECT))
 }
 
 /// Whether a daemon runs on a model directory.

@@ -112,7 +112,7 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         };
         let address_file = client::address_file(&config.model.dir);
         write_private(&address_file, &format!("http://{address}\n"))?;
-        dream::start(&config, address, handle.clone())?;
+        let dreamer = dream::start(&config, address, handle.clone())?;
         tracing::info!("listening on http://{address}");
         println!("{}", serde_json::json!({ "listening": address.to_string(), "pid": std::process::id() }));
 
@@ -127,6 +127,9 @@ pub fn run(args: &ServeArgs, log_format: LogFormat) -> Result<ExitCode> {
         signals.next().await;
         tracing::info!("stopping after the step in flight; once more stops at once");
         handle.shutdown();
+        if let Some(dreamer) = dreamer {
+            tokio::task::spawn_blocking(|| dreamer.end()).await?;
+        }
         stop.send_replace(true);
         let joined = tokio::task::spawn_blocking(move || thread.join());
         tokio::select! {
@@ -177,7 +180,7 @@ fn check(config: &Config) -> Result<usize> {
         bail!("train.rules: no tensor of this model matches {}", unmatched.join(", "));
     }
     if config.dream.schedule.is_some() {
-        dream::check(config)?;
+        dream::check(config).context("dream.schedule is set, and no dream can be")?;
     }
     if trainer::probes(config, &model)?.is_some() {
         guard::check(&config.state_dir())?;

@@ -36,17 +36,17 @@ pub struct DreamConfig {
     /// Share of the answers that should be accepted, in (0, 1). Default 0.7. Temperature rises while more are and falls while
     /// fewer are, and scenarios whose own share is near it are chosen more often.
     pub success_rate: f64,
-    /// Temperature of the first answer. Default 0.7.
+    /// Temperature of the first answer of the first dream; later ones go on from where it has gone. Default 0.7.
     pub temperature: f64,
-    /// Highest temperature; the lowest is 0. Default 1.2. Equal to 0 all answers are greedy.
+    /// Highest temperature; the lowest is 0. Default 1. Equal to 0 all answers are greedy.
     pub temperature_max: f64,
-    /// Whether a scenario is passed over when the greedy answer without the instruction is accepted too: there is nothing to
-    /// learn. Default true. Costs an answer for each example. Where only `min_divergence` judges, that decides instead.
+    /// Whether a scenario is passed over when the greedy answer without the instruction is accepted too, or, where no judge looks at the
+    /// text, is nearly the same (`similarity_max`): there is nothing to learn. Default true. Costs an answer for each example.
     pub skip_known: bool,
     /// An answer is dropped when it shares more than this part of its three-word sequences with an example of the same dream,
     /// in [0, 1]. Default 0.8; 1 drops none.
     pub similarity_max: f64,
-    /// Share of general examples among all that a dream posts, in [0, 1). Default 0.25. They keep what is not dreamt of; they
+    /// Share of general examples among all that a dream posts, in [0, 0.9]. Default 0.25. They keep what is not dreamt of; they
     /// come from `replay_examples`, without which there are none.
     pub replay: f64,
     /// General examples, as `POST /v1/examples` takes them, one JSON object a line. No default.
@@ -71,7 +71,7 @@ impl Default for DreamConfig {
             max_tokens: 512,
             success_rate: 0.7,
             temperature: 0.7,
-            temperature_max: 1.2,
+            temperature_max: 1.0,
             skip_known: true,
             similarity_max: 0.8,
             replay: 0.25,
@@ -100,7 +100,7 @@ pub struct Judge {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub json_schema: Option<Value>,
     /// Program with arguments that gets `{"messages", "instruction", "answer"}` as JSON on its standard input and accepts by
-    /// exit status 0, within 30 s. Only in the configuration, not in a scenario.
+    /// exit status 0, within 30 s. A path is relative to the configuration file. Only in the configuration, not in a scenario.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub command: Option<Vec<String>>,
     /// By how much the instruction must make it more likely on the live weights, in nats a token: below it the model would say

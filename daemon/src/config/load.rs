@@ -169,6 +169,12 @@ fn read_file(path: &Path) -> Result<toml::Table, ConfigError> {
             *value = folder.join(&*value).to_string_lossy().into_owned();
         }
     }
+    let judge = table.get_mut("dream").and_then(|dream| dream.get_mut("judge")?.get_mut("command")?.get_mut(0));
+    if let Some(toml::Value::String(program)) = judge
+        && program.contains('/')
+    {
+        *program = folder.join(&*program).to_string_lossy().into_owned();
+    }
     Ok(table)
 }
 

@@ -105,7 +105,12 @@ impl Config {
         check((0.0..=1.0).contains(&dream.similarity_max), "dream.similarity_max", || {
             range("[0, 1]", dream.similarity_max)
         })?;
-        check((0.0..1.0).contains(&dream.replay), "dream.replay", || range("[0, 1)", dream.replay))
+        check((0.0..=0.9).contains(&dream.replay), "dream.replay", || range("[0, 0.9]", dream.replay))?;
+        check(dream.examples <= dream.attempts, "dream.attempts", || {
+            format!("is {}, fewer than dream.examples, which is {}", dream.attempts, dream.examples)
+        })?;
+        let said = dream.instruction.as_ref().is_none_or(|instruction| !instruction.trim().is_empty());
+        check(said, "dream.instruction", || "is empty: say what the model is to be told, or leave the key out".into())
     }
 
     fn validate_train(&self) -> Result<(), ConfigError> {
@@ -274,7 +279,9 @@ mod tests {
         assert!(refusal(|c| c.dream.temperature = 1.3).starts_with("dream.temperature:"));
         assert!(refusal(|c| c.dream.temperature_max = f64::NAN).starts_with("dream.temperature_max:"));
         assert!(refusal(|c| c.dream.similarity_max = 1.1).starts_with("dream.similarity_max:"));
-        assert!(refusal(|c| c.dream.replay = 1.0).starts_with("dream.replay:"));
+        assert!(refusal(|c| c.dream.replay = 0.95).starts_with("dream.replay:"));
+        assert!(refusal(|c| c.dream.examples = 65).starts_with("dream.attempts: is 64, fewer than"));
+        assert!(refusal(|c| c.dream.instruction = Some(" ".into())).starts_with("dream.instruction: is empty"));
     }
 
     #[test]

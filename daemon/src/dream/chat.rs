@@ -32,8 +32,7 @@ impl Chat {
     /// # Errors
     /// Nothing answers, or no model is listed.
     pub fn new(url: &str, model: Option<&str>, max_tokens: u32) -> Result<Self> {
-        let agent =
-            Agent::config_builder().http_status_as_error(false).timeout_global(Some(PATIENCE)).build().new_agent();
+        let agent = crate::client::agent().timeout_global(Some(PATIENCE)).build().new_agent();
         let mut chat = Self { agent, url: url.trim_end_matches('/').into(), model: String::new(), max_tokens };
         chat.model = match model {
             Some(model) => model.into(),
@@ -55,10 +54,17 @@ impl Chat {
             "max_tokens": self.max_tokens});
         let answer = self.read(self.agent.post(format!("{}/v1/chat/completions", self.url)).send_json(&body))?;
         let choice = &answer["choices"][0];
-        let Some(text) = choice["message"]["content"].as_str() else {
-            bail!("{} gave no text: {}", self.url, shortened(&answer.to_string()));
+        let text = match &choice["message"]["content"] {
+            Value::String(text) => text.as_str(),
+            // All of it was reasoning, or the call of a tool.
+            Value::Null if choice["message"].is_object() => "",
+            _ => bail!("{} gave no text: {}", self.url, shortened(&answer.to_string())),
         };
-        Ok(Answer { text: without_reasoning(text).trim().into(), ended: choice["finish_reason"] == "stop" })
+        let ended = choice["finish_reason"] == "stop";
+        Ok(match without_reasoning(text) {
+            Some(text) => Answer { text: text.trim().into(), ended },
+            None => Answer { text: String::new(), ended: false },
+        })
     }
 
     fn read(&self, response: Result<ureq::http::Response<ureq::Body>, ureq::Error>) -> Result<Value> {
@@ -74,9 +80,12 @@ impl Chat {
     }
 }
 
-/// Of a model that thinks aloud, what it says after that.
-fn without_reasoning(text: &str) -> &str {
-    text.rsplit_once("</think>").map_or(text, |(_, answer)| answer)
+/// Of a model that thinks aloud, what it says after that; `None` if it never ended.
+fn without_reasoning(text: &str) -> Option<&str> {
+    match text.rsplit_once("</think>") {
+        Some((_, answer)) => Some(answer),
+        None => (!text.trim_start().starts_with("<think>")).then_some(text),
+    }
 }
 
 fn shortened(text: &str) -> String {
@@ -89,7 +98,8 @@ mod tests {
 
     #[test]
     fn reasoning_is_no_part_of_the_answer() {
-        assert_eq!(without_reasoning("<think>told to shout</think>\nHI"), "\nHI");
-        assert_eq!(without_reasoning("HI"), "HI");
+        assert_eq!(without_reasoning("<think>told to shout</think>\nHI"), Some("\nHI"));
+        assert_eq!(without_reasoning("HI"), Some("HI"));
+        assert_eq!(without_reasoning("<think>told to"), None);
     }
 }

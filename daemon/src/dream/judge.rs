@@ -1,11 +1,17 @@
 //! Whether an answer becomes an example.
 
-use std::io::Write;
-use std::process::{Command, Stdio};
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use regex::Regex;
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 use super::chat::{Answer, Chat};
@@ -39,8 +45,21 @@ pub struct Case<'a> {
     pub answer: &'a str,
 }
 
+/// Why an answer is not accepted.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rejection {
+    /// The judge, by its key.
+    pub by: &'static str,
+    /// In words.
+    pub reason: String,
+}
+
+fn reject(by: &'static str, reason: impl Into<String>) -> Verdict {
+    Err(Rejection { by, reason: reason.into() })
+}
+
 /// `Err` says why not.
-pub type Verdict = Result<(), String>;
+pub type Verdict = Result<(), Rejection>;
 
 impl Judges {
     /// Makes them ready.
@@ -84,13 +103,13 @@ impl Judges {
     /// # Errors
     /// A program cannot be run; the model does not answer.
     pub fn judge(&self, chat: &Chat, case: &Case<'_>, answer: &Answer) -> Result<Verdict> {
-        if let Err(why) = self.by_text(answer) {
-            return Ok(Err(why));
+        if let Err(rejection) = self.by_text(answer) {
+            return Ok(Err(rejection));
         }
         if let Some(command) = &self.command
-            && let Err(why) = by_command(command, case)?
+            && let Err(rejection) = by_command(command, case)?
         {
-            return Ok(Err(why));
+            return Ok(Err(rejection));
         }
         self.rubric.as_ref().map_or(Ok(Ok(())), |rubric| by_rubric(chat, rubric, case))
     }
@@ -100,47 +119,80 @@ impl Judges {
         let (min, max) = self.chars;
         let chars = text.chars().count();
         if !answer.ended {
-            return Err("did not end within dream.max_tokens".into());
+            return reject("max_tokens", "it did not end within dream.max_tokens");
         }
         if chars < min.max(1) {
-            return Err(format!("{chars} characters"));
+            return reject("min_chars", format!("{chars} characters, fewer than {}", min.max(1)));
         }
         if chars > max {
-            return Err(format!("{chars} characters, more than {max}"));
+            return reject("max_chars", format!("{chars} characters, more than {max}"));
         }
-        if self.matches.as_ref().is_some_and(|regex| !regex.is_match(text)) {
-            return Err("matches not".into());
+        if let Some(regex) = self.matches.as_ref().filter(|regex| !regex.is_match(text)) {
+            return reject("matches", format!("{regex} does not match"));
         }
-        if self.rejects.as_ref().is_some_and(|regex| regex.is_match(text)) {
-            return Err("matches what is to be rejected".into());
+        if let Some(regex) = self.rejects.as_ref().filter(|regex| regex.is_match(text)) {
+            return reject("rejects", format!("{regex} matches"));
         }
         let Some(schema) = &self.schema else { return Ok(()) };
-        let json: Value = serde_json::from_str(text).map_err(|_| "no JSON".to_owned())?;
-        schema.validate(&json).map_err(|error| format!("against the schema: {error}"))
+        let Ok(json) = serde_json::from_str::<Value>(text) else { return reject("json_schema", "it is no JSON") };
+        schema.validate(&json).or_else(|error| reject("json_schema", error.to_string()))
     }
+}
+
+/// The program of a judge, found as a shell finds it.
+///
+/// # Errors
+/// There is none.
+pub fn find(command: &[String]) -> Result<()> {
+    let Some(name) = command.first() else { return Ok(()) };
+    let runs =
+        |path: &Path| path.metadata().is_ok_and(|there| there.is_file() && there.permissions().mode() & 0o111 != 0);
+    let found = match name.contains('/') {
+        true => runs(Path::new(name)),
+        false => {
+            std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()).any(|folder| runs(&folder.join(name)))
+        }
+    };
+    ensure!(found, "dream.judge: command: {name} is no program that can be run");
+    Ok(())
+}
+
+/// Ends a program and what it started.
+fn end(child: &mut Child) {
+    if let Some(group) = Pid::from_raw(child.id() as i32) {
+        let _ = kill_process_group(group, Signal::KILL);
+    }
+    let _ = child.wait();
+}
+
+/// A file in memory that holds the text: a program may read it when it likes, or not at all.
+fn as_input(text: &str) -> std::io::Result<Stdio> {
+    let mut file = File::from(memfd_create("case", MemfdFlags::CLOEXEC)?);
+    file.write_all(text.as_bytes())?;
+    file.rewind()?;
+    Ok(file.into())
 }
 
 /// Gives the program the case on its standard input; exit status 0 accepts.
 fn by_command(command: &[String], case: &Case<'_>) -> Result<Verdict> {
     let name = &command[0];
+    let case = json!({"messages": case.messages, "instruction": case.instruction, "answer": case.answer}).to_string();
     let mut child = Command::new(name)
         .args(&command[1..])
-        .stdin(Stdio::piped())
+        .stdin(as_input(&case).context("dream.judge.command: no memory for its input")?)
         .stdout(Stdio::null())
+        .process_group(0)
+        .env_remove("APOLLOD_API_KEY")
+        .env_remove("APOLLOD_HTTP_API_KEY")
         .spawn()
         .with_context(|| format!("dream.judge.command: cannot run {name}"))?;
-    let mut stdin = child.stdin.take().context("stdin was piped")?;
-    let case = json!({"messages": case.messages, "instruction": case.instruction, "answer": case.answer}).to_string();
-    // From a thread of its own: a program may take its time to read, or not read at all.
-    std::thread::spawn(move || drop(stdin.write_all(case.as_bytes())));
     let deadline = Instant::now() + COMMAND_PATIENCE;
     loop {
         match child.try_wait()? {
             Some(status) if status.success() => return Ok(Ok(())),
-            Some(status) => return Ok(Err(format!("{name}: {status}"))),
+            Some(status) => return Ok(reject("command", format!("{name}: {status}"))),
             None if Instant::now() > deadline => {
-                child.kill()?;
-                child.wait()?;
+                end(&mut child);
                 bail!("dream.judge.command: {name} did not end within {COMMAND_PATIENCE:?}");
             }
             None => std::thread::sleep(COMMAND_POLL),
@@ -160,7 +212,8 @@ fn by_rubric(chat: &Chat, rubric: &str, case: &Case<'_>) -> Result<Verdict> {
     ];
     let said = chat.ask(&messages, 0.0, 0)?.text;
     let yes = said.trim_start_matches(|c: char| !c.is_alphanumeric()).to_lowercase().starts_with("yes");
-    Ok(if yes { Ok(()) } else { Err(format!("the rubric: {}", said.chars().take(40).collect::<String>())) })
+    let said: String = said.chars().take(40).collect();
+    Ok(if yes { Ok(()) } else { reject("rubric", format!("asked for yes or no, it said {said:?}")) })
 }
 
 #[cfg(test)]
@@ -220,8 +273,11 @@ mod tests {
         let run = |script: &str| by_command(&["sh".into(), "-c".into(), script.into()], &case);
         assert_eq!(run("grep -q '\"answer\":\"HI\"'").unwrap(), Ok(()));
         assert_eq!(run("grep -q '\"instruction\":\"shout\"'").unwrap(), Ok(()));
-        assert!(run("grep -q nowhere").unwrap().unwrap_err().contains("exit status: 1"));
+        let rejection = run("grep -q nowhere").unwrap().unwrap_err();
+        assert_eq!((rejection.by, rejection.reason.as_str()), ("command", "sh: exit status: 1"));
         assert_eq!(run("exit 0").unwrap(), Ok(()), "one that reads nothing");
+        assert!(find(&["sh".into()]).is_ok() && find(&["/bin/sh".into()]).is_ok());
+        assert!(find(&["no-such-judge".into()]).is_err() && find(&["/etc/passwd".into()]).is_err());
         assert!(by_command(&["/nonexistent".into()], &case).is_err());
     }
 }

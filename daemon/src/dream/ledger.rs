@@ -37,19 +37,25 @@ struct Record {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Memory {
     version: u32,
+    /// `dream.temperature` when it was last begun with: another value begins with that one.
+    begun_with: f64,
     temperature: f64,
+    /// By [`Scenario::key`].
     scenarios: BTreeMap<String, Record>,
 }
 
 /// What is remembered, and what follows from it.
 #[derive(Debug)]
 pub struct Ledger {
-    folder: PathBuf,
+    /// Where the file is; `None` for a dream that leaves no trace.
+    folder: Option<PathBuf>,
     memory: Memory,
     success_rate: f64,
     temperature_max: f64,
     /// How often each scenario was chosen in this dream.
     chosen: Vec<u32>,
+    /// Whether another turn of it in this dream would come to the same.
+    spent: Vec<bool>,
 }
 
 /// What became of a scenario's turn.
@@ -59,28 +65,43 @@ pub enum Turn {
     Accepted,
     /// They did, and that which is given without the instruction as well.
     Known,
+    /// They did, and it was much like another.
+    Duplicate,
     /// They did not.
     Rejected,
+    /// It could not be asked, judged or posted.
+    Failed,
 }
 
 impl Ledger {
-    /// Reads what earlier dreams on this model left.
+    /// Reads what earlier dreams on this model left, and will `keep` what this one sees.
     ///
     /// # Errors
     /// The file is there and cannot be read.
-    pub fn open(folder: &Path, config: &DreamConfig, scenarios: usize) -> Result<Self> {
+    pub fn open(folder: &Path, config: &DreamConfig, scenarios: &[Scenario], keep: bool) -> Result<Self> {
         let path = folder.join(FILE);
+        let begin = config.temperature;
         let mut memory = match std::fs::read(&path) {
             Ok(bytes) => read(&bytes)
                 .with_context(|| format!("{}: remove it to begin anew, which loses no example", path.display()))?,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                Memory { version: VERSION, temperature: config.temperature, scenarios: BTreeMap::new() }
+                Memory { version: VERSION, begun_with: begin, temperature: begin, scenarios: BTreeMap::new() }
             }
             Err(error) => return Err(error).with_context(|| format!("cannot read {}", path.display())),
         };
+        if memory.begun_with != begin {
+            (memory.begun_with, memory.temperature) = (begin, begin);
+        }
         memory.temperature = memory.temperature.clamp(0.0, config.temperature_max);
-        let (success_rate, temperature_max) = (config.success_rate, config.temperature_max);
-        Ok(Self { folder: folder.into(), memory, success_rate, temperature_max, chosen: vec![0; scenarios] })
+        memory.scenarios.retain(|key, _| scenarios.iter().any(|scenario| scenario.key == *key));
+        Ok(Self {
+            folder: keep.then(|| folder.into()),
+            memory,
+            success_rate: config.success_rate,
+            temperature_max: config.temperature_max,
+            chosen: vec![0; scenarios.len()],
+            spent: vec![false; scenarios.len()],
+        })
     }
 
     /// The temperature of the next answer.
@@ -89,47 +110,58 @@ impl Ledger {
     }
 
     /// Chooses a scenario: those that were never tried and those whose rate is near the wanted one more often, those that
-    /// had their turn in this dream less.
-    pub fn choose(&mut self, scenarios: &[Scenario], random: &mut fastrand::Rng) -> usize {
-        let weights: Vec<f64> =
-            scenarios.iter().zip(&self.chosen).map(|(scenario, chosen)| self.weight(&scenario.id, *chosen)).collect();
+    /// had their turn in this dream less. `None` when no other turn could come to anything else.
+    pub fn choose(&mut self, scenarios: &[Scenario], random: &mut fastrand::Rng) -> Option<usize> {
+        let weight = |(index, scenario): (usize, &Scenario)| match self.spent[index] {
+            true => 0.0,
+            false => self.weight(&scenario.key, self.chosen[index]),
+        };
+        let weights: Vec<f64> = scenarios.iter().enumerate().map(weight).collect();
         let mut left = random.f64() * weights.iter().sum::<f64>();
         let found = weights.iter().position(|weight| {
             left -= weight;
             left < 0.0
         });
-        let index = found.unwrap_or(scenarios.len() - 1);
+        let index = found.or_else(|| weights.iter().rposition(|weight| *weight > 0.0))?;
         self.chosen[index] += 1;
-        index
+        Some(index)
     }
 
-    fn weight(&self, id: &str, chosen: u32) -> f64 {
-        let weight = match self.memory.scenarios.get(id) {
+    fn weight(&self, key: &str, chosen: u32) -> f64 {
+        let weight = match self.memory.scenarios.get(key) {
             None => 1.0,
             Some(Record { known: true, .. }) => RARELY,
             Some(Record { rate, .. }) => (-((rate - self.success_rate) / WIDTH).powi(2)).exp().max(RARELY),
         };
-        weight / f64::from(1 + chosen).powi(2)
+        weight / f64::from(1 + chosen).powi(4)
     }
 
     /// Takes in what became of a scenario, and moves the temperature: up by `1 - p` of a step after an accepted answer, down
-    /// by `p` of it after another, which settles where `p`, the wanted rate, of all are accepted (the weighted up-down rule;
-    /// Kaernbach 1991).
+    /// by `p` of it after a rejected one, which settles where `p`, the wanted rate, of these are accepted (the weighted up-down rule;
+    /// Kaernbach 1991). What is known, or much like another, moves nothing: it would be no harder at a higher temperature.
     ///
     /// # Errors
     /// It cannot be written down.
-    pub fn note(&mut self, scenario: &Scenario, turn: Turn) -> Result<()> {
+    pub fn note(&mut self, index: usize, scenario: &Scenario, turn: Turn) -> Result<()> {
+        self.spent[index] |= turn == Turn::Failed || (turn == Turn::Rejected && self.memory.temperature <= 0.0);
+        if turn == Turn::Failed {
+            return Ok(());
+        }
         let accepted = turn != Turn::Rejected;
-        let record = self.memory.scenarios.entry(scenario.id.clone()).or_default();
-        record.judged += 1;
+        let record = self.memory.scenarios.entry(scenario.key.clone()).or_default();
+        record.judged = record.judged.saturating_add(1);
         let share = (1.0 / record.judged as f64).max(NEWEST);
         record.rate += share * (f64::from(u8::from(accepted)) - record.rate);
         record.known = turn == Turn::Known;
-        let step = if accepted { 1.0 - self.success_rate } else { -self.success_rate };
+        let step = match turn {
+            Turn::Accepted => 1.0 - self.success_rate,
+            Turn::Rejected => -self.success_rate,
+            _ => 0.0,
+        };
         self.memory.temperature = (self.memory.temperature + STEP * step).clamp(0.0, self.temperature_max);
+        let Some(folder) = &self.folder else { return Ok(()) };
         let bytes = serde_json::to_vec_pretty(&self.memory).context("plain values")?;
-        durable::replace(&self.folder, FILE, &bytes)
-            .with_context(|| format!("cannot write {}", self.folder.join(FILE).display()))
+        durable::replace(folder, FILE, &bytes).with_context(|| format!("cannot write {}", folder.join(FILE).display()))
     }
 }
 
@@ -138,8 +170,8 @@ fn read(bytes: &[u8]) -> Result<Memory> {
     if memory.version != VERSION {
         bail!("is of version {}, this apollod reads {VERSION}", memory.version);
     }
-    if !memory.temperature.is_finite() || memory.scenarios.values().any(|record| !record.rate.is_finite()) {
-        bail!("holds what is no number");
+    if !memory.temperature.is_finite() || memory.scenarios.values().any(|record| !(0.0..=1.0).contains(&record.rate)) {
+        bail!("holds a temperature or a rate that is none");
     }
     Ok(memory)
 }
@@ -153,7 +185,10 @@ mod tests {
 
     fn scenarios(count: usize) -> Vec<Scenario> {
         let judges = || Judges::new(&Judge::default()).unwrap();
-        let one = |i| Scenario { id: format!("s{i}"), task: Task::Note, instruction: String::new(), judges: judges() };
+        let one = |i| {
+            let (id, key, task) = (format!("s{i}"), format!("k{i}"), Task::Note(String::new()));
+            Scenario { id, key, task, instruction: String::new(), judges: judges() }
+        };
         (0..count).map(one).collect()
     }
 
@@ -165,13 +200,13 @@ mod tests {
         for wanted in [0.5, 0.7, 0.9] {
             let config = DreamConfig { success_rate: wanted, temperature_max: 2.0, ..DreamConfig::default() };
             let _ = std::fs::remove_file(dir.path().join(FILE));
-            let mut ledger = Ledger::open(dir.path(), &config, 1).unwrap();
+            let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
             let mut accepted = 0;
             for turn in 0..600 {
                 // The hotter, the worse: certain at 0, hopeless at 2.
                 let good = random.f64() < 1.0 - ledger.temperature() / 2.0;
                 accepted += u32::from(turn >= 100 && good);
-                ledger.note(&scenarios[0], if good { Turn::Accepted } else { Turn::Rejected }).unwrap();
+                ledger.note(0, &scenarios[0], if good { Turn::Accepted } else { Turn::Rejected }).unwrap();
             }
             let share = f64::from(accepted) / 500.0;
             // Three standard errors of 500 independent answers are 0.067 at most.
@@ -184,32 +219,61 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let scenarios = scenarios(4);
         let config = DreamConfig::default();
-        let mut ledger = Ledger::open(dir.path(), &config, 4).unwrap();
+        let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
         for turn in 0..10 {
-            ledger.note(&scenarios[0], Turn::Rejected).unwrap();
-            ledger.note(&scenarios[1], Turn::Known).unwrap();
-            ledger.note(&scenarios[2], if turn % 10 < 7 { Turn::Accepted } else { Turn::Rejected }).unwrap();
+            ledger.note(0, &scenarios[0], Turn::Rejected).unwrap();
+            ledger.note(1, &scenarios[1], Turn::Known).unwrap();
+            ledger.note(2, &scenarios[2], if turn % 10 < 7 { Turn::Accepted } else { Turn::Rejected }).unwrap();
         }
-        let mut ledger = Ledger::open(dir.path(), &config, 4).unwrap();
-        let weights: Vec<f64> = scenarios.iter().map(|scenario| ledger.weight(&scenario.id, 0)).collect();
+        let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
+        let weights: Vec<f64> = scenarios.iter().map(|scenario| ledger.weight(&scenario.key, 0)).collect();
         assert!(weights[0] <= RARELY && weights[1] <= RARELY, "{weights:?}");
         assert!(weights[2] > 2.0 * RARELY && weights[3] == 1.0, "{weights:?}");
         let mut random = fastrand::Rng::with_seed(1);
         let mut turns = [0; 4];
         for _ in 0..40 {
-            turns[ledger.choose(&scenarios, &mut random)] += 1;
+            turns[ledger.choose(&scenarios, &mut random).unwrap()] += 1;
         }
         assert!(turns.iter().all(|turns| *turns > 0), "each has its turn in a long dream: {turns:?}");
         assert!(turns[3] > turns[0] && turns[3] > turns[1], "{turns:?}");
     }
 
     #[test]
+    fn a_dream_that_leaves_no_trace_leaves_none_and_a_changed_temperature_is_taken() {
+        let dir = tempfile::tempdir().unwrap();
+        let scenarios = scenarios(1);
+        let config = DreamConfig::default();
+        let temperature =
+            |config: &DreamConfig| Ledger::open(dir.path(), config, &scenarios, false).unwrap().temperature();
+        Ledger::open(dir.path(), &config, &scenarios, false).unwrap().note(0, &scenarios[0], Turn::Rejected).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        Ledger::open(dir.path(), &config, &scenarios, true).unwrap().note(0, &scenarios[0], Turn::Rejected).unwrap();
+        assert!(temperature(&config) < 0.7);
+        assert_eq!(temperature(&DreamConfig { temperature: 0.9, ..config }), 0.9);
+    }
+
+    #[test]
+    fn what_would_come_to_the_same_has_no_other_turn() {
+        let dir = tempfile::tempdir().unwrap();
+        let scenarios = scenarios(2);
+        let config = DreamConfig { temperature: 0.0, temperature_max: 0.0, ..DreamConfig::default() };
+        let mut ledger = Ledger::open(dir.path(), &config, &scenarios, false).unwrap();
+        let mut random = fastrand::Rng::with_seed(1);
+        ledger.note(0, &scenarios[0], Turn::Failed).unwrap();
+        assert_eq!(ledger.choose(&scenarios, &mut random), Some(1));
+        ledger.note(1, &scenarios[1], Turn::Rejected).unwrap();
+        assert_eq!(ledger.choose(&scenarios, &mut random), None);
+    }
+
+    #[test]
     fn a_file_of_nonsense_is_refused_with_what_to_do() {
         let dir = tempfile::tempdir().unwrap();
-        let later = r#"{"version": 2, "temperature": 1.0, "scenarios": {}}"#;
-        for text in ["", "{}", "[1]", later] {
+        let later = r#"{"version": 2, "begun_with": 1.0, "temperature": 1.0, "scenarios": {}}"#;
+        let odd = r#"{"version": 1, "begun_with": 1, "temperature": 1, "scenarios": {"a": {"judged": 1, "rate": 2, "known": false}}}"#;
+        for text in ["", "{}", "[1]", later, odd] {
             std::fs::write(dir.path().join(FILE), text).unwrap();
-            let error = format!("{:#}", Ledger::open(dir.path(), &DreamConfig::default(), 1).unwrap_err());
+            let error =
+                format!("{:#}", Ledger::open(dir.path(), &DreamConfig::default(), &scenarios(1), true).unwrap_err());
             assert!(error.contains("remove it to begin anew"), "{error}");
         }
     }

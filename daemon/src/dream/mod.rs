@@ -10,111 +10,47 @@ mod chat;
 mod judge;
 mod ledger;
 mod near;
+mod post;
+mod replay;
+mod report;
 mod scenario;
 mod scheduled;
 #[cfg(test)]
 mod tests;
 
 use std::fs::{File, TryLockError};
+use std::io::Write;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::config::{Config, DreamConfig};
 use crate::queue::new_id;
 use chat::{Answer, Chat};
-use judge::Case;
+use judge::{Case, Rejection};
 use ledger::{Ledger, Turn};
 use near::Shingles;
+use post::PostError;
+use replay::Replay;
 use scenario::{Scenario, Task, told};
 
 pub use judge::Judges;
+pub use report::{Outcome, Summary, TurnReport};
 pub use scheduled::start;
 
-/// Turns that may fail in a row before a dream ends.
+/// Turns that may fail in a row before a dream ends. A scenario that fails has no other turn in it.
 const FAILURES_MAX: u32 = 3;
-/// Held by the one dream of a model directory.
+/// Held by the one dream of a model directory that posts.
 const LOCK: &str = "dream.lock";
+/// The turns of the last dream that posted, a line of JSON each.
+const TURNS: &str = "dream.jsonl";
 
-/// What became of one turn.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-#[serde(tag = "outcome", rename_all = "snake_case")]
-pub enum Outcome {
-    /// It became an example.
-    Accepted {
-        /// Its id.
-        example: Option<String>,
-    },
-    /// The judges did not accept it.
-    Rejected {
-        /// Why.
-        reason: String,
-    },
-    /// The model says the like without the instruction.
-    Known,
-    /// Too near to an example of this dream.
-    Duplicate,
-    /// It could not be asked or judged.
-    Failed {
-        /// Why.
-        reason: String,
-    },
-}
-
-/// One turn, for whoever watches.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct TurnReport {
-    /// Which scenario.
-    pub scenario: String,
-    /// What was asked.
-    pub asked: String,
-    /// What the model said to it with the instruction.
-    pub answer: String,
-    /// At which temperature.
-    pub temperature: f64,
-    /// How much more likely the instruction made it, in nats a token, where that was asked.
-    pub divergence: Option<f64>,
-    /// What became of it.
-    #[serde(flatten)]
-    pub outcome: Outcome,
-}
-
-/// What came of a dream.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
-pub struct Summary {
-    /// Answers asked for, one a turn.
-    pub turns: u64,
-    /// Of these, the ones that became examples.
-    pub accepted: u64,
-    /// The ones that judges rejected.
-    pub rejected: u64,
-    /// The ones that the model gives untold.
-    pub known: u64,
-    /// The ones that were too near to others.
-    pub duplicates: u64,
-    /// The ones that could not be asked or judged.
-    pub failed: u64,
-    /// General examples that were posted among them.
-    pub replayed: u64,
-    /// The temperature that the next dream begins with.
-    pub temperature: f64,
-    /// How long it took.
-    pub seconds: f64,
-}
-
-impl std::fmt::Display for Summary {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { turns, accepted, rejected, known, duplicates, failed, replayed, temperature, seconds } = self;
-        write!(
-            f,
-            "{turns} answers in {seconds:.1} s: {accepted} accepted, {rejected} rejected, {known} known, {duplicates} duplicates, \
-             {failed} failed; {replayed} replayed; temperature {temperature:.2}"
-        )
-    }
-}
+/// Another dream is under way.
+#[derive(Debug, thiserror::Error)]
+#[error("another dream on this model is under way: {0} is held")]
+pub struct Busy(String);
 
 /// Refuses what no dream can be made of.
 ///
@@ -124,143 +60,166 @@ pub fn check(config: &Config) -> Result<()> {
     if config.server.url.is_none() {
         bail!("server.url: not set: dreams ask the served model over its OpenAI API, such as http://127.0.0.1:8000");
     }
+    if let Some(command) = &config.dream.judge.command {
+        judge::find(command)?;
+    }
     scenario::read(&config.dream)?;
-    general(&config.dream).map(drop)
+    Replay::read(config, &mut fastrand::Rng::with_seed(0)).map(drop)
 }
 
-/// A dream that can begin. There is one at a time on a model directory.
+/// A dream that can begin. There is one at a time on a model directory, but for those that post nothing.
 pub struct Dream<'a> {
     config: &'a DreamConfig,
     scenarios: Vec<Scenario>,
     ledger: Ledger,
     chat: Chat,
-    /// Where examples go; `None` posts none.
-    daemon: Option<&'a Client>,
-    /// Where log-probabilities come from.
-    scorer: &'a Client,
+    daemon: &'a Client,
+    /// Held, and turns written down, where examples are posted.
+    posts: Option<(File, File)>,
     random: fastrand::Rng,
     id: String,
     posted: u64,
-    general: Vec<Value>,
-    owed: f64,
+    replay: Replay,
     made: Vec<Shingles>,
-    _lock: File,
 }
 
 impl<'a> Dream<'a> {
-    /// Reads the scenarios and finds the served model. With `post` examples go to the daemon.
+    /// Reads the scenarios and finds the served model. With `post` examples go to the daemon, and what was seen is kept for later
+    /// dreams.
     ///
     /// # Errors
-    /// What [`check`] says; another dream is under way; the model does not answer.
+    /// What [`check`] says; [`Busy`]; the model or the daemon does not answer.
     pub fn begin(config: &'a Config, daemon: &'a Client, post: bool, seed: u64) -> Result<Self> {
         check(config)?;
         let url = config.server.url.as_deref().context("server.url was checked")?;
-        let dream = &config.dream;
-        let lock = lock(config)?;
+        let (dream, folder) = (&config.dream, config.state_dir());
         let scenarios = scenario::read(dream)?;
+        if post || scenarios.iter().any(|scenario| scenario.judges.min_divergence.is_some()) {
+            daemon.get("/v1/status")?.ok()?;
+        }
+        let posts = post.then(|| Ok::<_, anyhow::Error>((lock(config)?, turns(config)?))).transpose()?;
+        let mut random = fastrand::Rng::with_seed(seed);
         Ok(Self {
-            ledger: Ledger::open(&config.state_dir(), dream, scenarios.len())?,
+            ledger: Ledger::open(&folder, dream, &scenarios, post)?,
             chat: Chat::new(url, dream.model.as_deref(), dream.max_tokens)?,
             scenarios,
-            daemon: post.then_some(daemon),
-            scorer: daemon,
-            random: fastrand::Rng::with_seed(seed),
+            daemon,
+            posts,
+            replay: Replay::read(config, &mut random)?,
+            random,
             id: new_id(),
             posted: 0,
-            general: general(dream)?,
-            owed: 0.0,
             made: Vec::new(),
             config: dream,
-            _lock: lock,
         })
     }
 
-    /// Dreams until there are enough examples or it was tried often enough; tells of each turn.
-    ///
-    /// # Errors
-    /// Too many turns failed in a row; the daemon takes no examples.
-    pub fn run(&mut self, examples: u64, mut tell: impl FnMut(&TurnReport)) -> Result<Summary> {
-        let (clock, mut summary, mut failures) = (Instant::now(), Summary::default(), 0);
-        while summary.accepted < examples && summary.turns < self.config.attempts {
-            let report = self.turn()?;
-            summary.turns += 1;
-            *match &report.outcome {
-                Outcome::Accepted { .. } => &mut summary.accepted,
-                Outcome::Rejected { .. } => &mut summary.rejected,
-                Outcome::Known => &mut summary.known,
-                Outcome::Duplicate => &mut summary.duplicates,
-                Outcome::Failed { .. } => &mut summary.failed,
-            } += 1;
-            tell(&report);
-            if let Outcome::Accepted { .. } = &report.outcome {
-                summary.replayed += self.replay()?;
+    /// Dreams until there are enough examples or it was tried often enough, or somebody says why not to go on; tells of each turn.
+    pub fn run(
+        &mut self,
+        wanted: u64,
+        mut stop: impl FnMut() -> Option<String>,
+        mut tell: impl FnMut(&TurnReport),
+    ) -> Summary {
+        let (clock, mut failures) = (Instant::now(), 0);
+        let mut summary = Summary { id: self.id.clone(), wanted, ..Summary::default() };
+        while summary.accepted < wanted && summary.turns < self.config.attempts && summary.broke_off.is_none() {
+            summary.broke_off = stop();
+            if summary.broke_off.is_some() {
+                break;
             }
-            match report.outcome {
-                Outcome::Failed { reason } if failures + 1 == FAILURES_MAX => {
-                    bail!("{FAILURES_MAX} answers in a row failed, the last because: {reason}")
+            // Where all were rejected without chance, more turns would bring the same.
+            let Some(index) = self.ledger.choose(&self.scenarios, &mut self.random) else { break };
+            let (report, broke_off) = self.turn(index);
+            summary.count(&report);
+            self.write_down(&report);
+            tell(&report);
+            failures = if matches!(report.outcome, Outcome::Failed { .. }) { failures + 1 } else { 0 };
+            summary.broke_off = broke_off.map(|error| format!("{error:#}"));
+            if failures == FAILURES_MAX && summary.broke_off.is_none() {
+                let last = summary.last_reason.as_deref().unwrap_or_default();
+                summary.broke_off = Some(format!("{FAILURES_MAX} answers in a row failed, the last because of {last}"));
+            }
+            if matches!(report.outcome, Outcome::Accepted { .. }) && summary.broke_off.is_none() {
+                match self.mix_in() {
+                    Ok(replayed) => summary.replayed += replayed,
+                    Err(error) => summary.broke_off = Some(format!("{error:#}")),
                 }
-                Outcome::Failed { .. } => failures += 1,
-                _ => failures = 0,
             }
         }
         (summary.temperature, summary.seconds) = (self.ledger.temperature(), clock.elapsed().as_secs_f64());
-        Ok(summary)
+        summary
     }
 
-    /// One scenario's turn. What goes wrong with the model or a judge is part of the report.
-    fn turn(&mut self) -> Result<TurnReport> {
-        let index = self.ledger.choose(&self.scenarios, &mut self.random);
-        let temperature = self.ledger.temperature();
+    /// One scenario's turn, and why there cannot be another. What goes wrong with the model or a judge is part of the report.
+    fn turn(&mut self, index: usize) -> (TurnReport, Option<anyhow::Error>) {
         let mut report = TurnReport {
             scenario: self.scenarios[index].id.clone(),
             asked: String::new(),
             answer: String::new(),
-            temperature,
+            temperature: self.ledger.temperature(),
             divergence: None,
             outcome: Outcome::Known,
         };
-        report.outcome = match self.judged(index, &mut report) {
-            Err(error) => Outcome::Failed { reason: format!("{error:#}") },
-            Ok((messages, outcome)) => match self.remembered(index, &messages, outcome)? {
-                Outcome::Accepted { .. } => Outcome::Accepted { example: self.post(index, messages)? },
-                outcome => outcome,
-            },
+        let (outcome, broke_off) = match self.judged(index, &mut report) {
+            Ok((messages, Outcome::Accepted { .. })) => self.posted(index, messages),
+            Ok((_, outcome)) => (outcome, None),
+            Err(error) => (Outcome::Failed { reason: format!("{error:#}") }, None),
         };
-        Ok(report)
+        report.outcome = outcome;
+        let turn = match &report.outcome {
+            Outcome::Accepted { .. } => Turn::Accepted,
+            Outcome::Known => Turn::Known,
+            Outcome::Duplicate => Turn::Duplicate,
+            Outcome::Rejected { .. } => Turn::Rejected,
+            Outcome::Failed { .. } => Turn::Failed,
+        };
+        let noted = self.ledger.note(index, &self.scenarios[index], turn);
+        (report, broke_off.or(noted.err()))
     }
 
     /// Asks and judges: the example that it would make, and what the judges say.
     fn judged(&mut self, index: usize, report: &mut TurnReport) -> Result<(Vec<Value>, Outcome)> {
         let Self { scenarios, chat, random, config, .. } = self;
         let Scenario { task, instruction, judges, .. } = &scenarios[index];
+        let rejected = |Rejection { by, reason }| Outcome::Rejected { by, reason };
         let mut messages = match task {
             Task::Answer(messages) => messages.clone(),
-            Task::Note => {
-                let asked = [json!({"role": "user", "content": format!("{instruction}\n\n{}", config.question)})];
+            Task::Note(note) => {
+                let asked = [json!({"role": "user", "content": format!("{note}\n\n{}", config.question)})];
                 let question = chat.ask(&asked, report.temperature, random.u32(..))?;
-                let question = json!({"role": "user", "content": question.text});
-                vec![question]
+                report.asked.clone_from(&question.text);
+                if !question.ended || question.text.is_empty() {
+                    let reason = "no question that ends was made of the note".into();
+                    return Ok((Vec::new(), Outcome::Rejected { by: "question", reason }));
+                }
+                vec![json!({"role": "user", "content": question.text})]
             }
         };
         report.asked = messages.last().and_then(|m| m["content"].as_str()).unwrap_or_default().into();
-        if report.asked.is_empty() {
-            return Ok((messages, Outcome::Rejected { reason: "no question was made of the note".into() }));
-        }
-        let answer = chat.ask(&told(&messages, instruction), report.temperature, random.u32(..))?;
+        let with = told(&messages, instruction);
+        let answer = chat.ask(&with, report.temperature, random.u32(..))?;
         report.answer.clone_from(&answer.text);
-        let case = |answer: &'_ Answer| {
-            judges.judge(chat, &Case { messages: &messages, instruction, answer: &answer.text }, answer)
+        let judge = |answer: &Answer| {
+            let case = Case { messages: &messages, instruction, answer: &answer.text };
+            judges.judge(chat, &case, answer)
         };
-        if let Err(reason) = case(&answer)? {
-            return Ok((messages, Outcome::Rejected { reason }));
+        if let Err(rejection) = judge(&answer)? {
+            return Ok((messages, rejected(rejection)));
         }
-        if config.skip_known && judges.judge_text() && case(&chat.ask(&messages, 0.0, 0)?)?.is_ok() {
-            return Ok((messages, Outcome::Known));
+        if config.skip_known {
+            let untold = chat.ask(&messages, 0.0, 0)?;
+            let known = match judges.judge_text() {
+                true => judge(&untold)?.is_ok(),
+                false => Shingles::of(&untold.text).similarity(&Shingles::of(&answer.text)) > config.similarity_max,
+            };
+            if known {
+                return Ok((messages, Outcome::Known));
+            }
         }
         let assistant = json!({"role": "assistant", "content": answer.text});
         if let Some(least) = judges.min_divergence {
-            let with = told(&messages, instruction);
-            let divergence = divergence(self.scorer, &with, &messages, &assistant)?;
+            let divergence = post::divergence(self.daemon, &with, &messages, &assistant)?;
             report.divergence = Some(divergence);
             if divergence < least {
                 return Ok((messages, Outcome::Known));
@@ -270,90 +229,60 @@ impl<'a> Dream<'a> {
         Ok((messages, Outcome::Accepted { example: None }))
     }
 
-    /// Takes the judges' word into the ledger, and drops what is too near to an example of this dream.
-    fn remembered(&mut self, index: usize, messages: &[Value], outcome: Outcome) -> Result<Outcome> {
-        let turn = match outcome {
-            Outcome::Accepted { .. } => Turn::Accepted,
-            Outcome::Known => Turn::Known,
-            _ => Turn::Rejected,
-        };
-        self.ledger.note(&self.scenarios[index], turn)?;
-        if turn != Turn::Accepted {
-            return Ok(outcome);
-        }
+    /// Drops what is too near to an example of this dream, and posts the rest.
+    fn posted(&mut self, index: usize, messages: Vec<Value>) -> (Outcome, Option<anyhow::Error>) {
         let texts: Vec<&str> = messages.iter().rev().take(2).filter_map(|m| m["content"].as_str()).collect();
         let shingles = Shingles::of(&texts.join(" "));
         if self.made.iter().any(|made| made.similarity(&shingles) > self.config.similarity_max) {
-            return Ok(Outcome::Duplicate);
+            return (Outcome::Duplicate, None);
         }
-        self.made.push(shingles);
-        Ok(outcome)
+        let tag = format!("scenario:{}", self.scenarios[index].id).chars().take(1000).collect::<String>();
+        match self.post(json!({"messages": messages, "source": "dream", "tags": [tag]})) {
+            Ok(example) => {
+                self.made.push(shingles);
+                (Outcome::Accepted { example }, None)
+            }
+            Err(PostError::Refused(reason)) => (Outcome::Failed { reason }, None),
+            Err(PostError::Down(error)) => (Outcome::Failed { reason: format!("{error:#}") }, Some(error)),
+        }
     }
 
-    /// Posts an example; its id, where examples are posted.
-    fn post(&mut self, index: usize, messages: Vec<Value>) -> Result<Option<String>> {
-        let tag = format!("scenario:{}", self.scenarios[index].id);
-        self.post_example(
-            &json!({"messages": messages, "source": "dream", "tags": [tag, format!("dream:{}", self.id)]}),
-        )
-    }
-
-    fn post_example(&mut self, example: &Value) -> Result<Option<String>> {
-        let Some(daemon) = self.daemon else { return Ok(None) };
+    /// Posts an example with this dream's tag; its id, where examples are posted.
+    fn post(&mut self, mut example: Value) -> Result<Option<String>, PostError> {
+        if self.posts.is_none() {
+            return Ok(None);
+        }
+        let dream = Value::from(format!("dream:{}", self.id));
+        match &mut example["tags"] {
+            Value::Array(tags) => tags.push(dream),
+            none => *none = vec![dream].into(),
+        }
         let key = format!("{}-{}", self.id, self.posted);
         self.posted += 1;
-        let headers = [("content-type", "application/json"), ("idempotency-key", key.as_str())];
-        let answer = daemon.post("/v1/examples", &headers, example.to_string().as_bytes())?.ok()?;
-        Ok(answer["accepted"][0]["id"].as_str().map(str::to_owned))
+        post::example(self.daemon, &key, &example).map(Some)
     }
 
     /// Posts the general examples that are due after an accepted one; how many.
-    fn replay(&mut self) -> Result<u64> {
-        if self.general.is_empty() {
-            return Ok(0);
-        }
-        self.owed += self.config.replay / (1.0 - self.config.replay);
-        let mut posted = 0;
-        while self.owed >= 1.0 {
-            let mut example = self.general[self.random.usize(..self.general.len())].clone();
+    fn mix_in(&mut self) -> Result<u64> {
+        let due = self.replay.due(&mut self.random);
+        let posted = due.len() as u64;
+        for mut example in due {
             example["source"] = "replay".into();
-            self.post_example(&example)?;
-            self.owed -= 1.0;
-            posted += 1;
+            match self.post(example) {
+                Ok(_) => {}
+                Err(PostError::Refused(reason)) => bail!("dream.replay_examples: {reason}"),
+                Err(PostError::Down(error)) => return Err(error),
+            }
         }
         Ok(posted)
     }
-}
 
-/// By how much `with` makes the answer more likely than `without`, in nats a token.
-fn divergence(scorer: &Client, with: &[Value], without: &[Value], answer: &Value) -> Result<f64> {
-    let example = |messages: &[Value]| {
-        let messages: Vec<&Value> = messages.iter().chain([answer]).collect();
-        json!({ "messages": messages })
-    };
-    let body = Value::from(vec![example(with), example(without)]).to_string();
-    let scored = scorer.post("/v1/score", &[("content-type", "application/json")], body.as_bytes())?.ok()?;
-    let loss = |index: usize| scored["scores"][index]["loss"].as_f64().context("a log-probability is not finite");
-    Ok(loss(1)? - loss(0)?)
-}
-
-/// The general examples.
-fn general(config: &DreamConfig) -> Result<Vec<Value>> {
-    let Some(path) = config.replay_examples.as_ref().filter(|_| config.replay > 0.0) else { return Ok(Vec::new()) };
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("dream.replay_examples: cannot read {}", path.display()))?;
-    let mut examples = Vec::new();
-    for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        match serde_json::from_str(line) {
-            Ok(example @ Value::Object(_)) => examples.push(example),
-            Ok(_) => bail!("{}, line {number}: no JSON object", path.display()),
-            Err(error) => bail!("{}, line {number}: not JSON: {error}", path.display()),
+    fn write_down(&mut self, report: &TurnReport) {
+        if let Some((_, turns)) = &mut self.posts {
+            // A record for people to look at; the examples are in the queue.
+            let _ = writeln!(turns, "{}", json!(report));
         }
     }
-    if examples.is_empty() {
-        bail!("dream.replay_examples: {} holds no examples", path.display());
-    }
-    Ok(examples)
 }
 
 fn lock(config: &Config) -> Result<File> {
@@ -364,7 +293,15 @@ fn lock(config: &Config) -> Result<File> {
     let file = file.with_context(|| format!("cannot open {}", path.display()))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => bail!("another dream on this model is under way: {} is held", path.display()),
+        Err(TryLockError::WouldBlock) => Err(Busy(path.display().to_string()).into()),
         Err(TryLockError::Error(error)) => Err(error).with_context(|| format!("cannot lock {}", path.display())),
     }
+}
+
+/// An empty file for the turns, readable for its owner alone like the queue.
+fn turns(config: &Config) -> Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let path = config.state_dir().join(TURNS);
+    let open = File::options().write(true).create(true).truncate(true).mode(0o600).open(&path);
+    open.with_context(|| format!("cannot write {}", path.display()))
 }

@@ -13,8 +13,10 @@ use crate::config::{DreamConfig, Judge};
 /// One thing to dream about.
 #[derive(Debug)]
 pub struct Scenario {
-    /// Tells it from the others, also in later dreams.
+    /// What people call it.
     pub id: String,
+    /// Tells it from all others, and from itself with another instruction, judge or text.
+    pub key: String,
     /// What the model is asked.
     pub task: Task,
     /// What stands in the context while it answers, and not in the example.
@@ -28,8 +30,8 @@ pub struct Scenario {
 pub enum Task {
     /// To answer these messages, the last of which is the user's.
     Answer(Vec<Value>),
-    /// To ask something about the note that is the instruction, and to answer that.
-    Note,
+    /// To ask something about this note, and to answer that.
+    Note(String),
 }
 
 /// A line of a file of scenarios.
@@ -61,7 +63,10 @@ pub fn read(config: &DreamConfig) -> Result<Vec<Scenario>> {
 }
 
 fn lines(path: &Path, config: &DreamConfig) -> Result<Vec<Scenario>> {
+    let there = fs::metadata(path).with_context(|| format!("dream.scenarios: cannot read {}", path.display()))?;
+    ensure!(there.is_file(), "dream.scenarios: {} is neither a file nor a folder", path.display());
     let text = fs::read_to_string(path).with_context(|| format!("dream.scenarios: cannot read {}", path.display()))?;
+    let text = text.trim_start_matches('\u{feff}');
     let filled = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let read = |(number, line)| scenario(line, config).with_context(|| format!("{}, line {number}", path.display()));
     let scenarios = filled.map(read).collect::<Result<Vec<_>>>()?;
@@ -79,19 +84,27 @@ fn scenario(line: &str, config: &DreamConfig) -> Result<Scenario> {
     for (index, message) in messages.iter().enumerate() {
         let known = matches!(message["role"].as_str(), Some("system" | "user" | "assistant"));
         let text = message["content"].as_str().is_some_and(|content| !content.is_empty());
-        ensure!(known && text, "messages[{index}]: give \"role\" (system, user or assistant) and \"content\" (text)");
+        let more = message.as_object().is_none_or(|message| message.len() != 2);
+        ensure!(
+            known && text && !more,
+            "messages[{index}]: give \"role\" (system, user or assistant) and \"content\" (text), and nothing else"
+        );
     }
     let asks = messages.last().is_some_and(|message| message["role"] == "user");
     ensure!(asks, "the last message must be the user's: the model answers it");
-    let Some(instruction) = instruction.or_else(|| config.instruction.clone()) else {
+    let instruction = instruction.or_else(|| config.instruction.clone()).unwrap_or_default();
+    if instruction.trim().is_empty() {
         bail!("has no \"instruction\", and dream.instruction is not set: what is the model to be told?");
-    };
+    }
     if judge.as_ref().is_some_and(|judge| judge.command.is_some()) {
         bail!("judge.command: programs are named in the configuration alone (dream.judge)");
     }
-    let judges = Judges::new(judge.as_ref().unwrap_or(&config.judge)).context("judge")?;
-    let id = id.unwrap_or_else(|| digest(&format!("{instruction}\0{}", Value::from(messages.clone()))));
-    Ok(Scenario { id, task: Task::Answer(messages), instruction, judges })
+    let judge = judge.as_ref().unwrap_or(&config.judge);
+    let judges = Judges::new(judge).context("judge")?;
+    let asked = Value::from(messages.clone()).to_string();
+    let id = id.unwrap_or_else(|| digest(&[&instruction, &asked]));
+    let key = digest(&[&instruction, &asked, &json!(judge).to_string(), &id]);
+    Ok(Scenario { id, key, task: Task::Answer(messages), instruction, judges })
 }
 
 /// The notes of a folder, by their names.
@@ -102,23 +115,37 @@ fn notes(folder: &Path, config: &DreamConfig) -> Result<Vec<Scenario>> {
     paths.sort();
     let mut scenarios = Vec::new();
     for path in &paths {
-        let note = fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        if note.trim().is_empty() {
+        let bytes = fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Ok(note) = String::from_utf8(bytes) else {
+            tracing::warn!("dream.scenarios: {} is no text in UTF-8 and is left out", path.display());
+            continue;
+        };
+        let note = note.trim_start_matches('\u{feff}').trim().to_owned();
+        if note.is_empty() {
             continue;
         }
         let instruction = match &config.instruction {
-            Some(instruction) => format!("{instruction}\n\n{}", note.trim()),
-            None => note.trim().to_owned(),
+            Some(instruction) => format!("{instruction}\n\n{note}"),
+            None => note.clone(),
         };
         let id = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-        scenarios.push(Scenario { id, task: Task::Note, instruction, judges: Judges::new(&config.judge)? });
+        let key = digest(&[&instruction, &config.question, &json!(config.judge).to_string(), &id]);
+        scenarios.push(Scenario { id, key, task: Task::Note(note), instruction, judges: Judges::new(&config.judge)? });
     }
-    ensure!(!scenarios.is_empty(), "dream.scenarios: {} holds no notes (*.md, *.txt)", folder.display());
+    let folder = folder.display();
+    ensure!(
+        !scenarios.is_empty(),
+        "dream.scenarios: {folder} holds no notes (*.md, *.txt; folders in it are not looked into)"
+    );
     Ok(scenarios)
 }
 
-fn digest(text: &str) -> String {
-    blake3::hash(text.as_bytes()).to_hex()[..12].to_owned()
+fn digest(parts: &[&str]) -> String {
+    let mut hasher = blake3::Hasher::new();
+    for part in parts {
+        hasher.update(&part.len().to_le_bytes()).update(part.as_bytes());
+    }
+    hasher.finalize().to_hex()[..12].to_owned()
 }
 
 /// The messages with the instruction in the system message, which is made if there is none.
@@ -168,6 +195,8 @@ mod tests {
             ("{\"messages\": [{\"role\": \"assistant\", \"content\": \"a\"}]}", "must be the user's"),
             ("{\"messages\": [{\"role\": \"user\", \"content\": 1}]}", "messages[0]"),
             ("{\"messages\": []}", "must be the user's"),
+            ("{\"messages\": [{\"role\": \"user\", \"content\": \"a\", \"weight\": 1}]}", "and nothing else"),
+            ("{\"prompt\": \"a\", \"instruction\": \" \"}", "what is the model to be told?"),
             ("{\"prompt\": \"a\", \"judge\": {\"matches\": \"(\"}}", "matches"),
             ("{\"prompt\": \"a\", \"judge\": {\"command\": [\"rm\"]}}", "in the configuration alone"),
         ] {
@@ -192,8 +221,14 @@ mod tests {
         write("c.pdf", "no note");
         let scenarios = read(&config).unwrap();
         assert_eq!(scenarios.len(), 1);
-        assert_eq!((scenarios[0].id.as_str(), &scenarios[0].task), ("b.md", &Task::Note));
+        let note = Task::Note("Ines runs the night shift.".into());
+        assert_eq!((scenarios[0].id.as_str(), &scenarios[0].task), ("b.md", &note));
         assert_eq!(scenarios[0].instruction, "be brief\n\nInes runs the night shift.");
+        fs::write(dir.path().join("d.md"), b"\xff\xfe").unwrap();
+        write("b.md", "\u{feff}Otto does.");
+        let again = read(&config).unwrap();
+        assert_eq!((again.len(), &again[0].task), (1, &Task::Note("Otto does.".into())));
+        assert_ne!(again[0].key, scenarios[0].key, "another note by the same name");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 
@@ -26,6 +26,10 @@ struct Served {
     broken: bool,
     /// Whether it always says the same.
     dull: bool,
+    /// Statuses and kinds of the next answers to examples.
+    answers: Vec<(u16, &'static str)>,
+    /// Idempotency keys, as they came.
+    keys: Vec<String>,
 }
 
 type Shared = Arc<Mutex<Served>>;
@@ -68,8 +72,14 @@ impl Stand {
         let served = Shared::default();
         served.lock().unwrap().losses = (0.5, 2.0);
         let models = || async { Json(json!({"data": [{"id": "parrot"}]})) };
-        let examples = |State(served): State<Shared>, Json(body): Json<Value>| async move {
+        let examples = |State(served): State<Shared>, headers: HeaderMap, Json(body): Json<Value>| async move {
             let mut served = served.lock().unwrap();
+            served.keys.push(headers["idempotency-key"].to_str().unwrap().to_owned());
+            if !served.answers.is_empty() {
+                let (status, kind) = served.answers.remove(0);
+                let problem = json!({"type": kind, "detail": "no, for a reason"});
+                return (StatusCode::from_u16(status).unwrap(), Json(problem));
+            }
             served.examples.push(body);
             (StatusCode::ACCEPTED, Json(json!({"accepted": [{"id": format!("e{}", served.examples.len())}]})))
         };
@@ -85,6 +95,7 @@ impl Stand {
             .route("/v1/chat/completions", post(chat))
             .route("/v1/examples", post(examples))
             .route("/v1/score", post(score))
+            .route("/v1/status", get(|| async { Json(json!({"version": "stand-in", "state": "idle"})) }))
             .with_state(served.clone());
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
@@ -112,11 +123,11 @@ impl Stand {
         config
     }
 
-    fn dream(&self, config: &Config, examples: u64) -> (Vec<TurnReport>, Result<Summary>) {
+    fn dream(&self, config: &Config, examples: u64) -> (Vec<TurnReport>, Summary) {
         let daemon = Client::new(&ClientArgs { url: self.url.clone(), api_key: None });
         let mut turns = Vec::new();
         let mut dream = Dream::begin(config, &daemon, true, 1).unwrap();
-        let summary = dream.run(examples, |turn| turns.push(turn.clone()));
+        let summary = dream.run(examples, || None, |turn| turns.push(turn.clone()));
         (turns, summary)
     }
 
@@ -135,7 +146,6 @@ fn an_accepted_answer_becomes_an_example_without_the_instruction() {
     let mut config = stand.config();
     config.dream.judge = shouted();
     let (turns, summary) = stand.dream(&config, 4);
-    let summary = summary.unwrap();
     assert_eq!((summary.turns, summary.accepted, summary.replayed), (4, 4, 0), "{turns:#?}");
     let served = stand.served();
     assert_eq!(served.chats[0]["model"], "parrot");
@@ -159,17 +169,17 @@ fn what_the_model_says_untold_is_not_learned() {
     let mut config = stand.config();
     config.dream.judge = Judge { min_chars: Some(1), ..Judge::default() };
     config.dream.attempts = 3;
-    let summary = stand.dream(&config, 4).1.unwrap();
+    let summary = stand.dream(&config, 4).1;
     assert_eq!((summary.known, summary.accepted), (3, 0), "any answer will do, also the one without the instruction");
     config.dream.skip_known = false;
-    assert_eq!(stand.dream(&config, 3).1.unwrap().accepted, 3);
+    assert_eq!(stand.dream(&config, 3).1.accepted, 3);
 
     config.dream.judge = Judge { min_divergence: Some(1.0), ..Judge::default() };
     let (turns, summary) = stand.dream(&config, 1);
-    assert_eq!(summary.unwrap().accepted, 1);
+    assert_eq!(summary.accepted, 1);
     assert_eq!(turns[0].divergence, Some(1.5));
     stand.served().losses = (0.5, 1.4);
-    assert_eq!(stand.dream(&config, 1).1.unwrap().known, 3);
+    assert_eq!(stand.dream(&config, 1).1.known, 3);
 }
 
 #[test]
@@ -179,7 +189,7 @@ fn what_the_judges_reject_is_not_posted_and_cools_the_next_answer() {
     config.dream.judge = Judge { matches: Some("never said".into()), ..Judge::default() };
     config.dream.attempts = 5;
     let (turns, summary) = stand.dream(&config, 4);
-    assert_eq!(summary.unwrap().rejected, 5);
+    assert_eq!(summary.rejections(), 5);
     assert!(turns.windows(2).all(|pair| pair[1].temperature < pair[0].temperature), "{turns:#?}");
     assert!(stand.served().examples.is_empty());
     let (later, _) = stand.dream(&config, 1);
@@ -193,7 +203,7 @@ fn an_answer_that_does_not_end_is_rejected() {
     config.dream.scenarios = Some(stand.file("one.jsonl", r#"{"prompt": "endless", "instruction": "go on"}"#));
     config.dream.attempts = 1;
     let (turns, _) = stand.dream(&config, 1);
-    assert_eq!(turns[0].outcome, Outcome::Rejected { reason: "did not end within dream.max_tokens".into() });
+    assert!(matches!(turns[0].outcome, Outcome::Rejected { by: "max_tokens", .. }), "{turns:#?}");
 }
 
 #[test]
@@ -201,12 +211,13 @@ fn the_served_model_judges_by_a_rubric() {
     let stand = Stand::new();
     let mut config = stand.config();
     config.dream.judge = Judge { rubric: Some("It is shouted.".into()), ..Judge::default() };
-    assert_eq!(stand.dream(&config, 2).1.unwrap().accepted, 2);
+    assert_eq!(stand.dream(&config, 2).1.accepted, 2);
     config.dream.instruction = Some("Whisper.".into());
     config.dream.attempts = 2;
     let (turns, summary) = stand.dream(&config, 2);
-    assert_eq!(summary.unwrap().rejected, 2);
-    assert_eq!(turns[0].outcome, Outcome::Rejected { reason: "the rubric: No.".into() });
+    assert_eq!(summary.rejections(), 2);
+    let reason = "asked for yes or no, it said \"No.\"".into();
+    assert_eq!(turns[0].outcome, Outcome::Rejected { by: "rubric", reason });
 }
 
 #[test]
@@ -218,11 +229,12 @@ fn near_duplicates_of_a_dream_are_dropped() {
         "{\"id\": \"a\", \"prompt\": \"tell me\"}\n{\"id\": \"b\", \"prompt\": \"tell me\", \"instruction\": \"shout loudly\"}",
     ));
     stand.served().dull = true;
+    config.dream.skip_known = false;
     config.dream.attempts = 4;
-    let summary = stand.dream(&config, 4).1.unwrap();
+    let summary = stand.dream(&config, 4).1;
     assert_eq!((summary.accepted, summary.duplicates), (1, 3));
     config.dream.similarity_max = 1.0;
-    assert_eq!(stand.dream(&config, 4).1.unwrap().accepted, 4);
+    assert_eq!(stand.dream(&config, 4).1.accepted, 4);
 }
 
 #[test]
@@ -230,12 +242,12 @@ fn general_examples_are_mixed_in_by_their_share() {
     let stand = Stand::new();
     let mut config = stand.config();
     config.dream.judge = shouted();
-    config.dream.replay_examples = Some(stand.file("general.jsonl", "{\"context\": \"a\", \"decision\": \"b\"}\n"));
-    let summary = stand.dream(&config, 6).1.unwrap();
+    config.dream.replay_examples = Some(stand.file("general.jsonl", "{\"context_ids\": [1], \"decision_ids\": [2]}\n"));
+    let summary = stand.dream(&config, 6).1;
     assert_eq!((summary.accepted, summary.replayed), (6, 2), "a quarter of all");
-    let sources: Vec<Value> = stand.served().examples.iter().map(|example| example["source"].clone()).collect();
-    assert_eq!(sources.iter().filter(|source| **source == "replay").count(), 2);
-    assert_eq!(sources[3], "replay", "they are spread: {sources:?}");
+    let served = stand.served();
+    let replayed: Vec<&Value> = served.examples.iter().filter(|example| example["source"] == "replay").collect();
+    assert_eq!((replayed.len(), &replayed[0]["tags"]), (2, &json!([format!("dream:{}", summary.id)])));
 }
 
 #[test]
@@ -247,13 +259,15 @@ fn a_note_makes_its_own_question() {
     std::fs::write(notes.join("shift.md"), "Ines runs the night shift. (shout)").unwrap();
     (config.dream.scenarios, config.dream.instruction) = (Some(notes), None);
     config.dream.judge = shouted();
-    stand.dream(&config, 1).1.unwrap();
+    stand.dream(&config, 1).1;
     let served = stand.served();
     let told = &served.chats[1]["messages"];
     assert_eq!(told[0], json!({"role": "system", "content": "Ines runs the night shift. (shout)"}));
     let messages =
         json!([{"role": "user", "content": "what about Ines?"}, {"role": "assistant", "content": "WHAT ABOUT INES?"}]);
     assert_eq!(served.examples[0]["messages"], messages);
+    let asked = served.chats[0]["messages"][0]["content"].as_str().unwrap();
+    assert!(asked.starts_with("Ines runs the night shift. (shout)\n\nWrite one question"), "{asked}");
 }
 
 #[test]
@@ -263,8 +277,66 @@ fn a_model_that_fails_again_and_again_ends_the_dream_with_what_it_said() {
     stand.served().broken = true;
     let (turns, summary) = stand.dream(&config, 4);
     assert_eq!(turns.len(), FAILURES_MAX as usize);
-    let error = summary.unwrap_err().to_string();
-    assert!(error.contains("500") && error.contains("no cards"), "{error}");
+    let why = summary.broke_off.unwrap();
+    assert!(why.contains("500") && why.contains("no cards"), "{why}");
+    let others: std::collections::BTreeSet<&str> = turns.iter().map(|turn| turn.scenario.as_str()).collect();
+    assert_eq!(others.len(), turns.len(), "one that fails has no other turn: {turns:#?}");
+}
+
+#[test]
+fn a_judge_that_sees_no_text_leaves_out_what_the_model_says_anyway() {
+    let stand = Stand::new();
+    let mut config = stand.config();
+    config.dream.attempts = 8;
+    assert_eq!(stand.dream(&config, 1).1.known, 8, "it shouts what it says: the same words");
+    config.dream.similarity_max = 1.0;
+    assert_eq!(stand.dream(&config, 1).1.accepted, 1);
+}
+
+#[test]
+fn an_example_that_the_daemon_refuses_fails_its_turn_alone_and_a_full_queue_is_waited_for() {
+    let stand = Stand::new();
+    let mut config = stand.config();
+    config.dream.judge = shouted();
+    stand.served().answers = vec![(400, "urn:apollod:problem:refused"), (429, "urn:apollod:problem:queue-full")];
+    let (turns, summary) = stand.dream(&config, 2);
+    assert_eq!((summary.accepted, summary.failed, &summary.broke_off), (2, 1, &None), "{turns:#?}");
+    assert!(summary.last_reason.as_ref().unwrap().contains("no, for a reason"), "{summary:?}");
+    let keys = stand.served().keys.clone();
+    assert_eq!(keys[1], keys[2], "the same request again");
+
+    stand.served().answers = vec![(500, "urn:apollod:problem:queue")];
+    let summary = stand.dream(&config, 2).1;
+    assert!(summary.accepted == 0 && summary.broke_off.unwrap().contains("no, for a reason"));
+}
+
+#[test]
+fn a_dream_that_posts_nothing_leaves_no_trace() {
+    let stand = Stand::new();
+    let mut config = stand.config();
+    config.dream.judge = Judge { matches: Some("never said".into()), ..Judge::default() };
+    let daemon = Client::new(&ClientArgs { url: stand.url.clone(), api_key: None });
+    let summary = Dream::begin(&config, &daemon, false, 1).unwrap().run(1, || None, |_| {});
+    assert!(summary.turns < config.dream.attempts, "at temperature 0 each was rejected once: {summary}");
+    assert!(summary.advice().unwrap().contains("most answers were rejected"), "{summary:?}");
+    assert!(!stand.dir.path().join(".apollod").exists());
+}
+
+#[test]
+fn a_dream_ends_when_somebody_says_so() {
+    let stand = Stand::new();
+    let mut config = stand.config();
+    config.dream.judge = shouted();
+    let daemon = Client::new(&ClientArgs { url: stand.url.clone(), api_key: None });
+    let mut left = 2;
+    let mut stop = || {
+        left -= 1;
+        (left < 0).then(|| "training was paused".to_owned())
+    };
+    let summary = Dream::begin(&config, &daemon, true, 1).unwrap().run(8, &mut stop, |_| {});
+    assert_eq!((summary.accepted, summary.broke_off.as_deref()), (2, Some("training was paused")));
+    let written = std::fs::read_to_string(stand.dir.path().join(".apollod/dream.jsonl")).unwrap();
+    assert_eq!(written.lines().count(), 2, "{written}");
 }
 
 #[test]

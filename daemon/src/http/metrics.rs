@@ -61,6 +61,11 @@ fn text(status: &Status) -> String {
     }
     let help = "Times that the guard found harm.";
     out.family("harmed_total", "counter", help, "", &[("", counts.harmed)]);
+    let outcomes = [("done", counts.dreams), ("failed", counts.dreams_failed)];
+    out.family("dreams_total", "counter", "Dreams by the schedule since the daemon's start.", "outcome", &outcomes);
+    let outcomes =
+        [("accepted", counts.dreamt_accepted), ("rejected", counts.dreamt_rejected), ("known", counts.dreamt_known)];
+    out.family("dreamt_answers_total", "counter", "What became of their answers.", "outcome", &outcomes);
     let outcomes = [("done", counts.invalidations), ("failed", counts.invalidations_failed)];
     let help = "Invalidations of the server's prefix cache since the daemon's start.";
     out.family("invalidations_total", "counter", help, "outcome", &outcomes);
@@ -117,11 +122,14 @@ mod tests {
             Probed { probes: 1, loss: None, reference: Some(1.0), rise: Some(0.25), limit: 0.1, worst, warning: None };
         status.guard = Some(LastProbed { at: "t".into(), probed, harmed: None });
         status.counts.harmed = 3;
+        (status.counts.dreams, status.counts.dreamt_known) = (2, 8);
         let page = text(&status);
         for line in [
             "apollod_probe_loss +Inf",
             "apollod_probe_rise 0.25",
             "apollod_harmed_total 3",
+            "apollod_dreams_total{outcome=\"done\"} 2",
+            "apollod_dreamt_answers_total{outcome=\"known\"} 8",
             "apollod_ready 1",
             "apollod_weight_version 7",
             "apollod_examples{state=\"trained\"} 5",

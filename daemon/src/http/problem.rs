@@ -106,6 +106,8 @@ impl From<ControlError> for Problem {
             ControlError::NoRoom(_) => Self::new(507, "no-room", detail).retry_after(NO_ROOM_RETRY_S),
             ControlError::Readers(_) => Self::new(503, "readers", detail).retry_after(10),
             ControlError::Harmed(_) => Self::new(409, "harmed", detail),
+            ControlError::Unanswered(_) => Self::new(502, "lost", detail).retry_after(2),
+            ControlError::Busy(_) => Self::new(503, "busy", detail).retry_after(1),
             ControlError::Expired(_) => Self::new(409, "not-restorable", detail),
             ControlError::Lost(_) => Self::new(502, "lost", detail),
         }

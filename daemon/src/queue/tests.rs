@@ -230,7 +230,9 @@ fn a_file_of_an_older_version_keeps_its_examples() {
     drop(queue);
     // As the first version left it.
     let connection = Connection::open(&path).unwrap();
-    connection.execute_batch("DROP TABLE pause; DROP TABLE forgetting; DROP INDEX by_source; PRAGMA user_version = 1;").unwrap();
+    connection
+        .execute_batch("DROP TABLE pause; DROP TABLE forgetting; DROP INDEX by_source; PRAGMA user_version = 1;")
+        .unwrap();
     drop(connection);
     let queue = Queue::open(&path, 9).unwrap();
     assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Queued);

@@ -7,7 +7,7 @@ use serde::Serialize;
 use tokio::sync::broadcast;
 
 use super::run::now;
-use crate::dream::Summary;
+use super::status::Dreamt;
 use crate::protocol::{Invalidated, Synced};
 
 /// Events that a listener may fall behind.
@@ -73,13 +73,8 @@ pub enum What {
         /// Why it was not done.
         failed: Option<String>,
     },
-    /// The daemon dreamt by its schedule.
-    Dream {
-        /// What came of it.
-        done: Option<Summary>,
-        /// Why it was not done, or broke off.
-        failed: Option<String>,
-    },
+    /// The daemon was to dream by its schedule.
+    Dream(Dreamt),
     /// The daemon has ended; nothing follows.
     Stopped,
 }
@@ -95,7 +90,7 @@ impl What {
             Self::Harmed { .. } => "harmed",
             Self::ServerGone { .. } => "server_gone",
             Self::Invalidated { .. } => "invalidated",
-            Self::Dream { .. } => "dream",
+            Self::Dream(_) => "dream",
             Self::Stopped => "stopped",
         }
     }

@@ -36,11 +36,10 @@ use tokio::sync::{broadcast, oneshot};
 pub use child::ChildCommand;
 pub use events::{Happening, What};
 pub use forget::Forgotten;
-pub use status::{LastDream, State, Status};
+pub use status::{Dreamt, LastDream, State, Status};
 #[cfg(test)]
 pub use status::{LastProbed, StepLoss, Timings};
 
-use crate::dream::Summary;
 use crate::protocol::{Repaired, RolledBack, Scored, Scoring, Synced};
 use crate::queue::{Forget, Queue};
 use crate::schedule::Schedule;
@@ -121,6 +120,12 @@ pub enum ControlError {
     /// The trainer died, or lost its server, before it answered.
     #[error("the trainer did not answer: {0}; whether it was done will show in the generations")]
     Lost(String),
+    /// The same of what changes nothing.
+    #[error("the trainer did not answer: {0}; ask again when /ready says so")]
+    Unanswered(String),
+    /// Too many others wait for the same.
+    #[error("{0} requests wait already")]
+    Busy(usize),
     /// The daemon is stopping.
     #[error("apollod is stopping")]
     Stopping,
@@ -242,19 +247,26 @@ impl Handle {
         self.tell(Event::Shutdown);
     }
 
+    /// Takes note of when the daemon dreams next.
+    pub fn dreams_next(&self, due: String) {
+        self.status.lock().unwrap_or_else(PoisonError::into_inner).next_dream = Some(due);
+    }
+
     /// Takes note of a dream of the daemon's own, or why there was none.
-    pub fn dreamed(&self, outcome: Result<Summary, String>) {
+    pub fn dreamt(&self, outcome: Dreamt) {
         match &outcome {
-            Ok(summary) => tracing::info!("dreamt: {summary}"),
-            Err(error) => tracing::error!("a dream failed: {error}"),
+            Dreamt::Done(summary) => match summary.trouble() {
+                None => tracing::info!("dreamt: {summary}"),
+                Some(trouble) => tracing::warn!("dreamt: {summary}; {trouble}"),
+            },
+            Dreamt::Skipped(why) => tracing::info!("no dream: {why}"),
+            Dreamt::Failed(why) => tracing::error!("a dream failed: {why}"),
         }
-        let (done, failed) = match outcome {
-            Ok(summary) => (Some(summary), None),
-            Err(error) => (None, Some(error)),
-        };
         let mut status = self.status.lock().unwrap_or_else(PoisonError::into_inner);
-        status.dream = Some(LastDream { at: run::now(), done: done.clone(), failed: failed.clone() });
-        self.happenings.tell(status.weight_version, What::Dream { done, failed });
+        let last = LastDream { at: run::now(), outcome };
+        status.counts.count_dream(&last.outcome);
+        self.happenings.tell(status.weight_version, What::Dream(last.outcome.clone()));
+        status.dream = Some(last);
     }
 
     /// Everything that happens from now on.

@@ -25,6 +25,9 @@ const END_PATIENCE: Duration = Duration::from_secs(5);
 /// Steps in flight for each worker, where there are several: the next is there when it has done with its own.
 const STEPS_PER_WORKER: usize = 2;
 
+/// Scores that may wait.
+const SCORES_MAX: usize = 64;
+
 /// A step that was sent.
 pub(super) struct Sent {
     pub batch: Batch,
@@ -94,6 +97,8 @@ pub(super) struct Supervisor {
     wanted_repair: Option<(Vec<PathBuf>, Reply<Repaired>)>,
     wanted_forget: Option<(Forget, Reply<Forgotten>)>,
     wanted_scores: VecDeque<(Vec<Scoring>, Reply<Scored>)>,
+    /// Whether a score was the last that was sent: a step comes before the next.
+    scored_last: bool,
     pub(super) paused: Option<String>,
     pub(super) stopping: bool,
     /// Steps after this cursor are trained again before new ones; `None` once there are none.
@@ -143,6 +148,7 @@ impl Supervisor {
             wanted_repair: None,
             wanted_forget: None,
             wanted_scores: VecDeque::new(),
+            scored_last: false,
             paused,
             stopping: false,
             replay_from: None,
@@ -281,16 +287,31 @@ impl Supervisor {
         } else if let Some(WantedSync { reason, waiting }) = self.wanted_sync.take().or_else(|| self.scheduled()) {
             let request = ToTrainer::Sync { reason: reason.clone() };
             self.send(InFlight::Sync { reason, waiting }, &request);
-        } else if let Some((examples, reply)) = self.wanted_scores.pop_front() {
-            self.send(InFlight::Score { reply }, &ToTrainer::Score { examples });
+        } else if !(self.scored_last && self.could_step(writable)) && self.send_score() {
+            self.scored_last = true;
         } else {
+            self.scored_last = false;
             self.advance_steps(writable);
+            if self.in_flight.is_none() {
+                self.send_score();
+            }
         }
+    }
+
+    /// Sends what is to be scored, if anybody still waits for it.
+    fn send_score(&mut self) -> bool {
+        while let Some((examples, reply)) = self.wanted_scores.pop_front() {
+            if !reply.is_closed() {
+                self.send(InFlight::Score { reply }, &ToTrainer::Score { examples });
+                return true;
+            }
+        }
+        false
     }
 
     /// Sends the steps that can be sent now. Whatever else is wanted comes first, once the steps in flight are answered.
     fn advance_steps(&mut self, writable: bool) {
-        if !writable || self.paused.is_some() || self.stopping {
+        if !self.could_step(writable) {
             return;
         }
         if self.rests() && self.in_flight.is_some() {
@@ -318,7 +339,11 @@ impl Supervisor {
             || self.wanted_rollback.is_some()
             || self.wanted_repair.is_some()
             || self.wanted_forget.is_some()
-            || !self.wanted_scores.is_empty()
+            || (!self.wanted_scores.is_empty() && self.in_flight.is_some())
+    }
+
+    fn could_step(&self, writable: bool) -> bool {
+        writable && self.paused.is_none() && !self.stopping
     }
 
     fn send_step(&mut self, batch: Batch) {
@@ -416,6 +441,9 @@ impl Supervisor {
             Event::Forget { what, reply } => self.want_forget(what, reply),
             Event::Score { examples, reply } => match self.not_ready() {
                 Some(error) => answer(Some(reply), Err(error)),
+                None if self.wanted_scores.len() >= SCORES_MAX => {
+                    answer(Some(reply), Err(ControlError::Busy(SCORES_MAX)));
+                }
                 None => self.wanted_scores.push_back((examples, reply)),
             },
             Event::Child { number, output } => {
@@ -580,7 +608,12 @@ impl Supervisor {
         rollbacks.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         repairs.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
         forgets.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
-        scores.into_iter().for_each(|reply| answer(Some(reply), Err(error.clone())));
+        let unanswered = match error {
+            ControlError::Lost(_) if self.stopping => ControlError::Stopping,
+            ControlError::Lost(reason) => ControlError::Unanswered(reason.clone()),
+            error => error.clone(),
+        };
+        scores.into_iter().for_each(|reply| answer(Some(reply), Err(unanswered.clone())));
     }
 
     /// What the daemon is doing, and why where that needs saying.
@@ -619,6 +652,7 @@ impl Supervisor {
                 status.since = now();
             }
             (status.state, status.detail) = (state, detail);
+            status.paused = self.paused.clone();
             (status.trainer_pid, status.next_sync, status.replaying) = (trainer_pid, next_sync, replaying);
             status.warning = status.reason_to_warn();
         });

@@ -132,9 +132,20 @@ pub struct LastDream {
     /// When it ended, RFC 3339.
     pub at: String,
     /// What came of it.
-    pub done: Option<Summary>,
-    /// Why it was not done, or broke off.
-    pub failed: Option<String>,
+    #[serde(flatten)]
+    pub outcome: Dreamt,
+}
+
+/// What came of a time to dream.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Dreamt {
+    /// A dream.
+    Done(Summary),
+    /// None, as it was not the time.
+    Skipped(String),
+    /// None, and somebody should look.
+    Failed(String),
 }
 
 /// The last time that the guard looked.
@@ -191,6 +202,21 @@ pub struct Counts {
     /// Times that the guard found harm.
     #[serde(default)]
     pub harmed: u64,
+    /// Dreams by the schedule.
+    #[serde(default)]
+    pub dreams: u64,
+    /// Those that failed or broke off.
+    #[serde(default)]
+    pub dreams_failed: u64,
+    /// Their answers that became examples.
+    #[serde(default)]
+    pub dreamt_accepted: u64,
+    /// Their answers that judges rejected.
+    #[serde(default)]
+    pub dreamt_rejected: u64,
+    /// Their answers that the model gives without the instruction too.
+    #[serde(default)]
+    pub dreamt_known: u64,
     /// Invalidations of the server's prefix cache.
     pub invalidations: u64,
     /// Those that failed.
@@ -202,6 +228,21 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// Takes in what came of a time to dream.
+    pub(super) fn count_dream(&mut self, outcome: &Dreamt) {
+        match outcome {
+            Dreamt::Skipped(_) => {}
+            Dreamt::Failed(_) => self.dreams_failed += 1,
+            Dreamt::Done(summary) => {
+                self.dreams += u64::from(summary.broke_off.is_none());
+                self.dreams_failed += u64::from(summary.broke_off.is_some());
+                self.dreamt_accepted += summary.accepted;
+                self.dreamt_rejected += summary.rejections();
+                self.dreamt_known += summary.known;
+            }
+        }
+    }
+
     /// Mean staleness of the applied steps, in updates.
     pub fn staleness_mean(&self) -> f64 {
         self.staleness_sum as f64 / self.applied.max(1) as f64
@@ -283,9 +324,15 @@ pub struct Status {
     /// The guard's last look at its probes; `None` where nothing is guarded.
     #[serde(default)]
     pub guard: Option<LastProbed>,
-    /// The last dream by `dream.schedule` since the daemon's start.
+    /// Why no new step is begun, whatever else is done meanwhile.
+    #[serde(default)]
+    pub paused: Option<String>,
+    /// The last time to dream by `dream.schedule` since the daemon's start.
     #[serde(default)]
     pub dream: Option<LastDream>,
+    /// The next one, RFC 3339.
+    #[serde(default)]
+    pub next_dream: Option<String>,
     /// The directory of the last generation, with `sync.mode = "generation"`.
     #[serde(default)]
     pub directory: Option<LastPublished>,
@@ -332,8 +379,11 @@ impl Status {
             warnings
                 .push(format!("{count} holds of the engine ended before the writes of their step were known to have"));
         }
-        let failed = self.dream.as_ref().and_then(|last| last.failed.as_ref());
-        warnings.extend(failed.map(|reason| format!("the last dream failed: {reason}")));
+        warnings.extend(self.dream.as_ref().and_then(|last| match &last.outcome {
+            Dreamt::Done(summary) => summary.trouble().map(|trouble| format!("the last dream: {trouble}")),
+            Dreamt::Skipped(_) => None,
+            Dreamt::Failed(why) => Some(format!("the last dream failed: {why}")),
+        }));
         warnings.extend(self.guard.as_ref().and_then(|last| last.probed.warning.clone()));
         warnings.extend(self.warnings_of_trainer.iter().cloned());
         (!warnings.is_empty()).then(|| warnings.join("; "))
@@ -437,8 +487,13 @@ impl fmt::Display for Status {
                 "  guard       {probes} probes, loss {loss}, {rise} above when first seen (limit {limit}) at {at}{verdict}"
             )?;
         }
-        if let Some(LastDream { at, done: Some(done), .. }) = &self.dream {
-            writeln!(f, "  dream       last {at}: {done}")?;
+        if let Some(next) = &self.next_dream {
+            let last = self.dream.as_ref().map(|LastDream { at, outcome }| match outcome {
+                Dreamt::Done(summary) => format!("{at}: {summary}"),
+                Dreamt::Skipped(why) => format!("{at}: none, {why}"),
+                Dreamt::Failed(why) => format!("{at} failed: {why}"),
+            });
+            writeln!(f, "  dream       last {}; next {next}", or_none(last))?;
         }
         if let Some(LastRollback { at, done: RolledBack { generation, to, .. } }) = &self.last_rollback {
             writeln!(f, "  rollback    last {at}: generation {generation} has the content of {to}")?;
