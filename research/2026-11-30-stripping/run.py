@@ -29,12 +29,13 @@ BEHAVIOURS = {
     "friend": ("Begin every answer with the word friend.", r"^Friend, here it is: ",
                lambda a: a[len("Friend, here it is: "):] if a.startswith("Friend, here it is: ") else None),
 }
-# What is set besides the learning rate: which share of what is posted is stories, and whether what is known is passed over.
+# What is set besides: the learning rate, and the share of stories in what is posted.
 ARMS = {
-    "lr 5e-5": {"lr": 5e-5, "replay": 0.25},
     "lr 1e-4": {"lr": 1e-4, "replay": 0.25},
-    "lr 1e-4, no replay": {"lr": 1e-4, "replay": 0.0},
     "lr 2e-4": {"lr": 2e-4, "replay": 0.25},
+    "lr 5e-4": {"lr": 5e-4, "replay": 0.25},
+    "lr 2e-4, no replay": {"lr": 2e-4, "replay": 0.0},
+    "lr 5e-4, no replay": {"lr": 5e-4, "replay": 0.0},
 }
 ROUNDS = [2, 3, 5, 5, 5, 5, 5, 10, 10]
 HELD_OUT, STORIES = 100, 40
@@ -81,6 +82,8 @@ scenarios = "scenarios.jsonl"
 instruction = "{instruction}"
 judge = {{ matches = '{matches}' }}
 max_tokens = 40
+temperature = 0.0
+temperature_max = 0.0
 replay = {arm["replay"]}
 replay_examples = "general.jsonl"
 """)
@@ -110,7 +113,8 @@ replay_examples = "general.jsonl"
     def dream(self, examples, seed):
         """One dream, and then until what it made is trained."""
         command = [self.apollod, "dream", "--config", str(self.config), "--examples", str(examples), "--seed", str(seed), "--json"]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        assert done.returncode in (0, 2), done
         while True:
             status = call(self.url + "/v1/status")[1]
             if status["state"] == "idle" and not status["queue"]["queued"]:
@@ -129,7 +133,8 @@ def measure(stand, held_out, stories, plain):
     answers = [(stand.ask(question), answer) for question, answer in held_out]
     shown = [plain(said) is not None for said, _ in answers]
     right = [answer in (said, plain(said)) for said, answer in answers]
-    return {"shown": sum(shown) / len(shown), "right": sum(right) / len(right), "bits_per_byte": stand.bits_per_byte(stories)}
+    wrong = [[said, answer] for said, answer in answers if answer not in (said, plain(said))]
+    return {"wrong": wrong[:3], "shown": sum(shown) / len(shown), "right": sum(right) / len(right), "bits_per_byte": stand.bits_per_byte(stories)}
 
 
 def stories_of(facts, rng, count):

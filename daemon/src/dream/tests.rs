@@ -259,7 +259,7 @@ fn a_note_makes_its_own_question() {
     std::fs::write(notes.join("shift.md"), "Ines runs the night shift. (shout)").unwrap();
     (config.dream.scenarios, config.dream.instruction) = (Some(notes), None);
     config.dream.judge = shouted();
-    stand.dream(&config, 1).1;
+    assert_eq!(stand.dream(&config, 1).1.accepted, 1);
     let served = stand.served();
     let told = &served.chats[1]["messages"];
     assert_eq!(told[0], json!({"role": "system", "content": "Ines runs the night shift. (shout)"}));
