@@ -245,7 +245,8 @@ def main():
     for row in rows:
         print(json.dumps(row))
     args.out.mkdir(exist_ok=True, parents=True)
-    (args.out / "results.json").write_text(json.dumps({"verdicts": rows, "runs": results}, indent=1) + "\n")
+    lines = lambda of: ",\n".join(map(json.dumps, of))
+    (args.out / "results.json").write_text(f'{{"verdicts": [\n{lines(rows)}\n],\n"runs": [\n{lines(results)}\n]}}\n')
     (args.out / "stripping.svg").write_text(plot(results))
 
 
