@@ -1,6 +1,7 @@
 """apollod itself: its command line, configuration and HTTP interface, as the scenarios use them."""
 import itertools
 import json
+import subprocess
 
 from harness import Failed, Process, free_port, http, require, say, wait_until
 
@@ -33,7 +34,8 @@ class Daemon(Process):
         }
         for name, table in sections.items():
             tables[name] = {**tables.get(name, {}), **table}
-        config = work / f"apollod-{number}.toml"
+        self.apollod, self.work = options.apollod, work
+        self.config = config = work / f"apollod-{number}.toml"
         # A string, number or boolean in JSON is one in TOML.
         config.write_text("".join(
             f"[{name}]\n" + "".join(f"{key} = {json.dumps(value)}\n" for key, value in table.items())
@@ -92,6 +94,20 @@ class Daemon(Process):
             if served == answer and reason == "stop":
                 return number
         raise Failed(f"after {rounds} rounds of {per_round} examples the server still answers {served!r}")
+
+    def dream(self, server, question):
+        """One dream of one question: the server's own answer to it becomes an example and is trained."""
+        scenarios = self.work / "scenarios.jsonl"
+        scenarios.write_text(json.dumps({"prompt": question}) + "\n")
+        settings = {"server.url": server.base, "dream.model": server.model, "dream.scenarios": scenarios, "dream.instruction": "Be kind.",
+                    "dream.judge": "{ max_chars = 500 }", "dream.skip_known": "false", "dream.max_tokens": 64, "dream.temperature": 0.1}
+        words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+        done = subprocess.run([self.apollod, "dream", "--config", self.config, "--examples", "1", "--json", *words], capture_output=True, text=True)
+        require(done.returncode == 0, f"apollod dream: {done.stdout}{done.stderr}")
+        made = [turn for turn in map(json.loads, done.stdout.splitlines()) if turn["outcome"] == "accepted"]
+        require(len(made) == 1, f"apollod dream made {len(made)} examples, want 1: {done.stdout}")
+        losses = self.wait_trained([made[0]["example"]])
+        say(f"dreamt: {made[0]['asked']!r} -> {made[0]['answer']!r}, trained, loss {losses[0]:.3f}")
 
     def generation(self):
         """Number of the newest generation; 0 if there is none."""

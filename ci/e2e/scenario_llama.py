@@ -3,7 +3,7 @@
 1. A copy of the model directory is staged to tmpfs with `apollod stage --gguf`; llama.cpp maps that file. Its greedy
    answer to the question is not yet the taught one.
 2. The daemon attaches, knows the server's process, and compares log-probabilities with it; the example is posted until
-   the greedy answer is the taught text.
+   the greedy answer is the taught text. A dream asks the server and trains its answer.
 3. The server is killed; the daemon waits, the live copy stays. Another one, started on it, is attached by itself.
 4. A sync writes the model directory's safetensors; `apollod checkpoint export --gguf` of it is the live file byte for
    byte, and a second server, started from the export, gives the same answer.
@@ -35,6 +35,7 @@ def test(options, work):
     require(status["server_pid"] == server.pid, f"apollod takes process {status['server_pid']} for the server {server.pid}")
     say(f"attached; shadow check: {status['shadow_check']}; {status['recovery']}")
     daemon.teach(server, options.question, options.answer, options.rounds, options.per_round)
+    daemon.dream(server, options.question)
     daemon.sync()
     changed = check_same_tensors(tensors(options.model), tensors(model), "the sync")
     say(f"{changed} tensors changed in the files")

@@ -3,7 +3,7 @@
 1. A copy of the model directory is staged to tmpfs with `apollod stage`; `transformers serve` serves the staged copy and
    maps its safetensors files. Its greedy answer to the question is not yet the taught one.
 2. The daemon attaches; the example is posted until the greedy answer is the taught text and ends there by itself. The
-   streamed answer is the same.
+   streamed answer is the same. A dream asks the server and trains its answer.
 3. A sync writes a generation: every tensor of the model directory equals the live one byte for byte, and is no longer
    what it was.
 4. A second server, started from the model directory alone, gives the same answer.
@@ -28,6 +28,7 @@ def test(options, work):
     daemon.teach(server, options.question, options.answer, options.rounds, options.per_round)
     streamed = server.ask(options.question, stream=True)
     require(streamed == (options.answer, "stop"), f"the streamed answer is {streamed}, want {options.answer!r}")
+    daemon.dream(server, options.question)
     daemon.sync()
     check_files_equal_live(options.model, model, live)
     daemon.stop()
