@@ -20,6 +20,7 @@ pub mod gguf;
 mod grads;
 mod guard;
 pub mod http;
+mod lineage;
 mod plan;
 mod protocol;
 mod queue;

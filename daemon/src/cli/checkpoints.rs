@@ -16,7 +16,9 @@ use serde_json::Value;
 use crate::client::{Client, ClientArgs, is_served};
 use crate::config::Sources;
 use crate::http::GenerationView;
+use crate::lineage;
 use crate::protocol::{Repaired, Synced};
+use crate::queue::Queue;
 use crate::trainer;
 
 /// `apollod checkpoint`
@@ -309,7 +311,11 @@ fn rollback(dir: &Path, to: u64, client: &ClientArgs) -> Result<()> {
         say_no_longer(&no_longer);
         return Ok(());
     }
-    generations(dir)?;
+    let of: Vec<u64> = lineage::ancestors(&generations(dir)?, to).iter().flat_map(lineage::Ancestor::numbers).collect();
+    let queue = dir.join(".apollod/queue.sqlite");
+    if queue.exists() && Queue::open(&queue, 1)?.holds_forgotten(&of)?.is_some() {
+        bail!("generation {to} holds what was forgotten since: nothing brings it back");
+    }
     let (mut checkpoint, recovery) = Checkpoint::open(dir)?;
     eprintln!("{recovery}");
     let done = checkpoint.rollback(to)?;
@@ -328,7 +334,7 @@ fn say_warnings(checkpoint: &mut Checkpoint) {
     checkpoint.take_warnings().iter().for_each(|warning| eprintln!("{warning}"));
 }
 
-fn say_no_longer(generations: &[u64]) {
+pub(super) fn say_no_longer(generations: &[u64]) {
     match (generations.first(), generations.last()) {
         (Some(first), Some(last)) if first == last => {
             println!("generation {first} went from the history for it (sync.keep) and cannot be restored any more");

@@ -56,7 +56,10 @@ pub fn blame(args: &BlameArgs) -> Result<ExitCode> {
     let body = client.get(&format!("/v1/checkpoints/{}/examples", args.generation))?.ok()?;
     let mut examples = body["examples"].as_array().cloned().unwrap_or_default();
     for part in examples.chunks_mut(SCORED) {
-        score(&client, part)?;
+        // One that is forgotten or has become too long leaves the others their score.
+        if score(&client, part).is_err() {
+            part.chunks_mut(1).for_each(|one| drop(score(&client, one)));
+        }
     }
     if args.json {
         println!("{}", serde_json::to_string_pretty(&examples)?);
@@ -65,7 +68,7 @@ pub fn blame(args: &BlameArgs) -> Result<ExitCode> {
     if examples.is_empty() {
         match body["rollback_of"].as_u64() {
             Some(to) => println!("generation {} has the content of generation {to}", args.generation),
-            None => println!("nothing was trained between generation {} and the one before it", args.generation),
+            None => println!("no example is on record that generation {} was the first to hold", args.generation),
         }
         return Ok(ExitCode::SUCCESS);
     }
@@ -111,6 +114,7 @@ pub fn forget(args: &ForgetArgs) -> Result<ExitCode> {
     if forgotten == 0 {
         bail!("there is nothing to forget: no example of that source, or it is forgotten already");
     }
+    let no_longer: Vec<u64> = serde_json::from_value(done["no_longer"].clone()).unwrap_or_default();
     match (done["base"].as_u64(), done["generation"].as_u64()) {
         (Some(base), Some(generation)) => println!(
             "{forgotten} forgotten: generation {generation} has the content of {base}; {} later examples are trained again",
@@ -118,5 +122,6 @@ pub fn forget(args: &ForgetArgs) -> Result<ExitCode> {
         ),
         _ => println!("{forgotten} forgotten; the weights held nothing of it"),
     }
+    super::checkpoints::say_no_longer(&no_longer);
     Ok(ExitCode::SUCCESS)
 }

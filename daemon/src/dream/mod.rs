@@ -45,7 +45,7 @@ const FAILURES_MAX: u32 = 3;
 /// Held by the one dream of a model directory that posts.
 const LOCK: &str = "dream.lock";
 /// The turns of the last dream that posted, a line of JSON each.
-const TURNS: &str = "dream.jsonl";
+pub const TURNS: &str = "dream.jsonl";
 
 /// Another dream is under way.
 #[derive(Debug, thiserror::Error)]

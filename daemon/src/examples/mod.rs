@@ -117,7 +117,11 @@ impl Templates {
         Ok((example, prepared))
     }
 
-    fn check_length(&self, tokens: usize) -> Result<(), Refusal> {
+    /// Whether so many tokens are taken.
+    ///
+    /// # Errors
+    /// A [`Refusal`] with the limit.
+    pub fn check_length(&self, tokens: usize) -> Result<(), Refusal> {
         if tokens <= self.max_tokens {
             return Ok(());
         }

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 
 use super::{App, Problem, blocking};
+use crate::lineage;
 use crate::protocol::RolledBack;
 
 /// `GET /v1/status`: everything about the daemon now.
@@ -165,6 +166,14 @@ pub async fn rollback(State(app): State<App>, Path(generation): Path<String>) ->
             return Err(Problem::new(409, "not-restorable", detail));
         }
         Some(_) => {}
+    }
+    let of: Vec<u64> = lineage::ancestors(&known, to).iter().flat_map(lineage::Ancestor::numbers).collect();
+    let queue = app.queue.clone();
+    if let Some(generation) = blocking(move || queue.holds_forgotten(&of)).await? {
+        let detail = format!(
+            "generation {to} holds what was forgotten since (an example of generation {generation}): nothing brings it back"
+        );
+        return Err(Problem::new(409, "forgotten", detail));
     }
     let RolledBack { generation, cursor, no_longer, .. } = app.supervisor.rollback(to).await?;
     let body = json!({ "generation": generation, "cursor": cursor, "rollback_of": to, "no_longer": no_longer });

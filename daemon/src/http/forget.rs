@@ -4,11 +4,11 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Path, State};
 use axum::response::{IntoResponse, Response};
-use checkpoint::Generation;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{App, Problem, blocking};
+use crate::config::plain;
 use crate::queue::Forget;
 
 /// What `POST /v1/forget` takes: one of the two.
@@ -24,7 +24,12 @@ struct Wanted {
 /// `POST /v1/forget`: files and live weights go back to a generation before these examples, and what came after is trained again
 /// without them.
 pub async fn forget(State(app): State<App>, body: Bytes) -> Result<Response, Problem> {
-    let wanted = serde_json::from_slice(&body).map_err(|error| Problem::new(400, "body", format!("{error}")))?;
+    let body: Value =
+        serde_json::from_slice(&body).map_err(|error| Problem::new(400, "body", format!("not JSON: {error}")))?;
+    if !body.is_object() {
+        return Err(Problem::new(400, "body", "give an object with \"examples\" or \"source\""));
+    }
+    let wanted = serde_json::from_value(body).map_err(|error| Problem::new(400, "body", plain(&error.to_string())))?;
     let what = match wanted {
         Wanted { examples: Some(ids), source: None } if !ids.is_empty() => Forget::Examples(ids),
         Wanted { examples: None, source: Some(source) } => Forget::Source(source),
@@ -51,7 +56,7 @@ pub async fn forget(State(app): State<App>, body: Bytes) -> Result<Response, Pro
     Ok(Json(app.supervisor.forget(what).await?).into_response())
 }
 
-/// `GET /v1/checkpoints/{generation}/examples`: what was trained between the generation before and this one.
+/// `GET /v1/checkpoints/{generation}/examples`: the examples that it was the first to hold, whatever became of them since.
 pub async fn blame(State(app): State<App>, Path(generation): Path<String>) -> Result<Json<Value>, Problem> {
     let unknown = || {
         Problem::new(
@@ -67,22 +72,6 @@ pub async fn blame(State(app): State<App>, Path(generation): Path<String>) -> Re
     });
     let known = known.await.map_err(|error| Problem::new(500, "checkpoint", error.to_string()))?;
     let at = known.iter().position(|of| of.generation == number).ok_or_else(unknown)?;
-    let Some((from, to)) = span(&known, at) else {
-        let detail = format!("the generation before {number} is not known any more, so neither is what came between");
-        return Err(Problem::new(409, "not-known", detail));
-    };
-    let examples = blocking(move || app.queue.handed_out(from, to)).await?;
+    let examples = blocking(move || app.queue.made(number)).await?;
     Ok(Json(json!({ "generation": number, "rollback_of": known[at].rollback_of, "examples": examples })))
-}
-
-/// The seqs that a generation holds and the one before it does not: above the first, up to the second.
-fn span(known: &[Generation], at: usize) -> Option<(u64, u64)> {
-    let of = &known[at];
-    let end = of.progress.cursor;
-    if of.generation == 0 || of.rollback_of.is_some() {
-        return Some((end, end));
-    }
-    let before =
-        known[..at].last().filter(|before| before.generation + 1 == of.generation && before.damage.is_none())?;
-    Some((before.progress.cursor, end))
 }

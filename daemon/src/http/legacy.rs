@@ -195,7 +195,7 @@ pub async fn status(State(app): State<App>, Path(job): Path<String>) -> Result<J
     let losses: Vec<Option<f32>> =
         done.iter().filter(|record| record.seq.is_some()).map(|record| record.loss).collect();
     let learned = |record: &&&Record| matches!(record.state, ExampleState::Trained | ExampleState::Skipped);
-    let failed = done.iter().find(|record| !learned(record));
+    let failed = done.iter().find(|record| !learned(record) && record.state != ExampleState::Forgotten);
     let state = match (done.len() == records.len(), failed.is_some(), records.iter().any(|r| r.seq.is_some())) {
         (true, true, _) => "failed",
         (true, false, _) => "completed",

@@ -64,7 +64,9 @@ fn prepare(templates: &Templates, queue: &Queue, items: Vec<Item>) -> Result<Vec
         let value = value.map_err(refused)?;
         if let Some(id) = value["id"].as_str().filter(|_| value.as_object().is_some_and(|object| object.len() == 1)) {
             let gone = || format!("{place}: no example {id:?}, or it has no tokens any more");
-            return queue.scoring(id)?.ok_or_else(|| Problem::new(404, "unknown-example", gone()));
+            let scoring = queue.scoring(id)?.ok_or_else(|| Problem::new(404, "unknown-example", gone()))?;
+            templates.check_length(scoring.ids.len()).map_err(|refusal| refused(refusal.to_string()))?;
+            return Ok(scoring);
         }
         let (_, prepared) = templates.prepare(&value).map_err(|refusal| refused(refusal.to_string()))?;
         Ok(Scoring { ids: prepared.ids, spans: prepared.spans })

@@ -1,16 +1,18 @@
-//! Forgetting: examples whose effect is taken back, while those that came after them are trained again.
+//! Provenance: which generation holds an example, and forgetting it.
 //!
-//! What is to be forgotten is written down first ([`Queue::begin_forget`]), then files and live weights go back to a generation before
-//! it, then the rest is queued again ([`Queue::finish_forget`]). A daemon that ends in between finds the note at its next start, and
-//! knows by the files' cursor whether the second step was done ([`Queue::reconcile`]).
+//! What is to be forgotten, and what is to be trained again for it, is written down first ([`Queue::begin_forget`]), then files and
+//! live weights go back to a generation before it, then the rest is queued again ([`Queue::finish_forget`]). A daemon that ends in
+//! between finds the note at its next start, and knows by the files whether the second step was done ([`Queue::reconcile`]).
 
-use rusqlite::{Connection, Transaction, params};
+use rusqlite::{Connection, OptionalExtension, Transaction, params};
 
 use super::{Queue, QueueError, RECORD, Record, now_ms, number, record, set_number};
 use crate::protocol::Scoring;
 
 /// Before every example that waits for its first time: i64 has room for 2^57 more below.
-const AGAIN: i64 = -9_000_000_000_000_000_000;
+pub(super) const AGAIN: i64 = -9_000_000_000_000_000_000;
+/// Whether the live weights hold an example that no generation holds.
+const UNSYNCED: &str = "(generation IS NULL AND state IN ('training', 'trained', 'skipped'))";
 
 /// What is to be forgotten.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,48 +23,70 @@ pub enum Forget {
     Source(String),
 }
 
+/// Where forgetting goes back to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Base {
+    /// The generation.
+    pub generation: u64,
+    /// Its cursor.
+    pub cursor: u64,
+    /// The generation that the files are now.
+    pub current: u64,
+    /// Generations after it that the live weights hold.
+    pub undone: Vec<u64>,
+}
+
 /// What forgetting would come to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
     /// Examples that are forgotten.
     pub examples: u64,
-    /// The first of them that the weights may hold; `None` when they hold none.
-    pub first_seq: Option<u64>,
+    /// Generations that were the first to hold one of them.
+    pub generations: Vec<u64>,
+    /// Whether live weights hold one that no generation does.
+    pub unsynced: bool,
 }
 
 impl Queue {
-    /// What forgetting would come to, now that the files are at `cursor`.
+    /// What forgetting would come to.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn plan_forget(&self, what: &Forget, cursor: u64) -> Result<Plan, QueueError> {
+    pub fn plan_forget(&self, what: &Forget) -> Result<Plan, QueueError> {
         self.write(|transaction| {
-            let examples = note(transaction, what)?;
-            // What was rolled back may be held again, where a rollback was undone by another.
-            let first: Option<i64> = transaction.query_row(
-                "SELECT min(seq) FROM examples WHERE number IN (SELECT number FROM forgetting)
-                 AND (state IN ('training', 'trained', 'skipped') OR (state = 'rolled_back' AND seq <= ?1))",
-                [cursor as i64],
-                |row| row.get(0),
-            )?;
-            transaction.execute("DELETE FROM forgetting", [])?;
-            Ok(Plan { examples, first_seq: first.map(|seq| seq as u64) })
+            note(transaction, what)?;
+            let noted = "FROM examples WHERE number IN (SELECT number FROM forgetting)";
+            let count = |condition: &str| {
+                transaction.query_row(&format!("SELECT count(*) {noted} {condition}"), [], |row| row.get::<_, i64>(0))
+            };
+            let (examples, unsynced) = (count("")? as u64, count(&format!("AND {UNSYNCED}"))? > 0);
+            let held = format!("SELECT DISTINCT generation {noted} AND generation IS NOT NULL");
+            let generations = generations(transaction, &held)?;
+            clear(transaction)?;
+            Ok(Plan { examples, generations, unsynced })
         })
     }
 
-    /// How many examples will be trained again when the files go back to `cursor`.
+    /// Writes down what is forgotten and what is trained again for it; how many of the latter.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn begin_forget(&self, what: &Forget, cursor: u64) -> Result<u64, QueueError> {
+    pub fn begin_forget(&self, what: &Forget, base: &Base) -> Result<u64, QueueError> {
         self.write(|transaction| {
             note(transaction, what)?;
-            let again: i64 = transaction.query_row(
-                "SELECT count(*) FROM examples WHERE seq > ?1 AND state IN ('training', 'trained', 'skipped')
-                 AND number NOT IN (SELECT number FROM forgetting)",
-                [cursor as i64],
-                |row| row.get(0),
-            )?;
+            let sql = |condition: &str| {
+                format!(
+                    "INSERT INTO forgetting SELECT number, 1 FROM examples WHERE {condition}
+                     AND state IN ('training', 'trained', 'skipped', 'rolled_back')
+                     AND number NOT IN (SELECT number FROM forgetting)"
+                )
+            };
+            let mut again = transaction.execute(&sql(UNSYNCED), [])?;
+            for generation in &base.undone {
+                again += transaction.execute(&sql("generation = ?1"), [*generation as i64])?;
+            }
+            let (generation, cursor, current) = (base.generation as i64, base.cursor as i64, base.current as i64);
+            transaction.execute("INSERT INTO forget_to VALUES (?1, ?2, ?3)", params![generation, cursor, current])?;
             Ok(again as u64)
         })
     }
@@ -72,11 +96,11 @@ impl Queue {
     /// # Errors
     /// SQLite's.
     pub fn cancel_forget(&self) -> Result<(), QueueError> {
-        self.write(|transaction| Ok(transaction.execute("DELETE FROM forgetting", []).map(drop)?))
+        self.write(|transaction| Ok(clear(transaction)?))
     }
 
     /// Records that files and live weights are at a generation with this cursor and step, which holds nothing of what is noted.
-    /// What was handed out after it waits again, in the same order and before all else, and steps are counted on from there: as if what is
+    /// What was trained after it waits again, in the same order and before all else, and steps are counted on from there: as if what is
     /// forgotten had never come.
     ///
     /// # Errors
@@ -92,22 +116,31 @@ impl Queue {
     pub fn forget_unheld(&self, what: &Forget) -> Result<(), QueueError> {
         self.write(|transaction| {
             note(transaction, what)?;
-            Ok(erase(transaction)?)
+            erase(transaction)?;
+            Ok(clear(transaction)?)
         })
     }
 
-    /// The examples that were handed out after one seq, up to another, and trained or skipped, in that order.
+    /// The first of these generations that was the first to hold an example which is forgotten.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn handed_out(&self, after: u64, to: u64) -> Result<Vec<Record>, QueueError> {
+    pub fn holds_forgotten(&self, of: &[u64]) -> Result<Option<u64>, QueueError> {
+        let sql = "SELECT DISTINCT generation FROM examples WHERE state = 'forgotten' AND generation IS NOT NULL";
+        let forgotten = self.read(|connection| generations(connection, sql))?;
+        Ok(of.iter().copied().find(|generation| forgotten.contains(generation)))
+    }
+
+    /// The examples that a generation was the first to hold, in the order of training.
+    ///
+    /// # Errors
+    /// SQLite's.
+    pub fn made(&self, generation: u64) -> Result<Vec<Record>, QueueError> {
         self.read(|connection| {
             let cursor = number(connection, "synced_cursor")?;
-            let sql = format!(
-                "SELECT {RECORD} FROM examples WHERE seq > ?1 AND seq <= ?2 AND state IN ('trained', 'skipped') ORDER BY seq"
-            );
+            let sql = format!("SELECT {RECORD} FROM examples WHERE generation = ?1 ORDER BY seq");
             let mut statement = connection.prepare_cached(&sql)?;
-            statement.query_map([after as i64, to as i64], |row| record(row, cursor))?.collect()
+            statement.query_map([generation as i64], |row| record(row, cursor))?.collect()
         })
     }
 
@@ -120,49 +153,52 @@ impl Queue {
     }
 }
 
-/// Does at a start what was noted before the end of the last daemon: true if there was anything.
-pub(super) fn catch_up(transaction: &Transaction<'_>, cursor: u64, step: u64) -> rusqlite::Result<bool> {
-    let first: Option<i64> = transaction.query_row(
-        "SELECT min(seq) FROM examples WHERE number IN (SELECT number FROM forgetting)
-         AND state IN ('training', 'trained', 'skipped', 'rolled_back')",
-        [],
-        |row| row.get(0),
-    )?;
-    match first {
-        None => Ok(false),
-        Some(first) if first as u64 > cursor => {
-            tracing::warn!(
-                "what was being forgotten when the daemon ended is forgotten; what came after it is trained again"
-            );
-            finish(transaction, cursor, step).map(|()| true)
-        }
-        Some(_) => {
-            tracing::warn!("the daemon ended before it could forget what it was asked to: ask again");
-            transaction.execute("DELETE FROM forgetting", []).map(|_| true)
-        }
+/// Does at a start what was noted before the end of the last daemon: true if the files had gone back for it.
+pub(super) fn catch_up(
+    transaction: &Transaction<'_>,
+    generation: u64,
+    cursor: u64,
+    step: u64,
+) -> rusqlite::Result<bool> {
+    let noted = transaction
+        .query_row("SELECT base, cursor, current FROM forget_to", [], |row| {
+            Ok((row.get::<_, i64>(0)? as u64, row.get::<_, i64>(1)? as u64, row.get::<_, i64>(2)? as u64))
+        })
+        .optional()?;
+    let Some((base, base_cursor, current)) = noted else { return Ok(false) };
+    // A rollback makes the next generation, unless it is to the one that the files are.
+    let expected = if base == current { current } else { current + 1 };
+    if (generation, cursor) == (expected, base_cursor) {
+        tracing::warn!(
+            "what was being forgotten when the daemon ended is forgotten; what came after it is trained again"
+        );
+        return finish(transaction, cursor, step).map(|()| true);
     }
+    tracing::warn!("the daemon ended before it could forget what it was asked to: ask again");
+    clear(transaction).map(|()| false)
 }
 
-/// Writes down what is to be forgotten; how many examples.
-fn note(connection: &Connection, what: &Forget) -> rusqlite::Result<u64> {
-    connection.execute("DELETE FROM forgetting", [])?;
-    let noted = match what {
-        Forget::Source(source) => connection.execute(
-            "INSERT INTO forgetting SELECT number FROM examples WHERE source = ?1 AND state <> 'forgotten'",
-            [source],
-        )?,
-        Forget::Examples(ids) => {
-            let mut statement = connection.prepare(
-                "INSERT OR IGNORE INTO forgetting SELECT number FROM examples WHERE id = ?1 AND state <> 'forgotten'",
-            )?;
-            let mut noted = 0;
-            for id in ids {
-                noted += statement.execute([id])?;
-            }
-            noted
-        }
+/// Writes down what is to be forgotten.
+fn note(connection: &Connection, what: &Forget) -> rusqlite::Result<()> {
+    clear(connection)?;
+    let (column, values) = match what {
+        Forget::Source(source) => ("source", std::slice::from_ref(source)),
+        Forget::Examples(ids) => ("id", ids.as_slice()),
     };
-    Ok(noted as u64)
+    let mut statement = connection.prepare(&format!(
+        "INSERT OR IGNORE INTO forgetting SELECT number, 0 FROM examples WHERE {column} = ?1 AND state <> 'forgotten'"
+    ))?;
+    values.iter().try_for_each(|value| statement.execute([value]).map(drop))
+}
+
+fn clear(connection: &Connection) -> rusqlite::Result<()> {
+    connection.execute("DELETE FROM forgetting", [])?;
+    connection.execute("DELETE FROM forget_to", []).map(drop)
+}
+
+fn generations(connection: &Connection, sql: &str) -> rusqlite::Result<Vec<u64>> {
+    let mut statement = connection.prepare(sql)?;
+    statement.query_map([], |row| Ok(row.get::<_, i64>(0)? as u64))?.collect()
 }
 
 fn finish(transaction: &Transaction<'_>, cursor: u64, step: u64) -> rusqlite::Result<()> {
@@ -172,21 +208,23 @@ fn finish(transaction: &Transaction<'_>, cursor: u64, step: u64) -> rusqlite::Re
     let end = first.unwrap_or(AGAIN).min(AGAIN);
     let last = number(transaction, "next_seq")?;
     transaction.execute(
-        "UPDATE examples SET state = 'queued', place = ?2 + seq, seq = NULL, step = NULL, loss = NULL, reason = NULL,
-             finished_ms = NULL
-         WHERE seq > ?1 AND state IN ('training', 'trained', 'skipped')",
-        params![cursor as i64, end - last],
+        "UPDATE examples SET state = 'queued', place = ?1 + seq, seq = NULL, step = NULL, loss = NULL, reason = NULL,
+             finished_ms = NULL, generation = NULL
+         WHERE number IN (SELECT number FROM forgetting WHERE again = 1)",
+        [end - last],
     )?;
     set_number(transaction, "synced_cursor", cursor as i64)?;
-    set_number(transaction, "next_step", step as i64 + 1)
+    set_number(transaction, "next_step", step as i64 + 1)?;
+    clear(transaction)
 }
 
 /// What is noted has no tokens from now on.
 fn erase(transaction: &Transaction<'_>) -> rusqlite::Result<()> {
-    transaction.execute(
-        "UPDATE examples SET state = 'forgotten', ids = x'', spans = '[]', reason = 'forgotten on request', finished_ms = ?1
-         WHERE number IN (SELECT number FROM forgetting)",
-        [now_ms()],
-    )?;
-    transaction.execute("DELETE FROM forgetting", []).map(drop)
+    transaction
+        .execute(
+            "UPDATE examples SET state = 'forgotten', ids = x'', spans = '[]', reason = 'forgotten on request', finished_ms = ?1
+             WHERE number IN (SELECT number FROM forgetting WHERE again = 0)",
+            [now_ms()],
+        )
+        .map(drop)
 }

@@ -28,7 +28,7 @@ use std::sync::{Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 
-pub use forget::Forget;
+pub use forget::{Base, Forget};
 pub use types::{Added, Batch, Idempotency, NewExample, Record, State};
 
 use crate::protocol::ExampleResult;
@@ -353,18 +353,34 @@ impl Queue {
         })
     }
 
-    /// Records that a generation with this cursor is on disk, and drops what finished long ago.
+    /// Records that a generation with this cursor is on disk, and drops what finished long ago, but for what a generation was the
+    /// first to hold that is not older than the `oldest` that can be restored.
     ///
     /// # Errors
     /// SQLite's.
-    pub fn record_synced(&self, cursor: u64) -> Result<(), QueueError> {
+    pub fn record_synced(
+        &self,
+        generation: u64,
+        cursor: u64,
+        oldest: impl FnOnce() -> Option<u64>,
+    ) -> Result<(), QueueError> {
         self.write(|transaction| {
             set_number(transaction, "synced_cursor", cursor as i64)?;
             set_number(transaction, "last_sync_ms", now_ms())?;
+            hold(transaction, generation, cursor)?;
+            let last: i64 =
+                transaction.query_row("SELECT coalesce(max(number), 0) FROM examples", [], |row| row.get(0))?;
+            let first: i64 =
+                transaction.query_row("SELECT coalesce(min(number), 0) FROM examples", [], |row| row.get(0))?;
+            if last - first < FINISHED_KEPT {
+                return Ok(());
+            }
+            // Without knowledge of the history nothing of it goes.
+            let oldest = oldest().map_or(0, |generation| generation as i64);
             transaction.execute(
                 "DELETE FROM examples WHERE state NOT IN ('queued', 'training') AND coalesce(seq, 0) <= ?1
-                 AND number < (SELECT coalesce(max(number), 0) FROM examples) - ?2",
-                params![cursor as i64, FINISHED_KEPT],
+                 AND number < ?2 AND coalesce(generation, -1) < ?3",
+                params![cursor as i64, last - FINISHED_KEPT, oldest],
             )?;
             Ok(())
         })
@@ -419,7 +435,8 @@ impl Queue {
         self.read(|connection| connection.query_row("SELECT reason FROM pause", [], |row| row.get(0)).optional())
     }
 
-    /// Refuses what waits, of one source or all of it; gives how many examples.
+    /// Refuses what waits, of one source or all of it, but for what is trained again because something else was forgotten; gives how many
+    /// examples.
     ///
     /// # Errors
     /// SQLite's.
@@ -427,8 +444,8 @@ impl Queue {
         self.write(|transaction| {
             let withdrawn = transaction.execute(
                 "UPDATE examples SET state = 'refused', reason = 'withdrawn on request', finished_ms = ?2
-                 WHERE state = 'queued' AND (?1 IS NULL OR source = ?1)",
-                params![source, now_ms()],
+                 WHERE state = 'queued' AND (?1 IS NULL OR source = ?1) AND place > ?3",
+                params![source, now_ms(), forget::AGAIN],
             )?;
             Ok(withdrawn as u64)
         })
@@ -462,7 +479,7 @@ impl Queue {
                 let next = number(transaction, name)?.max(held as i64 + 1);
                 set_number(transaction, name, next)?;
             }
-            let forgot = forget::catch_up(transaction, cursor, step)?;
+            let forgot = forget::catch_up(transaction, generation, cursor, step)?;
             let behind = (cursor as i64) < number(transaction, "synced_cursor")? && !forgot;
             let rolled_back = if behind { roll_back(transaction, generation, cursor)? } else { 0 };
             set_number(transaction, "synced_cursor", cursor as i64)?;
@@ -471,9 +488,17 @@ impl Queue {
                  WHERE state = 'training' AND seq <= ?1",
                 params![cursor as i64, "its outcome could not be written down; the files hold its step", now_ms()],
             )?;
+            hold(transaction, generation, cursor)?;
             Ok(rolled_back)
         })
     }
+}
+
+/// What no generation has held so far is held by this one, up to its cursor.
+fn hold(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rusqlite::Result<()> {
+    let sql = "UPDATE examples SET generation = ?1
+               WHERE generation IS NULL AND seq <= ?2 AND state IN ('trained', 'skipped')";
+    transaction.execute(sql, params![generation as i64, cursor as i64]).map(drop)
 }
 
 fn roll_back(transaction: &Transaction<'_>, generation: u64, cursor: u64) -> rusqlite::Result<u64> {
@@ -576,7 +601,7 @@ fn record(row: &Row<'_>, cursor: i64) -> rusqlite::Result<Record> {
         seq: whole(8)?,
         step: whole(9)?,
         loss: row.get(10)?,
-        weight_version: whole(11)?,
+        weight_version: whole(11)?.filter(|_| state != State::Queued),
         reason: row.get(12)?,
         in_files: state == State::Trained && seq.is_some_and(|seq| seq <= cursor),
         enqueued_at: rfc3339(row.get(13)?),

@@ -56,10 +56,20 @@ const MIGRATIONS: [&str; 3] = [
     ) STRICT;
 ",
     "
-    CREATE TABLE forgetting (
-        number      INTEGER PRIMARY KEY                -- of an example that is being forgotten
-    ) STRICT;
+    ALTER TABLE examples ADD COLUMN generation INTEGER; -- the sync that first wrote its effect
+    UPDATE examples SET generation = 0 WHERE state IN ('trained', 'skipped')
+        AND seq <= (SELECT value FROM numbers WHERE name = 'synced_cursor');
+    CREATE INDEX by_generation ON examples (generation) WHERE generation IS NOT NULL;
     CREATE INDEX by_source ON examples (source) WHERE source IS NOT NULL;
+    CREATE TABLE forgetting (
+        number      INTEGER PRIMARY KEY,               -- of an example
+        again       INTEGER NOT NULL                   -- 0: it is to be forgotten; 1: it is to be trained again
+    ) STRICT;
+    CREATE TABLE forget_to (
+        base        INTEGER NOT NULL,                  -- one row: the generation to go back to,
+        cursor      INTEGER NOT NULL,                  -- its cursor,
+        current     INTEGER NOT NULL                   -- and the generation of the files before that
+    ) STRICT;
 ",
 ];
 

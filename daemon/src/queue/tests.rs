@@ -118,7 +118,7 @@ fn a_record_says_what_came_of_an_example() {
     assert!(!record.in_files);
     let record = queue.get(&ids[1]).unwrap().unwrap();
     assert_eq!((record.state, record.reason.as_deref()), (State::Skipped, Some("loss is not finite")));
-    queue.record_synced(2).unwrap();
+    queue.record_synced(1, 2, || None).unwrap();
     assert!(queue.get(&ids[0]).unwrap().unwrap().in_files);
     assert!(!queue.get(&ids[1]).unwrap().unwrap().in_files, "a skipped example left no trace in the files");
     assert!(queue.get("nonsense").unwrap().is_none());
@@ -169,7 +169,7 @@ fn a_rollback_takes_back_what_came_after_its_cursor_and_seqs_go_on() {
     let (_dir, queue) = queue();
     let ids = add(&queue, &[example(1), example(2), example(3)]);
     (0..2).for_each(|_| trained(&queue, &queue.take(1).unwrap().unwrap()));
-    queue.record_synced(2).unwrap();
+    queue.record_synced(1, 2, || None).unwrap();
     assert_eq!(queue.record_rolled_back(7, 1).unwrap(), 1);
     assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Trained);
     let record = queue.get(&ids[1]).unwrap().unwrap();
@@ -183,7 +183,7 @@ fn a_cursor_behind_a_synced_one_is_a_rollback_that_nobody_reported() {
     let (_dir, queue) = queue();
     add(&queue, &[example(1), example(2), example(3)]);
     (0..3).for_each(|_| trained(&queue, &queue.take(1).unwrap().unwrap()));
-    queue.record_synced(2).unwrap();
+    queue.record_synced(1, 2, || None).unwrap();
     assert_eq!(queue.reconcile(5, 2, 2).unwrap(), 0, "a restart at the synced cursor replays");
     assert!(queue.replay(2).unwrap().is_some());
     assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 2);
@@ -231,7 +231,8 @@ fn a_file_of_an_older_version_keeps_its_examples() {
     // As the first version left it.
     let connection = Connection::open(&path).unwrap();
     connection
-        .execute_batch("DROP TABLE pause; DROP TABLE forgetting; DROP INDEX by_source; PRAGMA user_version = 1;")
+        .execute_batch("DROP TABLE pause; DROP TABLE forgetting; DROP TABLE forget_to; DROP INDEX by_source; DROP INDEX by_generation;
+             ALTER TABLE examples DROP COLUMN generation; PRAGMA user_version = 1;")
         .unwrap();
     drop(connection);
     let queue = Queue::open(&path, 9).unwrap();
@@ -316,7 +317,7 @@ fn what_did_harm_is_what_the_judged_weights_held_and_nothing_else() {
         let seq = batch.examples[0].seq;
         queue.record_trained(&[ExampleResult { seq, loss: Some(1.0), tokens: 2 }], seq, None).unwrap();
         if seq == 2 {
-            queue.record_synced(2).unwrap();
+            queue.record_synced(1, 2, || None).unwrap();
         }
         if seq == 3 {
             // Somebody went back: 3 is in nobody's weights.
@@ -357,16 +358,22 @@ fn of(ids: &[&String]) -> Forget {
     Forget::Examples(ids.iter().map(|id| (*id).clone()).collect())
 }
 
+/// A generation to go back to, none of which' successors is held.
+fn base(generation: u64, cursor: u64) -> Base {
+    Base { generation, cursor, current: generation, undone: Vec::new() }
+}
+
 #[test]
 fn what_comes_after_a_forgotten_example_is_trained_again_in_the_same_order_and_by_the_steps_without_it() {
     let (_dir, queue) = queue();
     let ids = add(&queue, &(1..=6).map(example).collect::<Vec<_>>());
     train_all(&queue);
-    queue.record_synced(2).unwrap();
+    queue.record_synced(1, 2, || None).unwrap();
     let what = of(&[&ids[3]]);
-    let plan = queue.plan_forget(&what, 2).unwrap();
-    assert_eq!((plan.examples, plan.first_seq), (1, Some(4)));
-    assert_eq!(queue.begin_forget(&what, 2).unwrap(), 3);
+    let plan = queue.plan_forget(&what).unwrap();
+    assert_eq!((plan.examples, plan.generations, plan.unsynced), (1, Vec::new(), true));
+    assert_eq!(queue.plan_forget(&of(&[&ids[0]])).unwrap().generations, [1]);
+    assert_eq!(queue.begin_forget(&what, &base(1, 2)).unwrap(), 3);
     add(&queue, &[NewExample { priority: 1000, ..example(9) }]);
     queue.finish_forget(2, 2).unwrap();
 
@@ -376,12 +383,13 @@ fn what_comes_after_a_forgotten_example_is_trained_again_in_the_same_order_and_b
     let first = queue.take(1).unwrap().unwrap();
     trained(&queue, &first);
     assert_eq!((firsts(&first), first.step), (vec![3], 3));
+    assert_eq!(queue.withdraw(None).unwrap(), 1, "what was trained before is not withdrawn");
+    add(&queue, &[NewExample { priority: 1000, ..example(9) }]);
 
     // And one of these, before all of them had their turn again.
     let what = of(&[&ids[2]]);
-    let seq = queue.plan_forget(&what, 2).unwrap().first_seq;
-    assert_eq!(seq, Some(first.examples[0].seq));
-    queue.begin_forget(&what, 2).unwrap();
+    assert!(queue.plan_forget(&what).unwrap().unsynced);
+    queue.begin_forget(&what, &base(1, 2)).unwrap();
     queue.finish_forget(2, 2).unwrap();
     assert_eq!(train_all(&queue), [(5, 3), (6, 4), (9, 5)], "before all that waits for its first time");
     assert!(queue.replay(2).unwrap().is_some(), "and they count as any others");
@@ -393,11 +401,11 @@ fn what_was_never_trained_is_forgotten_where_it_lies() {
     let from = |source: &str, first| NewExample { source: Some(source.into()), ..example(first) };
     let ids = add(&queue, &[from("a", 1), from("b", 2), from("a", 3)]);
     let what = Forget::Source("a".into());
-    let plan = queue.plan_forget(&what, 0).unwrap();
-    assert_eq!((plan.examples, plan.first_seq), (2, None));
+    let plan = queue.plan_forget(&what).unwrap();
+    assert_eq!((plan.examples, plan.generations, plan.unsynced), (2, Vec::new(), false));
     queue.forget_unheld(&what).unwrap();
     assert_eq!(queue.get(&ids[0]).unwrap().unwrap().state, State::Forgotten);
-    assert_eq!(queue.plan_forget(&what, 0).unwrap().examples, 0, "once is enough");
+    assert_eq!(queue.plan_forget(&what).unwrap().examples, 0, "once is enough");
     assert_eq!(train_all(&queue), [(2, 1)]);
 }
 
@@ -410,23 +418,54 @@ fn a_daemon_that_ended_while_it_forgot_knows_by_the_files_how_far_it_came() {
     let started = || {
         let (dir, queue) = queue();
         let ids = add(&queue, &(1..=4).map(example).collect::<Vec<_>>());
+        trained(&queue, &queue.take(1).unwrap().unwrap());
+        queue.record_synced(1, 1, || None).unwrap();
         train_all(&queue);
-        queue.record_synced(4).unwrap();
-        queue.begin_forget(&of(&[&ids[1]]), 1).unwrap();
+        queue.record_synced(2, 4, || None).unwrap();
+        assert_eq!(queue.plan_forget(&of(&[&ids[1]])).unwrap().generations, [2]);
+        let base = Base { generation: 1, cursor: 1, current: 2, undone: vec![2] };
+        assert_eq!(queue.begin_forget(&of(&[&ids[1]]), &base).unwrap(), 2);
         (reopened(queue, &dir), dir)
     };
     // The files went back.
     let (queue, _dir) = started();
-    assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 0, "nothing counts as rolled back");
+    assert_eq!(queue.reconcile(3, 1, 1).unwrap(), 0, "nothing counts as rolled back");
     assert_eq!(train_all(&queue), [(3, 2), (4, 3)]);
+    assert_eq!(queue.holds_forgotten(&[3, 2, 1]).unwrap(), Some(2), "and nobody goes back to what holds it");
+    assert_eq!(queue.holds_forgotten(&[3, 1]).unwrap(), None);
 
     // They did not.
     let (queue, _dir) = started();
-    queue.reconcile(4, 4, 4).unwrap();
+    queue.reconcile(2, 4, 4).unwrap();
     assert_eq!(train_all(&queue), []);
-    assert_eq!(queue.counts().unwrap().iter().find(|(state, _)| *state == State::Trained).unwrap().1, 4);
+    assert_eq!(queue.made(2).unwrap().len(), 3);
     // And the note is gone: a later rollback is one.
-    assert_eq!(queue.reconcile(5, 1, 1).unwrap(), 3);
+    assert_eq!(queue.reconcile(3, 1, 1).unwrap(), 3);
+
+    // Somebody rolled them back to somewhere else meanwhile.
+    let (queue, _dir) = started();
+    assert_eq!(queue.reconcile(3, 0, 0).unwrap(), 4);
+    assert_eq!(train_all(&queue), []);
+}
+
+#[test]
+fn what_a_restorable_generation_was_made_of_stays_on_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let queue = Queue::open(&dir.path().join("queue.sqlite"), 1 << 20).unwrap();
+    let old = add(&queue, &(1..=4).map(example).collect::<Vec<_>>());
+    for generation in 1..=2 {
+        (0..2).for_each(|_| trained(&queue, &queue.take(1).unwrap().unwrap()));
+        queue.record_synced(generation, 2 * generation, || unreachable!("there are few")).unwrap();
+    }
+    add(&queue, &vec![example(5); FINISHED_KEPT as usize + 10]);
+    queue.withdraw(None).unwrap();
+    queue.record_synced(3, 4, || Some(2)).unwrap();
+    assert_eq!(queue.get(&old[0]).unwrap(), None, "of a generation that has gone");
+    assert_eq!(queue.made(2).unwrap().len(), 2);
+    queue.record_synced(3, 4, || None).unwrap();
+    assert_eq!(queue.made(2).unwrap().len(), 2, "what is not known does not go");
+    queue.record_synced(3, 4, || Some(3)).unwrap();
+    assert!(queue.made(2).unwrap().is_empty());
 }
 
 #[test]
@@ -435,7 +474,7 @@ fn a_step_number_that_is_used_again_fails_alone() {
     let ids = add(&queue, &[example(1), example(2)]);
     train_all(&queue);
     queue.record_quarantined(1, 2, "harm", "pause").unwrap();
-    queue.begin_forget(&of(&[&ids[0]]), 0).unwrap();
+    queue.begin_forget(&of(&[&ids[0]]), &base(0, 0)).unwrap();
     queue.finish_forget(0, 0).unwrap();
     add(&queue, &[example(3), example(4)]);
     let (first, second) = (queue.take(1).unwrap().unwrap(), queue.take(1).unwrap().unwrap());

@@ -229,7 +229,12 @@ impl Supervisor {
 
     fn on_synced(&mut self, reason: String, waiting: Vec<Reply<Synced>>, synced: Synced) {
         let cursor = synced.cursor;
-        self.record(move |queue| queue.record_synced(cursor));
+        let (generation, model) = (synced.generation, self.options.model.clone());
+        let oldest = move || {
+            let generations = checkpoint::list(std::path::Path::new(&model)).ok()?;
+            generations.iter().find(|one| one.restorable).map(|one| one.generation)
+        };
+        self.record(move |queue| queue.record_synced(generation, cursor, &oldest));
         (self.unsynced, self.deaths_in_a_row) = (false, 0);
         self.next_sync = self.options.schedule.next_after(Utc::now());
         tracing::info!("sync ({reason}): {synced}, {:.2} s", synced.seconds);
@@ -312,6 +317,8 @@ impl Supervisor {
     pub(super) fn after_rollback(&mut self, done: RolledBack) {
         let RolledBack { generation, cursor, step, weight_version, .. } = done;
         (self.unsynced, self.replay_from) = (false, None);
+        // Their numbers may come again.
+        (self.deaths_of_step, self.suspects) = ((0, 0), None);
         self.update(|status| {
             (status.generation, status.cursor) = (Some(generation), Some(cursor));
             (status.weight_version, status.step) = (weight_version, step);

@@ -2,13 +2,13 @@
 
 use std::path::Path;
 
-use checkpoint::Generation;
 use serde::Serialize;
 
 use super::run::{InFlight, Supervisor, answer};
 use super::{ControlError, Reply};
+use crate::lineage::{Ancestor, ancestors};
 use crate::protocol::{RolledBack, ToTrainer};
-use crate::queue::{Forget, Queue};
+use crate::queue::{Base, Forget, Queue, QueueError};
 
 /// What forgetting came to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -21,6 +21,8 @@ pub struct Forgotten {
     pub base: Option<u64>,
     /// The generation that the files are now.
     pub generation: Option<u64>,
+    /// Generations that went from the history for it.
+    pub no_longer: Vec<u64>,
 }
 
 impl Supervisor {
@@ -28,28 +30,36 @@ impl Supervisor {
     pub(super) fn begin_forget(&mut self, what: Forget, reply: Reply<Forgotten>) {
         match self.plan_forget(&what) {
             Err(error) => answer(Some(reply), Err(error)),
-            Ok((outcome, None)) => answer(Some(reply), Ok(outcome)),
-            Ok((outcome, Some(to))) => {
-                self.send(InFlight::Forget { outcome, reply }, &ToTrainer::Rollback { to });
-            }
+            Ok(outcome) => match outcome.base {
+                None => answer(Some(reply), Ok(outcome)),
+                Some(to) => self.send(InFlight::Forget { outcome, reply }, &ToTrainer::Rollback { to }),
+            },
         }
     }
 
-    /// What it will come to, and the generation to go back to, which is noted in the queue; without one it is done.
-    fn plan_forget(&mut self, what: &Forget) -> Result<(Forgotten, Option<u64>), ControlError> {
-        let failed = |error: crate::queue::QueueError| ControlError::Failed(error.to_string());
+    /// What it will come to, with the generation to go back to, which is noted in the queue; without one it is done.
+    fn plan_forget(&mut self, what: &Forget) -> Result<Forgotten, ControlError> {
+        let failed = |error: QueueError| ControlError::Failed(error.to_string());
         let generations = checkpoint::list(Path::new(&self.options.model))
             .map_err(|error| ControlError::Failed(error.to_string()))?;
-        let current = generations.last().map_or(0, |current| current.progress.cursor);
-        let plan = self.queue.plan_forget(what, current).map_err(failed)?;
-        let outcome = Forgotten { forgotten: plan.examples, again: 0, base: None, generation: None };
-        let Some(first) = plan.first_seq else {
-            self.queue.forget_unheld(what).map_err(failed)?;
-            return Ok((outcome, None));
+        let plan = self.queue.plan_forget(what).map_err(failed)?;
+        let outcome =
+            Forgotten { forgotten: plan.examples, again: 0, base: None, generation: None, no_longer: Vec::new() };
+        let current = generations.last().map_or(0, |current| current.generation);
+        let ancestors = ancestors(&generations, current);
+        let holds = |ancestor: &Ancestor<'_>| ancestor.numbers().any(|number| plan.generations.contains(&number));
+        let oldest = ancestors.iter().rposition(holds);
+        let before = match (oldest, plan.unsynced) {
+            (Some(oldest), _) => oldest + 1,
+            (None, true) => 0,
+            (None, false) => {
+                self.queue.forget_unheld(what).map_err(failed)?;
+                return Ok(outcome);
+            }
         };
-        let base = base(&generations, first)?;
-        let again = self.queue.begin_forget(what, base.progress.cursor).map_err(failed)?;
-        Ok((Forgotten { again, base: Some(base.generation), ..outcome }, Some(base.generation)))
+        let base = base(&ancestors, before, current)?;
+        let again = self.queue.begin_forget(what, &base).map_err(failed)?;
+        Ok(Forgotten { again, base: Some(base.generation), ..outcome })
     }
 
     pub(super) fn on_forgotten(&mut self, done: RolledBack, outcome: Forgotten, reply: Reply<Forgotten>) {
@@ -59,8 +69,11 @@ impl Supervisor {
             "{forgotten} examples are forgotten: generation {generation}; {again} later ones are trained again"
         );
         self.record(move |queue| queue.finish_forget(cursor, step));
+        let no_longer = done.no_longer.clone();
         self.after_rollback(done);
-        answer(Some(reply), Ok(Forgotten { generation: Some(generation), ..outcome }));
+        // Its texts may be among those of the last dream.
+        let _ = std::fs::remove_file(Path::new(&self.options.model).join(".apollod").join(crate::dream::TURNS));
+        answer(Some(reply), Ok(Forgotten { generation: Some(generation), no_longer, ..outcome }));
     }
 
     pub(super) fn on_forget_failed(&mut self, error: ControlError, reply: Reply<Forgotten>) {
@@ -69,18 +82,20 @@ impl Supervisor {
     }
 }
 
-/// The last generation that does not hold an example and can be restored.
-fn base(generations: &[Generation], first: u64) -> Result<&Generation, ControlError> {
-    let mut restorable = generations.iter().filter(|of| of.restorable && of.damage.is_none());
-    let before = restorable.clone().rfind(|of| of.progress.cursor < first);
-    before.ok_or_else(|| {
-        let oldest = restorable.next().map_or_else(
-            || "none can be restored".to_owned(),
-            |of| format!("the oldest that can be restored is {}, with what was trained up to seq {}", of.generation, of.progress.cursor),
-        );
-        ControlError::Expired(format!(
-            "the weights hold it since before the first generation that is kept: it was trained as seq {first}, and {oldest}. sync.keep, \
-             keep_bytes and keep_days say how many are kept"
-        ))
-    })
+/// The last generation that can be restored among the ancestors from `before` on, which hold none of the examples.
+fn base(ancestors: &[Ancestor<'_>], before: usize, current: u64) -> Result<Base, ControlError> {
+    for (index, ancestor) in ancestors.iter().enumerate().skip(before) {
+        if let Some(one) = ancestor.same.iter().find(|one| one.restorable) {
+            let undone = ancestors[..index].iter().flat_map(Ancestor::numbers).collect();
+            return Ok(Base { generation: one.generation, cursor: one.progress.cursor, current, undone });
+        }
+    }
+    let oldest = ancestors.iter().flat_map(|ancestor| &ancestor.same).filter(|one| one.restorable).next_back();
+    let oldest = oldest.map_or_else(
+        || "none can be restored".to_owned(),
+        |one| format!("the oldest that it is made of and that can be restored is {}", one.generation),
+    );
+    Err(ControlError::Expired(format!(
+        "the weights hold it since before the first generation that is kept: {oldest}. sync.keep, keep_bytes and keep_days say how many are kept"
+    )))
 }

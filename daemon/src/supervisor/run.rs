@@ -109,7 +109,7 @@ pub(super) struct Supervisor {
     pub(super) deaths_in_a_row: u32,
     pub(super) deaths_of_step: (u64, u32),
     /// The steps that were in flight when the last trainer died, one of which may have killed it. Each is sent alone.
-    suspects: Option<RangeInclusive<u64>>,
+    pub(super) suspects: Option<RangeInclusive<u64>>,
     pub(super) failures_in_a_row: u32,
     pub(super) records: Records,
     /// Until when no step is begun, for the duty cycle.
@@ -496,7 +496,7 @@ impl Supervisor {
     fn want_forget(&mut self, what: Forget, reply: Reply<Forgotten>) {
         let error = self.not_ready().or_else(|| {
             let busy = self.wanted_forget.is_some() || matches!(self.in_flight, Some(InFlight::Forget { .. }));
-            busy.then(|| ControlError::Failed("something else is being forgotten".into()))
+            busy.then_some(ControlError::Busy(1))
         });
         match error {
             Some(error) => answer(Some(reply), Err(error)),
