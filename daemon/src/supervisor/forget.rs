@@ -90,7 +90,7 @@ fn base(ancestors: &[Ancestor<'_>], before: usize, current: u64) -> Result<Base,
             return Ok(Base { generation: one.generation, cursor: one.progress.cursor, current, undone });
         }
     }
-    let oldest = ancestors.iter().flat_map(|ancestor| &ancestor.same).filter(|one| one.restorable).next_back();
+    let oldest = ancestors.iter().flat_map(|ancestor| &ancestor.same).rfind(|one| one.restorable);
     let oldest = oldest.map_or_else(
         || "none can be restored".to_owned(),
         |one| format!("the oldest that it is made of and that can be restored is {}", one.generation),
