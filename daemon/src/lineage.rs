@@ -40,11 +40,11 @@ pub fn ancestors(all: &[Generation], of: u64) -> Vec<Ancestor<'_>> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
 
     /// Number, the one before, and what it repeats.
-    fn generation((number, previous, rollback_of): (u64, Option<u64>, Option<u64>)) -> Generation {
+    pub fn generation((number, previous, rollback_of): (u64, Option<u64>, Option<u64>)) -> Generation {
         let document = serde_json::json!({
             "version": 3, "generation": number, "previous": previous, "rollback_of": rollback_of, "created_unix": 0, "created": "",
             "cursor": 0, "step": 0, "examples": 0, "loss": null, "weight_version": 0, "epoch": "", "blocks_total": 0,

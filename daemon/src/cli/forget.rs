@@ -112,7 +112,7 @@ pub fn forget(args: &ForgetArgs) -> Result<ExitCode> {
     let done = client.post("/v1/forget", &headers, wanted.to_string().as_bytes())?.ok()?;
     let forgotten = done["forgotten"].as_u64().unwrap_or_default();
     if forgotten == 0 {
-        bail!("there is nothing to forget: no example of that source, or it is forgotten already");
+        bail!("there is nothing to forget: no example of that source is on record, or it is forgotten already");
     }
     let no_longer: Vec<u64> = serde_json::from_value(done["no_longer"].clone()).unwrap_or_default();
     match (done["base"].as_u64(), done["generation"].as_u64()) {

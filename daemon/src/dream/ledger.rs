@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
+use super::report::Outcome;
 use super::scenario::Scenario;
 use crate::config::DreamConfig;
 use crate::durable;
@@ -56,21 +57,6 @@ pub struct Ledger {
     chosen: Vec<u32>,
     /// Whether another turn of it in this dream would come to the same.
     spent: Vec<bool>,
-}
-
-/// What became of a scenario's turn.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Turn {
-    /// The judges accepted the answer.
-    Accepted,
-    /// They did, and that which is given without the instruction as well.
-    Known,
-    /// They did, and it was much like another.
-    Duplicate,
-    /// They did not.
-    Rejected,
-    /// It could not be asked, judged or posted.
-    Failed,
 }
 
 impl Ledger {
@@ -142,20 +128,21 @@ impl Ledger {
     ///
     /// # Errors
     /// It cannot be written down.
-    pub fn note(&mut self, index: usize, scenario: &Scenario, turn: Turn) -> Result<()> {
-        self.spent[index] |= turn == Turn::Failed || (turn == Turn::Rejected && self.memory.temperature <= 0.0);
-        if turn == Turn::Failed {
+    pub fn note(&mut self, index: usize, scenario: &Scenario, outcome: &Outcome) -> Result<()> {
+        let (failed, rejected) =
+            (matches!(outcome, Outcome::Failed { .. }), matches!(outcome, Outcome::Rejected { .. }));
+        self.spent[index] |= failed || (rejected && self.memory.temperature <= 0.0);
+        if failed {
             return Ok(());
         }
-        let accepted = turn != Turn::Rejected;
         let record = self.memory.scenarios.entry(scenario.key.clone()).or_default();
         record.judged = record.judged.saturating_add(1);
         let share = (1.0 / record.judged as f64).max(NEWEST);
-        record.rate += share * (f64::from(u8::from(accepted)) - record.rate);
-        record.known = turn == Turn::Known;
-        let step = match turn {
-            Turn::Accepted => 1.0 - self.success_rate,
-            Turn::Rejected => -self.success_rate,
+        record.rate += share * (f64::from(u8::from(!rejected)) - record.rate);
+        record.known = *outcome == Outcome::Known;
+        let step = match outcome {
+            Outcome::Accepted { .. } => 1.0 - self.success_rate,
+            Outcome::Rejected { .. } => -self.success_rate,
             _ => 0.0,
         };
         self.memory.temperature = (self.memory.temperature + STEP * step).clamp(0.0, self.temperature_max);
@@ -183,6 +170,18 @@ mod tests {
     use crate::dream::judge::Judges;
     use crate::dream::scenario::Task;
 
+    fn accepted() -> Outcome {
+        Outcome::Accepted { example: None }
+    }
+
+    fn rejected() -> Outcome {
+        Outcome::Rejected { by: "matches", reason: String::new() }
+    }
+
+    fn failed() -> Outcome {
+        Outcome::Failed { reason: String::new() }
+    }
+
     fn scenarios(count: usize) -> Vec<Scenario> {
         let judges = || Judges::new(&Judge::default()).unwrap();
         let one = |i| {
@@ -201,14 +200,14 @@ mod tests {
             let config = DreamConfig { success_rate: wanted, temperature_max: 2.0, ..DreamConfig::default() };
             let _ = std::fs::remove_file(dir.path().join(FILE));
             let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
-            let mut accepted = 0;
+            let mut count = 0;
             for turn in 0..600 {
                 // The hotter, the worse: certain at 0, hopeless at 2.
                 let good = random.f64() < 1.0 - ledger.temperature() / 2.0;
-                accepted += u32::from(turn >= 100 && good);
-                ledger.note(0, &scenarios[0], if good { Turn::Accepted } else { Turn::Rejected }).unwrap();
+                count += u32::from(turn >= 100 && good);
+                ledger.note(0, &scenarios[0], &if good { accepted() } else { rejected() }).unwrap();
             }
-            let share = f64::from(accepted) / 500.0;
+            let share = f64::from(count) / 500.0;
             // Three standard errors of 500 independent answers are 0.067 at most.
             assert!((share - wanted).abs() < 0.07, "wanted {wanted}, got {share}; seed 7");
         }
@@ -221,9 +220,9 @@ mod tests {
         let config = DreamConfig::default();
         let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
         for turn in 0..10 {
-            ledger.note(0, &scenarios[0], Turn::Rejected).unwrap();
-            ledger.note(1, &scenarios[1], Turn::Known).unwrap();
-            ledger.note(2, &scenarios[2], if turn % 10 < 7 { Turn::Accepted } else { Turn::Rejected }).unwrap();
+            ledger.note(0, &scenarios[0], &rejected()).unwrap();
+            ledger.note(1, &scenarios[1], &Outcome::Known).unwrap();
+            ledger.note(2, &scenarios[2], &if turn % 10 < 7 { accepted() } else { rejected() }).unwrap();
         }
         let mut ledger = Ledger::open(dir.path(), &config, &scenarios, true).unwrap();
         let weights: Vec<f64> = scenarios.iter().map(|scenario| ledger.weight(&scenario.key, 0)).collect();
@@ -245,9 +244,9 @@ mod tests {
         let config = DreamConfig::default();
         let temperature =
             |config: &DreamConfig| Ledger::open(dir.path(), config, &scenarios, false).unwrap().temperature();
-        Ledger::open(dir.path(), &config, &scenarios, false).unwrap().note(0, &scenarios[0], Turn::Rejected).unwrap();
+        Ledger::open(dir.path(), &config, &scenarios, false).unwrap().note(0, &scenarios[0], &rejected()).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
-        Ledger::open(dir.path(), &config, &scenarios, true).unwrap().note(0, &scenarios[0], Turn::Rejected).unwrap();
+        Ledger::open(dir.path(), &config, &scenarios, true).unwrap().note(0, &scenarios[0], &rejected()).unwrap();
         assert!(temperature(&config) < 0.7);
         assert_eq!(temperature(&DreamConfig { temperature: 0.9, ..config }), 0.9);
     }
@@ -259,9 +258,9 @@ mod tests {
         let config = DreamConfig { temperature: 0.0, temperature_max: 0.0, ..DreamConfig::default() };
         let mut ledger = Ledger::open(dir.path(), &config, &scenarios, false).unwrap();
         let mut random = fastrand::Rng::with_seed(1);
-        ledger.note(0, &scenarios[0], Turn::Failed).unwrap();
+        ledger.note(0, &scenarios[0], &failed()).unwrap();
         assert_eq!(ledger.choose(&scenarios, &mut random), Some(1));
-        ledger.note(1, &scenarios[1], Turn::Rejected).unwrap();
+        ledger.note(1, &scenarios[1], &rejected()).unwrap();
         assert_eq!(ledger.choose(&scenarios, &mut random), None);
     }
 

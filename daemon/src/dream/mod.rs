@@ -30,7 +30,7 @@ use crate::config::{Config, DreamConfig};
 use crate::queue::new_id;
 use chat::{Answer, Chat};
 use judge::{Case, Rejection};
-use ledger::{Ledger, Turn};
+use ledger::Ledger;
 use near::Shingles;
 use post::PostError;
 use replay::Replay;
@@ -57,14 +57,18 @@ pub struct Busy(String);
 /// # Errors
 /// What is wrong in the configuration, or in the files that it names.
 pub fn check(config: &Config) -> Result<()> {
-    if config.server.url.is_none() {
+    read(config, &mut fastrand::Rng::with_seed(0)).map(drop)
+}
+
+/// Where the model is, and what the configuration names.
+fn read<'a>(config: &'a Config, random: &mut fastrand::Rng) -> Result<(&'a str, Vec<Scenario>, Replay)> {
+    let Some(url) = config.server.url.as_deref() else {
         bail!("server.url: not set: dreams ask the served model over its OpenAI API, such as http://127.0.0.1:8000");
-    }
+    };
     if let Some(command) = &config.dream.judge.command {
         judge::find(command)?;
     }
-    scenario::read(&config.dream)?;
-    Replay::read(config, &mut fastrand::Rng::with_seed(0)).map(drop)
+    Ok((url, scenario::read(&config.dream)?, Replay::read(config, random)?))
 }
 
 /// A dream that can begin. There is one at a time on a model directory, but for those that post nothing.
@@ -90,22 +94,20 @@ impl<'a> Dream<'a> {
     /// # Errors
     /// What [`check`] says; [`Busy`]; the model or the daemon does not answer.
     pub fn begin(config: &'a Config, daemon: &'a Client, post: bool, seed: u64) -> Result<Self> {
-        check(config)?;
-        let url = config.server.url.as_deref().context("server.url was checked")?;
-        let (dream, folder) = (&config.dream, config.state_dir());
-        let scenarios = scenario::read(dream)?;
+        let mut random = fastrand::Rng::with_seed(seed);
+        let (url, scenarios, replay) = read(config, &mut random)?;
+        let dream = &config.dream;
         if post || scenarios.iter().any(|scenario| scenario.judges.min_divergence.is_some()) {
             daemon.get("/v1/status")?.ok()?;
         }
         let posts = post.then(|| Ok::<_, anyhow::Error>((lock(config)?, turns(config)?))).transpose()?;
-        let mut random = fastrand::Rng::with_seed(seed);
         Ok(Self {
-            ledger: Ledger::open(&folder, dream, &scenarios, post)?,
+            ledger: Ledger::open(&config.state_dir(), dream, &scenarios, post)?,
             chat: Chat::new(url, dream.model.as_deref(), dream.max_tokens)?,
             scenarios,
             daemon,
             posts,
-            replay: Replay::read(config, &mut random)?,
+            replay,
             random,
             id: new_id(),
             posted: 0,
@@ -124,8 +126,8 @@ impl<'a> Dream<'a> {
         let (clock, mut failures) = (Instant::now(), 0);
         let mut summary = Summary { id: self.id.clone(), wanted, ..Summary::default() };
         while summary.accepted < wanted && summary.turns < self.config.attempts && summary.broke_off.is_none() {
-            summary.broke_off = stop();
-            if summary.broke_off.is_some() {
+            if let Some(why) = stop() {
+                summary.broke_off = Some(why);
                 break;
             }
             // Where all were rejected without chance, more turns would bring the same.
@@ -167,14 +169,7 @@ impl<'a> Dream<'a> {
             Err(error) => (Outcome::Failed { reason: format!("{error:#}") }, None),
         };
         report.outcome = outcome;
-        let turn = match &report.outcome {
-            Outcome::Accepted { .. } => Turn::Accepted,
-            Outcome::Known => Turn::Known,
-            Outcome::Duplicate => Turn::Duplicate,
-            Outcome::Rejected { .. } => Turn::Rejected,
-            Outcome::Failed { .. } => Turn::Failed,
-        };
-        let noted = self.ledger.note(index, &self.scenarios[index], turn);
+        let noted = self.ledger.note(index, &self.scenarios[index], &report.outcome);
         (report, broke_off.or(noted.err()))
     }
 

@@ -28,7 +28,7 @@ use std::sync::{Mutex, MutexGuard};
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, Transaction, TransactionBehavior, params};
 use serde::Serialize;
 
-pub use forget::{Base, Forget};
+pub use forget::{Base, Forget, Plan};
 pub use types::{Added, Batch, Idempotency, NewExample, Record, State};
 
 use crate::protocol::ExampleResult;

@@ -8,7 +8,7 @@ use super::run::{InFlight, Supervisor, answer};
 use super::{ControlError, Reply};
 use crate::lineage::{Ancestor, ancestors};
 use crate::protocol::{RolledBack, ToTrainer};
-use crate::queue::{Base, Forget, Queue, QueueError};
+use crate::queue::{Base, Forget, Plan, Queue, QueueError};
 
 /// What forgetting came to.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -47,17 +47,10 @@ impl Supervisor {
             Forgotten { forgotten: plan.examples, again: 0, base: None, generation: None, no_longer: Vec::new() };
         let current = generations.last().map_or(0, |current| current.generation);
         let ancestors = ancestors(&generations, current);
-        let holds = |ancestor: &Ancestor<'_>| ancestor.numbers().any(|number| plan.generations.contains(&number));
-        let oldest = ancestors.iter().rposition(holds);
-        let before = match (oldest, plan.unsynced) {
-            (Some(oldest), _) => oldest + 1,
-            (None, true) => 0,
-            (None, false) => {
-                self.queue.forget_unheld(what).map_err(failed)?;
-                return Ok(outcome);
-            }
+        let Some(base) = base(&ancestors, &plan, current)? else {
+            self.queue.forget_unheld(what).map_err(failed)?;
+            return Ok(outcome);
         };
-        let base = base(&ancestors, before, current)?;
         let again = self.queue.begin_forget(what, &base).map_err(failed)?;
         Ok(Forgotten { again, base: Some(base.generation), ..outcome })
     }
@@ -82,12 +75,26 @@ impl Supervisor {
     }
 }
 
-/// The last generation that can be restored among the ancestors from `before` on, which hold none of the examples.
-fn base(ancestors: &[Ancestor<'_>], before: usize, current: u64) -> Result<Base, ControlError> {
+/// The last of the ancestors that can be restored and is older than the first to hold one of the examples; `None` where the weights
+/// hold none of them.
+///
+/// # Errors
+/// There is none. So it is said, too, where the way back ends before an example's generation (files were adopted, or a document is
+/// damaged): whether the weights hold it is then not known.
+fn base(ancestors: &[Ancestor<'_>], plan: &Plan, current: u64) -> Result<Option<Base>, ControlError> {
+    let holds = |ancestor: &Ancestor<'_>| ancestor.numbers().any(|number| plan.generations.contains(&number));
+    let root = ancestors.last().and_then(|ancestor| ancestor.numbers().last()).unwrap_or(current);
+    let lost = root > 0 && plan.generations.iter().any(|generation| *generation < root);
+    let before = match (ancestors.iter().rposition(holds), plan.unsynced) {
+        _ if lost => ancestors.len(),
+        (Some(oldest), _) => oldest + 1,
+        (None, true) => 0,
+        (None, false) => return Ok(None),
+    };
     for (index, ancestor) in ancestors.iter().enumerate().skip(before) {
         if let Some(one) = ancestor.same.iter().find(|one| one.restorable) {
             let undone = ancestors[..index].iter().flat_map(Ancestor::numbers).collect();
-            return Ok(Base { generation: one.generation, cursor: one.progress.cursor, current, undone });
+            return Ok(Some(Base { generation: one.generation, cursor: one.progress.cursor, current, undone }));
         }
     }
     let oldest = ancestors.iter().flat_map(|ancestor| &ancestor.same).rfind(|one| one.restorable);
@@ -98,4 +105,44 @@ fn base(ancestors: &[Ancestor<'_>], before: usize, current: u64) -> Result<Base,
     Err(ControlError::Expired(format!(
         "the weights hold it since before the first generation that is kept: {oldest}. sync.keep, keep_bytes and keep_days say how many are kept"
     )))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::lineage;
+    use crate::lineage::tests::generation;
+
+    /// The base of examples that these generations were the first to hold, and whether there are some that none holds.
+    fn of(all: &[checkpoint::Generation], generations: &[u64], unsynced: bool) -> Result<Option<u64>, ControlError> {
+        let current = all.last().unwrap().generation;
+        let plan = Plan { examples: 1, generations: generations.to_vec(), unsynced };
+        base(&lineage::ancestors(all, current), &plan, current).map(|base| base.map(|base| base.generation))
+    }
+
+    #[test]
+    fn the_base_is_the_last_that_does_not_hold_it_and_what_is_not_known_is_not_denied() {
+        let restorable = |all: &[(u64, Option<u64>, Option<u64>)]| -> Vec<_> {
+            let all = all.iter().map(|one| checkpoint::Generation { restorable: true, ..generation(*one) });
+            all.collect()
+        };
+        let all = restorable(&[
+            (0, None, None),
+            (1, Some(0), None),
+            (2, Some(1), None),
+            (3, Some(2), Some(1)),
+            (4, Some(3), None),
+        ]);
+        assert_eq!(of(&all, &[4], false).unwrap(), Some(3), "the later copy of 1");
+        assert_eq!(of(&all, &[], true).unwrap(), Some(4));
+        assert_eq!(of(&all, &[4, 1], true).unwrap(), Some(0));
+        assert_eq!(of(&all, &[2], false).unwrap(), None, "rolled back");
+        assert!(of(&all, &[0], false).is_err());
+
+        // Files that were adopted as generation 6 may hold whatever came before.
+        let adopted = restorable(&[(4, Some(3), None), (6, None, None), (7, Some(6), None)]);
+        assert!(of(&adopted, &[4], false).is_err());
+        assert!(of(&adopted, &[4, 7], true).is_err());
+        assert_eq!(of(&adopted, &[7], false).unwrap(), Some(6));
+    }
 }
